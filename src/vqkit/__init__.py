@@ -1,0 +1,1 @@
+"""vqkit: codebooks for PyTorch."""

@@ -1,0 +1,122 @@
+"""Access to tests/golden: arrays computed by the official Transformer-VQ, and a book of which keys tests read."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent / "golden" / "transformer_vq"
+
+# (group/case glob, key glob, reason). Empty once the whole model is done.
+DEFERRED: list[tuple[str, str, str]] = []
+
+_read: dict[str, set[str]] = defaultdict(set)
+worst: dict[str, float] = defaultdict(float)  # per group/variant: largest error / tolerance seen
+compared: dict[str, int] = defaultdict(int)  # per group: number of arrays compared
+
+
+class GoldenCase:
+    """One case of one variant: `case[key]` is a tensor, `case.meta` the description beside it."""
+
+    def __init__(self, group: str, case: str, variant: str) -> None:
+        self.group, self.case, self.variant = group, case, variant
+        self.name = f"{group}/{case}.{variant}"
+        self._arrays = np.load(ROOT / f"{self.name}.npz")
+        self.meta = json.loads((ROOT / f"{self.name}.json").read_text())
+        self.config = self.meta.get("config", {})
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        _read[self.name].add(key)
+        return torch.from_numpy(np.array(self._arrays[key]))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._arrays.files
+
+    def keys(self, prefix: str = "") -> list[str]:
+        return [k for k in self._arrays.files if k.startswith(prefix)]
+
+    def tree(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All arrays below `prefix`, by the rest of their names."""
+        return {k[len(prefix) :]: self[k] for k in self.keys(prefix)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.variant.startswith("f64") else torch.float32
+
+    def check(self, key: str, actual: torch.Tensor) -> None:
+        """Compare with the array: integers exactly, floats by max|a - b| / max(1, max|b|)."""
+        expected = self[key]
+        compared[self.group] += 1
+        assert tuple(actual.shape) == tuple(expected.shape), f"{self.name} {key}: shape {tuple(actual.shape)}, golden {tuple(expected.shape)}"
+        if not expected.is_floating_point():
+            assert torch.equal(actual.to(expected.dtype), expected), f"{self.name} {key}: integers differ"
+            return
+        a, b = actual.detach().double(), expected.double()
+        assert torch.equal(a.isnan(), b.isnan()), f"{self.name} {key}: NaN in different places"
+        a, b = a.nan_to_num(nan=0.0), b.nan_to_num(nan=0.0)
+        error = ((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item() if b.numel() else 0.0
+        tolerance = self.tolerance(key)
+        worst[f"{self.group}.{self.variant}"] = max(worst[f"{self.group}.{self.variant}"], error)
+        assert error <= tolerance, f"{self.name} {key}: error {error:.3e} exceeds {tolerance:.1e}"
+
+    def tolerance(self, key: str) -> float:
+        fixed = {"f64hp": 1e-9, "f64": 1e-6, "bf16": 3e-2}
+        if self.variant in fixed:
+            # Arrays that the official code leaves in float32 even in f64hp are good to 1e-6 only.
+            narrow = self.meta["arrays"].get(key, {})
+            narrow_type = narrow.get("dtype") if isinstance(narrow, dict) else str(narrow)
+            return 1e-6 if self.variant == "f64hp" and str(narrow_type).startswith("float32") else fixed[self.variant]
+        figure = _float32_accuracy(f"{self.group}/{self.case}", key)
+        return 8 * figure if figure else 1e-5
+
+
+def _float32_accuracy(case: str, key: str) -> float:
+    """Largest float32 difference that accuracy.json has for the longest group name that the key starts with; 0 for none."""
+    entry = _ACCURACY.get(case, {})
+    groups = (entry.get("f32_vs_f64hp") or entry.get("f32_vs_f64") or {"groups": {}})["groups"]
+    best = max((g for g in groups if _matches(key, g)), key=len, default=None)
+    return groups[best]["max_abs_diff"] if best else 0.0
+
+
+def _matches(key: str, group: str) -> bool:
+    return key == group or key.startswith(group + "/")
+
+
+_ACCURACY: dict = json.loads((ROOT / "accuracy.json").read_text()) if ROOT.exists() else {}
+
+
+def cases(group: str, pattern: str = "*", variants: tuple[str, ...] | None = None) -> Iterator[GoldenCase]:
+    """All cases of a group whose name matches, in a fixed order."""
+    for path in sorted((ROOT / group).glob(f"{pattern}.npz")):
+        case, variant = path.stem.rsplit(".", 1)
+        if variants is None or variant in variants:
+            yield GoldenCase(group, case, variant)
+
+
+def case_ids(group: str, pattern: str = "*", variants: tuple[str, ...] | None = None) -> list[str]:
+    """`CASE.VARIANT` names for parametrization, without opening a file."""
+    names = (p.stem for p in sorted((ROOT / group).glob(f"{pattern}.npz")))
+    return [n for n in names if variants is None or n.rsplit(".", 1)[1] in variants]
+
+
+def load(group: str, case_id: str) -> GoldenCase:
+    case, variant = case_id.rsplit(".", 1)
+    return GoldenCase(group, case, variant)
+
+
+def unread() -> list[str]:
+    """Keys that no test of this process read and that no deferral covers."""
+    from fnmatch import fnmatch
+
+    missing = []
+    for path in sorted(ROOT.glob("*/*.npz")):
+        name = f"{path.parent.name}/{path.stem}"
+        for key in np.load(path).files:
+            if key not in _read[name] and not any(fnmatch(name, c) and fnmatch(key, k) for c, k, _ in DEFERRED):
+                missing.append(f"{name} {key}")
+    return missing
