@@ -1,0 +1,138 @@
+"""Configuration of a run: plain dataclasses, without torch, so that help texts load fast.
+
+A `RunConfig` is all that decides what a run computes; it is stored in the run's directory and compared on resuming.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vqkit.data.config import DataConfig
+from vqkit.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. A step is one change of the parameters, from `update_len` positions of `batch_size` sequences."""
+
+    steps: int = 1000
+    """Optimizer steps over which the learning rate follows its schedule."""
+    extra_steps: int = 0
+    """Further steps at the last learning rate of the schedule."""
+    batch_size: int = 8
+    """Sequences per step."""
+    update_len: int | None = None
+    """Positions per step; a shorter one than data.sequence_len carries the detached state to the next step. None = data.sequence_len."""
+    micro_batches: int = 1
+    """Parts that the batch is split into, one after another, to save memory; the result is that of the whole batch."""
+    learning_rate: float = 4e-3
+    """Learning rate at its highest point."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of Adam's two moments."""
+    eps: float = 1e-9
+    """Adam's epsilon."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate grows linearly, from 0 in the very first step; 0 = no warm-up."""
+    final_ratio: float = 0.1
+    """Share of the learning rate that the cosine ends at."""
+    weight_decay: float = 0.0
+    """Share of every parameter of rank other than 1 that is taken off per step, whatever the learning rate is."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradients; None = no clipping."""
+    commitment_weight: float = 1e-4
+    """Weight of the commitment loss beside the language model loss."""
+    seed: int = 0
+    """Seed of the parameters and of the order of the data."""
+    log_every: int = 10
+    """Steps per line of metrics.jsonl."""
+    eval_every: int = 500
+    """Steps between evaluations on the validation split; 0 = only at the end."""
+    eval_batch_size: int = 16
+    """Pieces of the validation split that are read side by side."""
+    eval_tokens: int | None = None
+    """Most tokens of the validation split that one evaluation reads; None = all."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto = CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST_INTEGERS.items():
+            value = getattr(self, name)
+            if value is None and name in ("update_len", "eval_tokens"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"train.{name} = {value!r}: must be an integer of at least {least}")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}")
+        if self.schedule == "cosine" and self.warmup_steps >= self.steps:
+            raise ValueError(f"train.warmup_steps = {self.warmup_steps}: must be less than train.steps = {self.steps}")
+        for name in ("learning_rate", "eps"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be positive and finite")
+        for name in ("weight_decay", "final_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be from 0 to 1")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"train.betas = {self.betas}: must be two numbers of at least 0 and below 1")
+        if self.clip is not None and not self.clip > 0.0:
+            raise ValueError(f"train.clip = {self.clip}: must be positive; None = no clipping")
+        if not 0.0 <= self.commitment_weight < float("inf"):
+            raise ValueError(f"train.commitment_weight = {self.commitment_weight}: must be 0 or positive, and finite")
+        for name, choices in (("schedule", ("cosine", "constant")), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"train.{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps + self.extra_steps
+
+
+_LEAST_INTEGERS = {
+    "steps": 1,
+    "extra_steps": 0,
+    "batch_size": 1,
+    "update_len": 1,
+    "micro_batches": 1,
+    "warmup_steps": 0,
+    "seed": 0,
+    "log_every": 1,
+    "eval_every": 0,
+    "eval_batch_size": 1,
+    "eval_tokens": 1,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    recipe: str
+    """Name of the recipe that this configuration began as."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_len % self.update_len:
+            raise ValueError(f"train.update_len = {self.update_len}: must divide data.sequence_len = {self.data.sequence_len}")
+        if self.model.input != "tokens":
+            raise ValueError(f'model.input = "{self.model.input}": a run trains on tokens; features are for use from Python')
+
+    @property
+    def update_len(self) -> int:
+        """Positions per step, `train.update_len` or else the whole sequence."""
+        return self.train.update_len or self.data.sequence_len
+
+    @property
+    def updates_per_sequence(self) -> int:
+        """Steps that one batch of sequences lasts for."""
+        return self.data.sequence_len // self.update_len
