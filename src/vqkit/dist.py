@@ -1,0 +1,79 @@
+"""The one place that knows process groups: a `Reducer` sums a tensor over all processes that train one model.
+
+Everything that must be equal on all ranks goes through the reducer that its caller was given, so that one process needs no process
+group, and tests can bring their own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+class Reducer(Protocol):
+    """Sums over the processes of a group; every rank makes the same calls in the same order."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """This process among them, from 0."""
+        ...
+
+    def all_reduce_(self, flat: Tensor) -> None:
+        """Replace `flat`, of equal shape and dtype on every rank, by its sum over the ranks."""
+        ...
+
+
+class LocalReducer:
+    """One process: every sum is complete already."""
+
+    world_size = 1
+    rank = 0
+
+    def all_reduce_(self, flat: Tensor) -> None:
+        pass
+
+
+class ProcessGroupReducer:
+    """The processes of `group`, or of whatever group is the default one when a method is called.
+
+    Raises RuntimeError where there is no process group.
+    """
+
+    def __init__(self, group: torch_dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    @property
+    def world_size(self) -> int:
+        return torch_dist.get_world_size(self._resolve())
+
+    @property
+    def rank(self) -> int:
+        return torch_dist.get_rank(self._resolve())
+
+    def all_reduce_(self, flat: Tensor) -> None:
+        """See `Reducer`. Raises ValueError when `flat` is not contiguous, before anything is sent."""
+        group = self._resolve()
+        if not flat.is_contiguous():
+            raise ValueError(f"flat has strides {flat.stride()} for shape {tuple(flat.shape)}: must be contiguous")
+        torch_dist.all_reduce(flat.detach(), op=torch_dist.ReduceOp.SUM, group=group)
+
+    def _resolve(self) -> torch_dist.ProcessGroup | None:
+        if self.group is None and not _has_default_group():
+            raise RuntimeError("there is no process group: call torch.distributed.init_process_group first, or use LocalReducer")
+        return self.group
+
+
+def default_reducer() -> Reducer:
+    """The default process group if there is one now, else this process alone. Ask again rather than keep the answer."""
+    return ProcessGroupReducer() if _has_default_group() else LocalReducer()
+
+
+def _has_default_group() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
