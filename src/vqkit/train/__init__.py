@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vqkit.train.config import RunConfig as RunConfig
     from vqkit.train.config import TrainConfig as TrainConfig
-    from vqkit.train.evaluate import Evaluation as Evaluation
-    from vqkit.train.evaluate import context_ablation as context_ablation
-    from vqkit.train.evaluate import evaluate as evaluate
+    from vqkit.train.evaluation import Evaluation as Evaluation
+    from vqkit.train.evaluation import context_ablation as context_ablation
+    from vqkit.train.evaluation import evaluate as evaluate
     from vqkit.train.loop import TrainResult as TrainResult
     from vqkit.train.loop import train as train
 
@@ -19,9 +19,9 @@ __all__ = ["Evaluation", "RunConfig", "TrainConfig", "TrainResult", "context_abl
 _MODULES = {
     "RunConfig": "config",
     "TrainConfig": "config",
-    "Evaluation": "evaluate",
-    "context_ablation": "evaluate",
-    "evaluate": "evaluate",
+    "Evaluation": "evaluation",
+    "context_ablation": "evaluation",
+    "evaluate": "evaluation",
     "TrainResult": "loop",
     "train": "loop",
 }

@@ -1,0 +1,75 @@
+"""What the training loop tells whoever watches it; the loop itself prints nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Started:
+    """A new run begins."""
+
+    run_dir: Path
+    parameters: int
+    training_bytes: int
+    validation_bytes: int
+    test_bytes: int
+    data_hash: str
+    steps: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run goes on from a checkpoint; `notes` say what is unusual: a damaged checkpoint passed over, another number of threads."""
+
+    run_dir: Path
+    step: int
+    steps: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The steps since the last `Progress`: means over them, and the course from here."""
+
+    step: int
+    steps: int
+    loss: float
+    bits_per_byte: float
+    tokens_per_second: float
+    seconds_left: float
+    active_codes: float
+    """Share of codes in use in the worst head of the worst layer."""
+    learning_rate: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The validation split, or the part of it that the configuration asks for, was read."""
+
+    step: int
+    bits_per_byte: float
+    active_codes: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint is whole and has its final name."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run has done all its steps."""
+
+    step: int
+    run_dir: Path
+    seconds: float
+
+
+Event = Started | Resumed | Progress | Evaluated | CheckpointSaved | Finished
