@@ -1,0 +1,124 @@
+"""The public function: checks its arguments, chooses an implementation, returns output and state."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqkit.ops.vq_attention.blocked import blocked_attention
+from vqkit.ops.vq_attention.inputs import AttentionInputs, Positions
+from vqkit.ops.vq_attention.recurrent import recurrent_attention
+from vqkit.ops.vq_attention.reference import reference_attention
+from vqkit.ops.vq_attention.state import AttentionState, initial_state
+
+Implementation = Literal["auto", "reference", "recurrent", "blocked"]
+
+
+class VQAttentionOutput(NamedTuple):
+    """Output [B, H, T, V] in the type of `v`, and the state after the last token."""
+
+    output: Tensor
+    state: AttentionState
+
+
+def vq_attention(
+    q: Tensor,
+    k_hat: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    *,
+    block_len: int,
+    mem_len: int,
+    state: AttentionState | None = None,
+    position_query: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    segments: Tensor | None = None,
+    cache: bool = True,
+    cache_gradient: bool = True,
+    impl: Implementation = "auto",
+) -> VQAttentionOutput:
+    """Causal softmax attention over quantized keys (Lingle 2024, arXiv 2309.16354, section 3).
+
+    Query i weighs every key j <= i of its document by exp(q_i . k_hat_j + bias), where the bias is
+    position_query_i . position_keys[i - j] for distances of at most `mem_len` and 0 beyond. With `cache` off,
+    keys further back than `mem_len` are not seen at all. The value does not depend on `block_len`. The gradient
+    does: keys in the window of a query's block (the block and `mem_len` keys before it) receive one through
+    `k_hat`; for older keys it reaches the values only, and the codebook receives none.
+
+    Args:
+        q: Queries [B, H, T, K], already scaled, content bias included.
+        k_hat: Quantized keys [B, H, T, K], equal to `codebook[indices]` in value.
+        v: Values [B, H, T, V].
+        indices: Codes of the keys [B, H, T], integers in 0 .. C - 1.
+        codebook: Codes [H, C, K].
+        block_len: Queries per block (L); any T is accepted.
+        mem_len: Keys before a block that are attended one by one (M).
+        state: What an earlier call returned; None for the start of a sequence.
+        position_query: Queries of the positional term [B, H, T, K]; None for none.
+        position_keys: Keys of the positional term [H, M + 1, K], row d for distance d.
+        segments: Document of each token [B, T], integers that never decrease along T and go on from the state's;
+            queries see their own document only. None: one document.
+        cache: Whether keys older than the window are attended, through the cache.
+        cache_gradient: Whether gradients pass from a block to earlier ones.
+        impl: "reference" (dense, defines the meaning), "recurrent" (block by block), "blocked" (fast), or "auto".
+
+    Raises:
+        ValueError: shapes that do not fit, a state of other sizes, an unknown `impl`.
+    """
+    state = _checked_state(state, q, v, codebook, mem_len)
+    _check(q, k_hat, v, indices, codebook, block_len, mem_len, position_query, position_keys, segments, impl)
+    positions = None if position_query is None or position_keys is None else Positions(position_query, position_keys)
+    inputs = AttentionInputs(q, k_hat, v, indices.long(), codebook.detach(), positions, segments)
+    if impl == "auto":
+        impl = "recurrent" if q.shape[2] <= block_len else "blocked"
+    run = {"reference": reference_attention, "recurrent": recurrent_attention, "blocked": blocked_attention}[impl]
+    with torch.autocast(q.device.type, enabled=False):
+        return VQAttentionOutput(*run(inputs, state, block_len, mem_len, cache, cache_gradient))
+
+
+def _checked_state(state: AttentionState | None, q: Tensor, v: Tensor, codebook: Tensor, mem_len: int) -> AttentionState:
+    batch, heads, _, key_dim = q.shape
+    size, value_dim = codebook.shape[1], v.shape[-1]
+    if state is None:
+        return initial_state(batch, heads, mem_len, size, key_dim, value_dim, dtype=v.dtype, device=q.device)
+    expected = {
+        "k_hat": (batch, heads, mem_len, key_dim),
+        "v": (batch, heads, mem_len, value_dim),
+        "count": (batch, heads, size),
+        "mean": (batch, heads, size, value_dim),
+    }
+    for name, shape in expected.items():
+        found = tuple(getattr(state, name).shape)
+        if found != shape:
+            raise ValueError(f"state.{name} has shape {found}, these inputs need {shape}: pass the state of the same model and batch")
+    return state
+
+
+def _check(q, k_hat, v, indices, codebook, block_len, mem_len, position_query, position_keys, segments, impl) -> None:
+    if impl not in ("auto", "reference", "recurrent", "blocked"):
+        raise ValueError(f'impl = {impl!r}: must be "auto", "reference", "recurrent" or "blocked"')
+    for name, value in (("block_len", block_len), ("mem_len", mem_len)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+    batch, heads, time, key_dim = q.shape
+    if time < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}: needs at least one token")
+    expected = {
+        "k_hat": (k_hat, (batch, heads, time, key_dim)),
+        "v": (v, (batch, heads, time, v.shape[-1])),
+        "indices": (indices, (batch, heads, time)),
+        "codebook": (codebook, (heads, codebook.shape[1], key_dim)),
+    }
+    if (position_query is None) != (position_keys is None):
+        raise ValueError("position_query and position_keys come together: pass both or neither")
+    if position_query is not None and position_keys is not None:
+        expected["position_query"] = (position_query, (batch, heads, time, key_dim))
+        expected["position_keys"] = (position_keys, (heads, mem_len + 1, key_dim))
+    if segments is not None:
+        expected["segments"] = (segments, (batch, time))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape} to fit q of shape {tuple(q.shape)}")

@@ -1,0 +1,60 @@
+"""The arguments that every implementation of VQ attention takes, in one piece, and how state moves along."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqkit.ops.vq_attention.state import AttentionState
+
+
+class Positions(NamedTuple):
+    """Positional term of the scores: query [B, H, T, K] against keys [H, M + 1, K], row d for distance d."""
+
+    query: Tensor
+    keys: Tensor
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of one call; see `vq_attention` for their shapes. The codebook carries no gradient."""
+
+    q: Tensor
+    k_hat: Tensor
+    v: Tensor
+    indices: Tensor
+    codebook: Tensor
+    positions: Positions | None
+    segments: Tensor | None
+
+    def slice(self, start: int, stop: int) -> AttentionInputs:
+        """The tokens start .. stop - 1."""
+        positions = self.positions and Positions(self.positions.query[:, :, start:stop], self.positions.keys)
+        segments = None if self.segments is None else self.segments[:, start:stop]
+        tokens = (t[:, :, start:stop] for t in (self.q, self.k_hat, self.v, self.indices))
+        return AttentionInputs(*tokens, self.codebook, positions, segments)
+
+    def segment_ids(self) -> Tensor:
+        """Segments [B, T], all 0 where documents are not told apart."""
+        if self.segments is not None:
+            return self.segments
+        return self.indices.new_zeros(self.indices.shape[0], self.indices.shape[2])
+
+
+def next_window(inputs: AttentionInputs, state: AttentionState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last M quantized keys, values, codes and segments; copies, so that the window does not keep a whole sequence alive."""
+    mem_len = state.k_hat.shape[2]
+
+    def tail(old: Tensor, new: Tensor, axis: int) -> Tensor:
+        time = new.shape[axis]
+        if time >= mem_len:
+            return new.narrow(axis, time - mem_len, mem_len).clone(memory_format=torch.contiguous_format)
+        return torch.cat([old.narrow(axis, time, mem_len - time), new], axis)
+
+    return (
+        tail(state.k_hat, inputs.k_hat, 2),
+        tail(state.v, inputs.v, 2),
+        tail(state.indices, inputs.indices, 2),
+        tail(state.segment, inputs.segment_ids(), 1),
+    )
