@@ -1,0 +1,69 @@
+# Everything starts from python3 and make alone: the first target that needs it makes .venv.
+# An index of CPU builds of torch can be named: make test TORCH_INDEX=<url>
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# The tests are small; threads beyond one only wait for each other.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint types unit wheel format bench-train clean
+
+help:
+	@echo "make demo         train on this machine's Python library, measure, sample (minutes)"
+	@echo "make test         lint, type check, all tests, wheel"
+	@echo "make lint         ruff: rules and format"
+	@echo "make types        pyrefly"
+	@echo "make unit         the tests alone; ARGS='-k name' to choose"
+	@echo "make wheel        build the wheel and use it from a folder of its own"
+	@echo "make format       let ruff write the format"
+	@echo "make bench-train  training speed against a bare matrix product"
+	@echo "make clean        remove .venv and what was built"
+
+demo: export OMP_NUM_THREADS :=
+demo: $(VENV)/.train
+	$(BIN)/vqkit train quickstart
+
+test: lint types unit wheel
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --quiet --check || { echo "run: make format"; exit 1; }
+
+types: $(VENV)/.dev
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+wheel: $(VENV)/.dev
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
+	$(BIN)/python -I .ci/check_wheel.py build/site
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --quiet --fix-only
+	$(BIN)/ruff format --quiet
+
+bench-train: export OMP_NUM_THREADS :=
+bench-train: $(VENV)/.train
+	$(BIN)/python benchmarks/bench_train.py
+
+clean:
+	rm -rf $(VENV) build
+
+# Installed anew only when the wanted versions change: the stamps say with what.
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[train]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[train,dev]"
+	@touch $@ $(VENV)/.train
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqkit needs Python 3.11 or newer; $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
