@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,7 +42,7 @@ class ModelConfig:
     position_base: float = 100_000.0
     """Base of the wavelengths of all sinusoids (pe_lam)."""
     tied: bool = False
-    """Share the embedding with the output projection."""
+    """Share the embedding with the output projection; with float features the table serves the output alone."""
     output_norm: bool = True
     """RMS norm before the output projection (e_preln)."""
     logit_scale: float = 1.0
@@ -55,7 +56,9 @@ class ModelConfig:
                 raise ValueError(f"model.{name} = {value!r}: must be an integer of at least 1")
         if self.dim % 2:
             raise ValueError(f"model.dim = {self.dim}: must be even, half sines and half cosines")
-        if self.position_base <= 1.0:
-            raise ValueError(f"model.position_base = {self.position_base}: must be greater than 1")
-        if self.tied and self.input == "features":
-            raise ValueError('model.tied = True with model.input = "features": there is no embedding to share; use tied = False')
+        if self.input not in ("tokens", "features"):
+            raise ValueError(f'model.input = {self.input!r}: must be "tokens" or "features"')
+        if not 1.0 < self.position_base < math.inf:
+            raise ValueError(f"model.position_base = {self.position_base}: must be a finite number greater than 1")
+        if not 0.0 < self.logit_scale < math.inf:
+            raise ValueError(f"model.logit_scale = {self.logit_scale}: must be a finite number greater than 0")
