@@ -1,73 +1,32 @@
-"""Pure functions of tensors: no module, no configuration, no process group, no global state but the random generator where said."""
+"""Pure functions of tensors: no module, no configuration, no process group, no global state but the random generator where said.
+
+One idea a module; `vqkit.ops.codebook.gather_codes` and the like. Modules load when they are first used.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vqkit.ops.codebook import (
-        CodebookStatistics,
-        assignment_stats,
-        codes_from_ema,
-        ema_update,
-        gather_codes,
-        merge_statistics,
-        replace_dead_codes,
-    )
-    from vqkit.ops.estimators import straight_through
-    from vqkit.ops.kmeans import kmeans
-    from vqkit.ops.losses import commitment_loss
-    from vqkit.ops.nearest_code import NearestCode, nearest_code, nearest_index
-    from vqkit.ops.positions import sinusoids
-    from vqkit.ops.usage import active_fraction, perplexity, quantization_metrics
+    from vqkit.ops import codebook as codebook
+    from vqkit.ops import estimators as estimators
+    from vqkit.ops import kmeans as kmeans
+    from vqkit.ops import losses as losses
+    from vqkit.ops import nearest_code as nearest_code
+    from vqkit.ops import positions as positions
+    from vqkit.ops import usage as usage
+    from vqkit.ops import vq_attention as vq_attention
 
-_HOME = {
-    "CodebookStatistics": "codebook",
-    "NearestCode": "nearest_code",
-    "active_fraction": "usage",
-    "assignment_stats": "codebook",
-    "codes_from_ema": "codebook",
-    "commitment_loss": "losses",
-    "ema_update": "codebook",
-    "gather_codes": "codebook",
-    "kmeans": "kmeans",
-    "merge_statistics": "codebook",
-    "nearest_code": "nearest_code",
-    "nearest_index": "nearest_code",
-    "perplexity": "usage",
-    "quantization_metrics": "usage",
-    "replace_dead_codes": "codebook",
-    "sinusoids": "positions",
-    "straight_through": "estimators",
-}
-
-__all__ = [  # noqa: RUF022
-    "NearestCode",
-    "nearest_code",
-    "nearest_index",
-    "CodebookStatistics",
-    "assignment_stats",
-    "codes_from_ema",
-    "ema_update",
-    "gather_codes",
-    "merge_statistics",
-    "replace_dead_codes",
-    "kmeans",
-    "straight_through",
-    "commitment_loss",
-    "active_fraction",
-    "perplexity",
-    "quantization_metrics",
-    "sinusoids",
-]
+__all__ = ["codebook", "estimators", "kmeans", "losses", "nearest_code", "positions", "usage", "vq_attention"]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
+def __getattr__(name: str) -> ModuleType:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return import_module(f"{__name__}.{name}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*globals(), *__all__})
