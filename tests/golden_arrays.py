@@ -96,7 +96,7 @@ _ACCURACY: dict = json.loads((ROOT / "accuracy.json").read_text()) if ROOT.exist
 
 def cases(group: str, pattern: str = "*", variants: tuple[str, ...] | None = None) -> Iterator[GoldenCase]:
     """All cases of a group whose name matches, in a fixed order."""
-    for path in sorted((ROOT / group).glob(f"{pattern}.npz")):
+    for path in sorted((ROOT / group).glob(f"{pattern}.*.npz")):
         case, variant = path.stem.rsplit(".", 1)
         if variants is None or variant in variants:
             yield GoldenCase(group, case, variant)
@@ -104,7 +104,7 @@ def cases(group: str, pattern: str = "*", variants: tuple[str, ...] | None = Non
 
 def case_ids(group: str, pattern: str = "*", variants: tuple[str, ...] | None = None) -> list[str]:
     """`CASE.VARIANT` names for parametrization, without opening a file."""
-    names = (p.stem for p in sorted((ROOT / group).glob(f"{pattern}.npz")))
+    names = (p.stem for p in sorted((ROOT / group).glob(f"{pattern}.*.npz")))
     return [n for n in names if variants is None or n.rsplit(".", 1)[1] in variants]
 
 
