@@ -1,0 +1,216 @@
+"""Which files a corpus consists of, and which of them are for training, validation and test.
+
+Everything here depends on the names below the folder, on sizes and on contents alone: not on the place of the folder, the
+machine or the order in which the file system lists it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from vqkit.data.config import DataConfig
+
+SPLITS = ("train", "validation", "test")
+PIECE = 1 << 22
+
+
+class SourceFile(NamedTuple):
+    """A file of the corpus; `name` is its path below the folder, with / between the parts."""
+
+    name: str
+    path: Path
+    size: int
+
+
+class Sources(NamedTuple):
+    """The files of a corpus in the order of their names, and how many were skipped."""
+
+    files: list[SourceFile]
+    empty_files: int
+    short_files: int
+
+
+class Document(NamedTuple):
+    """Bytes `start` to `stop` of a file, in one split: the whole file unless it is the only one of its corpus."""
+
+    split: str
+    file: SourceFile
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.stop - self.start
+
+
+def list_files(config: DataConfig) -> Sources:
+    """The files that `config` names.
+
+    Links are followed, but no file or folder is taken twice: a circle of links ends, and one content cannot come into two splits
+    by two names. What is neither file nor folder (a socket, a device) is passed over.
+    Raises ValueError if there is no path or no file, OSError naming what cannot be read.
+    """
+    if not config.path:
+        raise ValueError("data.path is empty: name a file or a folder with --data.path")
+    root = Path(config.path).expanduser()
+    if not root.exists():
+        raise ValueError(f"data.path = {config.path!r}: there is no such file or folder")
+    found = sorted(_below(root, config)) if root.is_dir() else [SourceFile(root.name, root, root.stat().st_size)]
+    files = [file for file in found if file.size >= config.min_file_bytes]
+    empty = sum(file.size == 0 for file in found)
+    short = len(found) - len(files) - empty
+    if not files:
+        skipped = f" ({empty} empty, {short} below data.min_file_bytes = {config.min_file_bytes})" if found else ""
+        patterns = f" that match data.include = {list(config.include)}" if root.is_dir() else ""
+        raise ValueError(f"data.path = {config.path!r}: holds no files with data{patterns}{skipped}; at least one is needed")
+    return Sources(files, empty, short)
+
+
+def split_documents(files: Sequence[SourceFile], config: DataConfig) -> list[Document]:
+    """Every byte of `files` in one split, in the order of `files`.
+
+    One file is cut by position: train, then validation, then test. Several are split file by file, by a hash of their names:
+    the files whose hash, as a fraction of 1, lies below `test_fraction` are for test, the next `validation_fraction` for validation
+    (if that is none, the file of the lowest hash that is left, so that a few files suffice); all others are for train.
+    Where a split has a limit, its files are taken in the order of their hash; one that no longer fits is for train.
+    """
+    if len(files) == 1:
+        return _by_position(files[0], config)
+    splits = _by_hash(files, config)
+    return [Document(splits[file.name], file, 0, file.size) for file in files]
+
+
+def read_documents(documents: Iterable[Document], digest: hashlib.blake2b) -> Iterator[tuple[Document, Iterator[bytes]]]:
+    """Each document with its content in pieces. Names, sizes and whatever is read enter `digest`: read all pieces in turn.
+
+    Raises OSError naming a file that cannot be read or whose size is no longer what it was.
+    """
+    for document in documents:
+        if document.start == 0:
+            name = _bytes_of(document.file.name)
+            for number in (len(name), document.file.size):
+                digest.update(number.to_bytes(8, "little"))
+            digest.update(name)
+        yield document, _pieces(document, digest)
+
+
+def corpus_hash(documents: Iterable[Document]) -> str:
+    """One blake2b over name, size and content of all files, as 32 hexadecimal digits."""
+    digest = new_digest()
+    for _, pieces in read_documents(documents, digest):
+        for _ in pieces:
+            pass
+    return digest.hexdigest()
+
+
+def new_digest() -> hashlib.blake2b:
+    """The hash that `corpus_hash` speaks of, before any file."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def hash_fraction(name: str) -> float:
+    """A number from 0 to 1 that depends on `name` alone, spread evenly over names."""
+    digest = hashlib.blake2b(_bytes_of(name), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64
+
+
+def _below(root: Path, config: DataConfig) -> Iterator[SourceFile]:
+    seen = {os.path.realpath(root)}
+    waiting = [(root, os.path.realpath(root), "")]
+    while waiting:
+        folder, real_folder, prefix = waiting.pop()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+        for entry in entries:
+            name, path = prefix + entry.name, Path(entry.path)
+            if any(fnmatchcase(entry.name, pattern) for pattern in config.exclude):
+                continue
+            wanted = any(fnmatchcase(name, pattern) for pattern in config.include)
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if wanted:
+                    raise _unreadable(path, error) from error
+                continue
+            real = os.path.realpath(path) if entry.is_symlink() else os.path.join(real_folder, entry.name)
+            if stat.S_ISDIR(status.st_mode) and real not in seen:
+                waiting.append((path, real, name + "/"))
+            elif stat.S_ISREG(status.st_mode) and wanted and real not in seen:
+                yield SourceFile(name, path, status.st_size)
+            else:
+                continue
+            seen.add(real)
+
+
+def _by_position(file: SourceFile, config: DataConfig) -> list[Document]:
+    test = _limited(int(file.size * config.test_fraction), config.max_test_bytes)
+    validation = _limited(int(file.size * config.validation_fraction), config.max_validation_bytes)
+    borders = (0, file.size - test - validation, file.size - test, file.size)
+    parts = zip(SPLITS, borders, borders[1:], strict=False)
+    return [Document(split, file, start, stop) for split, start, stop in parts if stop > start]
+
+
+def _by_hash(files: Sequence[SourceFile], config: DataConfig) -> dict[str, str]:
+    """The split of every name."""
+    place = {file.name: hash_fraction(file.name) for file in files}
+    train = sorted(files, key=lambda file: (place[file.name], file.name))
+    splits = {file.name: "train" for file in files}
+    low = 0.0
+    for split, fraction, limit in (
+        ("test", config.test_fraction, config.max_test_bytes),
+        ("validation", config.validation_fraction, config.max_validation_bytes),
+    ):
+        if fraction > 0.0:
+            high = low + fraction
+            taken = _fitting((file for file in train if low <= place[file.name] < high), limit) or _fitting(train, limit)[:1]
+            splits |= {file.name: split for file in taken}
+            train = [file for file in train if splits[file.name] == "train"]
+            low = high
+    return splits
+
+
+def _fitting(files: Iterable[SourceFile], limit: int) -> list[SourceFile]:
+    taken, total = [], 0
+    for file in files:
+        if not limit or total + file.size <= limit:
+            taken.append(file)
+            total += file.size
+    return taken
+
+
+def _limited(size: int, limit: int) -> int:
+    return min(size, limit) if limit else size
+
+
+def _pieces(document: Document, digest: hashlib.blake2b) -> Iterator[bytes]:
+    path, left = document.file.path, document.size
+    try:
+        with open(path, "rb") as file:
+            same = os.fstat(file.fileno()).st_size == document.file.size
+            file.seek(document.start)
+            while same and left and (piece := file.read(min(left, PIECE))):
+                left -= len(piece)
+                digest.update(piece)
+                yield piece
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if left:
+        raise OSError(f"{path} changed while it was being read: it held {document.file.size} bytes; run again")
+
+
+def _unreadable(path: Path, error: OSError) -> OSError:
+    return OSError(f"cannot read {path}: {error.strerror}")
+
+
+def _bytes_of(name: str) -> bytes:
+    # Names that are no UTF-8 come from the file system with escapes and go back to the bytes that they are.
+    return name.encode("utf-8", "surrogateescape")
