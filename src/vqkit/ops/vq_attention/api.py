@@ -122,3 +122,13 @@ def _check(q, k_hat, v, indices, codebook, block_len, mem_len, position_query, p
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape} to fit q of shape {tuple(q.shape)}")
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(indices, codebook.shape[1], segments)
+
+
+def _check_values(indices: Tensor, codebook_size: int, segments: Tensor | None) -> None:
+    low, high = indices.aminmax()
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"indices hold values from {int(low)} to {int(high)}: must be in 0 .. {codebook_size - 1}, the codes of the codebook")
+    if segments is not None and bool((segments.diff(dim=1) < 0).any()):
+        raise ValueError("segments decrease along a row: must be document numbers that never decrease, so that each document is one run")

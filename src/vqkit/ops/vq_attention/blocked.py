@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqkit.ops.vq_attention.inputs import AttentionInputs, next_window
+from vqkit.ops.vq_attention.inputs import AttentionInputs, cache_bias, next_window, window_mask
 from vqkit.ops.vq_attention.recurrent import recurrent_attention
 from vqkit.ops.vq_attention.state import AttentionState
 
@@ -178,7 +178,7 @@ class _Lane:
             near += self.blocks(self.query, first, last) @ self.keys.mT
         self._hide(scores[..., :window], first, last)
         if plan.cache:
-            bias = self.counts[first:last].log().to(q.dtype)[:, None]
+            bias = cache_bias(self.counts[first:last]).to(q.dtype)[:, None]
             torch.baddbmm(bias, q, self.codebook.mT.expand(blocks, -1, -1), out=scores[..., window:])
             if self.query_segment is not None and self.cached_segment is not None:
                 other = self.blocks_of(self.query_segment, first, last) != self.cached_segment[first:last, None]
@@ -212,9 +212,7 @@ class _Lane:
 def _causal_mask(plan: Plan, like: Tensor) -> Tensor:
     """[1, L, M + L]: 0 for keys that a query may see as far as time goes, else -inf."""
     length, memory = plan.block_len, plan.mem_len
-    seen = torch.ones(length, memory + length, dtype=torch.bool, device=like.device).tril(memory)
-    if not plan.cache:
-        seen = seen.triu()
+    seen = window_mask(length, memory, plan.cache, like.device)
     wide = torch.promote_types(like.dtype, torch.float32)
     return torch.zeros(1, length, memory + length, dtype=wide, device=like.device).masked_fill_(~seen, -torch.inf)
 

@@ -1,4 +1,4 @@
-"""The arguments that every implementation of VQ attention takes, in one piece, and how state moves along."""
+"""What the implementations of VQ attention share: their arguments in one piece, the window, and the bias of the cache."""
 
 from __future__ import annotations
 
@@ -58,3 +58,14 @@ def next_window(inputs: AttentionInputs, state: AttentionState) -> tuple[Tensor,
         tail(state.indices, inputs.indices, 2),
         tail(state.segment, inputs.segment_ids(), 1),
     )
+
+
+def cache_bias(count: Tensor) -> Tensor:
+    """What a code's count adds to its score: log(count), -inf for a code that no cached token has."""
+    return torch.where(count == 0, -torch.inf, count.clamp(min=1).log())
+
+
+def window_mask(length: int, mem_len: int, cache: bool, device: torch.device | None = None) -> Tensor:
+    """Which keys of its window [M + L] each query [L] may see: those before it, without the cache at most `mem_len` back."""
+    seen = torch.ones(length, mem_len + length, dtype=torch.bool, device=device).tril(mem_len)
+    return seen if cache else seen.triu()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqkit.ops.vq_attention.inputs import AttentionInputs, next_window
+from vqkit.ops.vq_attention.inputs import AttentionInputs, cache_bias, next_window, window_mask
 from vqkit.ops.vq_attention.state import AttentionState
 
 
@@ -38,7 +38,7 @@ def _attend(inputs: AttentionInputs, state: AttentionState, mem_len: int, cache:
     if not cache:
         return (scores.softmax(-1) @ values).to(inputs.v.dtype)
 
-    cached = q @ inputs.codebook.to(wide).mT + state.count.log()[:, :, None, :]
+    cached = q @ inputs.codebook.to(wide).mT + cache_bias(state.count)[:, :, None, :]
     if inputs.segments is not None:
         other = inputs.segments != state.cached_segment[:, None]
         cached = cached.masked_fill(other[:, None, :, None], -torch.inf)
@@ -58,10 +58,7 @@ def _band(by_distance: Tensor) -> Tensor:
 def _seen(inputs: AttentionInputs, state: AttentionState, mem_len: int, cache: bool) -> Tensor:
     """Which key of the window each query may see, [B, H or 1, L, M + L]."""
     length = inputs.q.shape[2]
-    distance = mem_len + torch.arange(length, device=inputs.q.device)[:, None] - torch.arange(mem_len + length, device=inputs.q.device)
-    seen = distance >= 0
-    if not cache:
-        seen = seen & (distance <= mem_len)
+    seen = window_mask(length, mem_len, cache, inputs.q.device)
     present = F.pad(state.indices >= 0, (0, length), value=True)
     seen = seen & present[:, :, None, :]
     if inputs.segments is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkit.ops.vq_attention.inputs import AttentionInputs, next_window
+from vqkit.ops.vq_attention.inputs import AttentionInputs, cache_bias, next_window
 from vqkit.ops.vq_attention.state import AttentionState
 
 
@@ -40,7 +40,7 @@ def reference_attention(
     seen = (distance >= 0) & (indices >= 0)[:, :, None, :]
     if not cache:
         seen = seen & (distance <= mem_len)
-    cached = q @ codebook.mT + state.count.log()[:, :, None, :]  # [B, H, T, C]
+    cached = q @ codebook.mT + cache_bias(state.count)[:, :, None, :]  # [B, H, T, C]
     if inputs.segments is not None:
         seen = seen & (inputs.segments[:, :, None] == segment[:, None, :])[:, None]
         other = inputs.segments != state.cached_segment[:, None]

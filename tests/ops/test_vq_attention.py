@@ -1,0 +1,233 @@
+"""Laws of VQ attention: every implementation equals the dense reference, in value, gradient and state."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import golden_arrays
+import pytest
+import torch
+from torch import Tensor
+
+from vqkit.ops.vq_attention import AttentionState, vq_attention
+from vqkit.ops.vq_attention.inputs import cache_bias, window_mask
+from vqkit.ops.vq_attention.recurrent import _band
+
+FAST = ("recurrent", "blocked")
+KEY, VALUE, CODES, BATCH = 4, 5, 6, 2
+
+
+def draw(time: int, mem_len: int, *, heads: int = 2, positions: bool = True, segments: int = 0, codebook: Tensor | None = None) -> dict:
+    """Arguments of one call in float64; `segments` documents a row, 0 for none."""
+    codebook = torch.randn(heads, CODES, KEY, dtype=torch.float64) if codebook is None else codebook
+    indices = torch.randint(0, CODES, (BATCH, heads, time))
+    arguments = {
+        "q": torch.randn(BATCH, heads, time, KEY, dtype=torch.float64),
+        "k_hat": torch.stack([codebook[h][indices[:, h]] for h in range(heads)], 1),
+        "v": torch.randn(BATCH, heads, time, VALUE, dtype=torch.float64),
+        "indices": indices,
+        "codebook": codebook,
+        "position_query": torch.randn(BATCH, heads, time, KEY, dtype=torch.float64) if positions else None,
+        "position_keys": torch.randn(heads, mem_len + 1, KEY, dtype=torch.float64) if positions else None,
+        "segments": torch.randint(0, segments, (BATCH, time)).sort(1).values if segments else None,
+    }
+    return arguments
+
+
+def part(arguments: dict, start: int, stop: int) -> dict:
+    sliced = {name: arguments[name][:, :, start:stop] for name in ("q", "k_hat", "v", "indices")}
+    if arguments["position_query"] is not None:
+        sliced["position_query"] = arguments["position_query"][:, :, start:stop]
+    if arguments["segments"] is not None:
+        sliced["segments"] = arguments["segments"][:, start:stop]
+    return {**arguments, **sliced}
+
+
+def carried_state(codebook: Tensor, mem_len: int, segments: bool) -> AttentionState:
+    before = draw(11, mem_len, heads=codebook.shape[0], segments=3 if segments else 0, codebook=codebook)
+    if segments:
+        before["segments"] = before["segments"] - 2
+    state = vq_attention(**before, block_len=4, mem_len=mem_len, impl="reference").state
+    # Keys of the window keep the values they had under an older codebook.
+    return state._replace(k_hat=state.k_hat + 0.1 * torch.randn_like(state.k_hat))
+
+
+def everything(arguments: dict, state: AttentionState | None, **options) -> dict[str, Tensor]:
+    """Output, state and the gradients of a random functional of both, by name."""
+    names = [n for n in ("q", "k_hat", "v", "position_query", "position_keys") if arguments[n] is not None]
+    leaves = {n: arguments[n].clone().requires_grad_() for n in names}
+    if state is not None:
+        leaves |= {f"state.{n}": getattr(state, n).clone().requires_grad_() for n in ("k_hat", "v", "mean")}
+        state = state._replace(**{n: leaves[f"state.{n}"] for n in ("k_hat", "v", "mean")})
+    output, after = vq_attention(**{**arguments, **{n: leaves[n] for n in names}}, state=state, **options)
+    generator = torch.Generator().manual_seed(5)
+    probe = lambda t: (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()  # noqa: E731
+    total = probe(output)
+    if options.get("cache_gradient", True):
+        total = total + probe(after.v) + probe(after.k_hat) + probe(after.mean * (after.count > 0)[..., None])
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    found = {"output": output, **{f"after.{n}": t for n, t in after._asdict().items()}}
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        found[f"grad.{name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return found
+
+
+GRID = list(
+    itertools.product((1, 3, 8, 13, 24), (1, 4, 6), (2, 4, 7), (1, 2), (True, False), (True, False), (True, False), (0, 4), (True, False))
+)
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("share", range(4))
+def test_equals_reference_in_value_state_and_gradient(impl: str, share: int) -> None:
+    for time, block_len, mem_len, heads, cache, cache_gradient, positions, segments, with_state in random.Random(share).sample(GRID, 45):
+        arguments = draw(time, mem_len, heads=heads, positions=positions, segments=segments)
+        state = carried_state(arguments["codebook"], mem_len, bool(segments)) if with_state else None
+        options = {"block_len": block_len, "mem_len": mem_len, "cache": cache, "cache_gradient": cache_gradient}
+        expected = everything(arguments, state, **options, impl="reference")
+        found = everything(arguments, state, **options, impl=impl)
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name], value, rtol=0, atol=1e-11, msg=lambda m, n=name: f"{n} with T={time} {options}: {m}"
+            )
+
+
+def test_the_value_does_not_depend_on_the_block_but_the_gradient_does() -> None:
+    arguments = draw(24, 4)
+    runs = [everything(arguments, None, block_len=length, mem_len=4, impl="reference") for length in (1, 4, 6)]
+    for other in runs[1:]:
+        torch.testing.assert_close(other["output"], runs[0]["output"], rtol=0, atol=1e-12)
+        assert not torch.allclose(other["grad.k_hat"], runs[0]["grad.k_hat"], atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", ("reference", *FAST))
+@pytest.mark.parametrize("segments", (0, 4))
+def test_state_carried_over_calls_is_one_long_call(impl: str, segments: int) -> None:
+    arguments = draw(24, 6, segments=segments)
+    options = {"block_len": 4, "mem_len": 6, "impl": impl}
+    whole = vq_attention(**arguments, **options)
+    for cuts in ((8, 12, 24), (4, 24), (1, 2, 3, 24), (5, 11, 24)):
+        state, outputs, start = None, [], 0
+        for stop in cuts:
+            output, state = vq_attention(**part(arguments, start, stop), **options, state=state)
+            outputs.append(output)
+            start = stop
+        torch.testing.assert_close(torch.cat(outputs, 2), whole.output, rtol=0, atol=1e-12)
+        for name, after in state._asdict().items():
+            torch.testing.assert_close(after, getattr(whole.state, name), rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("impl", ("reference", *FAST))
+@pytest.mark.parametrize("cache", (True, False))
+def test_each_document_is_as_if_it_stood_alone(impl: str, cache: bool) -> None:
+    """The oracle: every document of every row in a call of its own, one document, no state."""
+    arguments = draw(29, 3, segments=5)
+    options = {"block_len": 4, "mem_len": 3, "cache": cache, "impl": impl}
+    state, outputs = None, []
+    for start, stop in ((0, 12), (12, 29)):
+        output, state = vq_attention(**part(arguments, start, stop), **options, state=state)
+        outputs.append(output)
+    packed = torch.cat(outputs, 2)
+    for row in range(BATCH):
+        documents = arguments["segments"][row]
+        for document in documents.unique().tolist():
+            at = (documents == document).nonzero().flatten()
+            alone = part({**arguments, "segments": None}, int(at[0]), int(at[-1]) + 1)
+            expected = vq_attention(**alone, block_len=4, mem_len=3, cache=cache, impl="reference").output
+            torch.testing.assert_close(packed[row, :, at], expected[row], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ("reference", *FAST))
+def test_nothing_flows_backwards_in_time_or_across_the_batch(impl: str) -> None:
+    arguments = draw(13, 3)
+    values = arguments["v"].clone().requires_grad_()
+    output = vq_attention(**{**arguments, "v": values}, block_len=4, mem_len=3, impl=impl).output
+    for row, at in ((0, 0), (1, 5), (0, 12)):
+        (grad,) = torch.autograd.grad(output[row, :, at].sum(), values, retain_graph=True)
+        reached = grad.abs().sum((1, 3)) > 0  # [B, T]
+        expected = torch.zeros_like(reached)
+        expected[row, : at + 1] = True
+        assert torch.equal(reached, expected)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_bfloat16_activations_keep_counts_and_means_in_float32(impl: str) -> None:
+    arguments = draw(24, 4)
+    narrow = {n: t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() and n != "codebook" else t for n, t in arguments.items()}
+    narrow["codebook"] = arguments["codebook"].float()
+    output, state = vq_attention(**narrow, block_len=4, mem_len=4, impl=impl)
+    expected = vq_attention(**arguments, block_len=4, mem_len=4, impl="reference")
+    assert output.dtype == torch.bfloat16
+    assert state.count.dtype == state.mean.dtype == torch.float32
+    torch.testing.assert_close(output.double(), expected.output, rtol=0, atol=0.08)
+    torch.testing.assert_close(state.count.double(), expected.state.count)
+
+
+def test_a_code_that_gains_nothing_keeps_its_mean_bit_for_bit() -> None:
+    arguments = draw(40, 2, heads=1)
+    arguments = {n: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in arguments.items()}
+    first = {**part(arguments, 0, 20)}
+    state = vq_attention(**first, block_len=4, mem_len=2).state
+    later = part(arguments, 20, 40)
+    later["indices"] = torch.zeros_like(later["indices"])
+    later["k_hat"] = arguments["codebook"][0, 0].expand_as(later["k_hat"])
+    for t in range(20):
+        after = vq_attention(**part(later, t, t + 1), block_len=4, mem_len=2, state=state).state
+        unmoved = after.count == state.count
+        assert torch.equal(after.mean[unmoved], state.mean[unmoved])
+        state = after
+
+
+BAD = {
+    "k_hat": lambda a: {"k_hat": a["k_hat"][:, :, :-1]},
+    "position_keys": lambda a: {"position_keys": a["position_keys"][:, :-1]},
+    "come together": lambda a: {"position_keys": None},
+    "codebook": lambda a: {"codebook": a["codebook"][..., :-1]},
+    "to 6": lambda a: {"indices": a["indices"].clamp(min=6)},
+    "from -1": lambda a: {"indices": a["indices"].clamp(max=0) - 1},
+    "segments decrease": lambda a: {"segments": torch.arange(8).flip(0).expand(BATCH, 8)},
+    "segments has shape": lambda a: {"segments": torch.zeros(BATCH, 7)},
+    "block_len = 0": lambda a: {"block_len": 0},
+    "mem_len = 0": lambda a: {"mem_len": 0},
+    "impl = 'fast'": lambda a: {"impl": "fast"},
+    "state.k_hat": lambda a: {"state": carried_state(a["codebook"], 5, False)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message: str) -> None:
+    arguments = {**draw(8, 3), "block_len": 4, "mem_len": 3}
+    with pytest.raises(ValueError, match=message):
+        vq_attention(**{**arguments, **BAD[message](arguments)})
+
+
+@pytest.mark.parametrize("case_id", golden_arrays.case_ids("unit", "agg_biases"))
+def test_golden_cache_bias(case_id: str) -> None:
+    case = golden_arrays.load("unit", case_id)
+    for name in ("counts", "fractions", "large", "negative", "random"):
+        bias = cache_bias(case[f"{name}/lower"])
+        case.check(f"{name}/out", torch.where(bias == -torch.inf, -1e30, bias))
+
+
+@pytest.mark.parametrize("case_id", golden_arrays.case_ids("unit", "causal_mask"))
+def test_golden_window_mask(case_id: str) -> None:
+    case = golden_arrays.load("unit", case_id)
+    for sub in case.meta["cases"]:
+        mask = window_mask(sub["block_len"], sub["mem_len"], cache=not sub["with_locality"])
+        present = torch.arange(mask.shape[1]) >= sub["invalid_len"]
+        case.check(f"{sub['key']}/mask", mask & present)
+
+
+@pytest.mark.parametrize("case_id", golden_arrays.case_ids("unit", "rel_shift"))
+def test_golden_relative_shift(case_id: str) -> None:
+    """Where the official shift is a distance of 0 .. M, that is on the band, the two agree."""
+    case = golden_arrays.load("unit", case_id)
+    for sub in case.meta["cases"]:
+        x, expected = case[f"{sub['key']}/x"], case[f"{sub['key']}/out"]
+        length, past = x.shape[-2:]
+        shifted = _band(x[..., length - 1 :])
+        assert shifted.shape == x.shape
+        row, column = torch.arange(length)[:, None], torch.arange(past)[None]
+        on_band = (column >= row) & (column - row <= past - length)
+        case.check(f"{sub['key']}/out", torch.where(on_band, shifted, expected))
