@@ -231,3 +231,10 @@ def test_golden_relative_shift(case_id: str) -> None:
         row, column = torch.arange(length)[:, None], torch.arange(past)[None]
         on_band = (column >= row) & (column - row <= past - length)
         case.check(f"{sub['key']}/out", torch.where(on_band, shifted, expected))
+
+
+@pytest.mark.parametrize("impl", ("reference", *FAST))
+def test_the_state_keeps_no_more_alive_than_it_holds(impl: str) -> None:
+    after = vq_attention(**draw(24, 4), block_len=4, mem_len=4, impl=impl).state.detach()
+    for name, tensor in after._asdict().items():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name

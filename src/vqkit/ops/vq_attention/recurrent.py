@@ -73,7 +73,7 @@ def advance(inputs: AttentionInputs, state: AttentionState) -> AttentionState:
     segment = torch.cat([state.segment, inputs.segment_ids()], 1)
     indices = torch.cat([state.indices, inputs.indices], 2)[:, :, :length]
     values = torch.cat([state.v, inputs.v], 2)[:, :, :length].to(state.mean.dtype)
-    cached_segment = segment[:, length - 1]
+    cached_segment = segment[:, length - 1].clone()
     count, mean, entering = state.count, state.mean, indices >= 0
     if inputs.segments is not None:
         keep = (state.cached_segment == cached_segment)[:, None, None]

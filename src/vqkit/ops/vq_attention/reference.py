@@ -78,7 +78,7 @@ def _next_state(inputs: AttentionInputs, state: AttentionState, v: Tensor, indic
     """Counts and means of all tokens that have left the window, of the document of the last one that left."""
     time = inputs.q.shape[2]
     size = inputs.codebook.shape[1]
-    cached_segment = segment[:, time - 1]
+    cached_segment = segment[:, time - 1].clone()
     leaving = torch.nn.functional.one_hot(indices[:, :, :time] + 1, size + 1)[..., 1:].to(state.mean.dtype)  # absent tokens: no code
     old = state.count
     if inputs.segments is not None:
