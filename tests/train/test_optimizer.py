@@ -1,10 +1,10 @@
 """The optimizer against the official composition: golden arrays, and laws about decay, clipping and saving."""
 
-import golden_arrays
 import pytest
 import torch
 from torch import nn
 
+import golden_arrays
 from vqkit.ops.codebook import CodebookStatistics, ema_update
 from vqkit.train.config import TrainConfig
 from vqkit.train.optimizer import Optimizer, clip_

@@ -1,11 +1,11 @@
 """The schedule: golden values of the official code, continuity, and the constant course."""
 
-import golden_arrays
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import golden_arrays
 from vqkit.train.config import TrainConfig
 from vqkit.train.schedule import schedule_multiplier
 

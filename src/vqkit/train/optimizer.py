@@ -24,7 +24,7 @@ class Optimizer:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
         self.config = config
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-        self._decayed = [parameter for parameter in self.parameters.values() if parameter.ndim != 1]
+        self._decayed: list[Tensor] = [parameter for parameter in self.parameters.values() if parameter.ndim != 1]
         self._adam = torch.optim.Adam(
             self.parameters.values(), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=_can_fuse(self.parameters.values())
         )
@@ -70,7 +70,8 @@ class Optimizer:
             on = parameter.device if key != "step" or self._adam.defaults["fused"] else torch.device("cpu")
             states.setdefault(parameter, {})[key] = value.to(on, copy=True)
         self._adam.state.clear()
-        self._adam.state.update(states)
+        for parameter, state in states.items():
+            self._adam.state[parameter] = state
 
 
 def clip_(gradients: list[Tensor], largest: float | None) -> Tensor:

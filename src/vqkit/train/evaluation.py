@@ -1,0 +1,175 @@
+"""How well a model predicts a split: bits per byte with the state carried through all of it, the use of its codes, the worth of context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqkit.data import Batch, Split, stream
+from vqkit.models import TransformerVQ
+from vqkit.train.code_use import code_use
+from vqkit.train.state import detached_copy
+from vqkit.train.step import token_nats
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A split, or as much of it as was asked for, read once. Entries of codes are one a unit, and in that one a head."""
+
+    nats: float
+    """Negative log-likelihood of all targets, end tokens included."""
+    num_tokens: int
+    """Targets, end tokens included."""
+    num_bytes: int
+    """Targets that are bytes."""
+    code_counts: tuple[tuple[tuple[int, ...], ...], ...]
+    """How often each code was chosen: [unit][head][code]."""
+    active_codes: tuple[tuple[float, ...], ...]
+    """Share of codes with at least 1 / (10 C) of the assignments."""
+    perplexity: tuple[tuple[float, ...], ...]
+    """exp of the entropy of the assignments."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits of all targets, shared out over the bytes."""
+        return self.nats / math.log(2) / max(self.num_bytes, 1)
+
+    @property
+    def worst_active_codes(self) -> float:
+        """Share of active codes in the worst head of the worst unit."""
+        return min(share for unit in self.active_codes for share in unit)
+
+    @property
+    def mean_perplexity(self) -> float:
+        values = [value for unit in self.perplexity for value in unit]
+        return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class ContextAblation:
+    """The same model at the same positions, with everything before them and with the last `context` tokens alone."""
+
+    context: int
+    num_positions: int
+    full_bits_per_byte: float
+    cut_bits_per_byte: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: TransformerVQ,
+    split: Split,
+    *,
+    batch_size: int = 16,
+    chunk_len: int = 512,
+    segments: bool = True,
+    max_tokens: int | None = None,
+) -> Evaluation:
+    """Read `split` as `batch_size` lanes side by side, `chunk_len` tokens a call, with carried state: every token is a target once.
+
+    With `segments=False` documents see each other. With `max_tokens` each lane is read from its beginning, for as many calls
+    as have at most so many targets, but at least one. The model is in evaluation mode meanwhile, and changed in nothing.
+    Raises ValueError for an empty split.
+    """
+    _check_not_empty(split)
+    nats = torch.zeros((), dtype=torch.float64, device=_device(model))
+    num_tokens = num_bytes = 0
+    counts = [torch.zeros(quantizer.codebook.shape[:2], dtype=torch.float64, device=nats.device) for quantizer in model.quantizers()]
+    with _evaluating(model):
+        state = model.initial_state(batch_size)
+        for batch in stream(split, batch_size, chunk_len):
+            if max_tokens is not None and num_tokens > 0 and num_tokens + int(batch.loss_mask.sum()) > max_tokens:
+                break
+            num_tokens += int(batch.loss_mask.sum())
+            num_bytes += batch.num_bytes
+            batch = batch.to(nats.device)
+            output = model(batch.tokens, state, segments=batch.segment_ids if segments else None, mask=batch.loss_mask, statistics=True)
+            state = detached_copy(output.state)
+            nats += (token_nats(output.logits, batch.targets) * batch.loss_mask).sum(dtype=torch.float64)
+            for total, statistics in zip(counts, output.statistics, strict=True):
+                total += statistics.count
+    uses = [code_use(total) for total in counts]
+    return Evaluation(
+        nats=nats.item(),
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        code_counts=tuple(tuple(tuple(int(count) for count in head) for head in unit.tolist()) for unit in counts),
+        active_codes=tuple(tuple(use.active.tolist()) for use in uses),
+        perplexity=tuple(tuple(use.perplexity.tolist()) for use in uses),
+    )
+
+
+@torch.no_grad()
+def context_ablation(
+    model: TransformerVQ,
+    split: Split,
+    *,
+    context: int = 4,
+    positions: int = 4096,
+    batch_size: int = 16,
+    chunk_len: int = 512,
+    segments: bool = True,
+) -> ContextAblation:
+    """Bits per byte at about `positions` evenly spaced bytes of the split, with the whole context and with `context` tokens of it.
+
+    Both are measured at the same bytes, so that their difference is the worth of the context alone.
+    Raises ValueError for an empty split, or a `context` that a chunk has no room for.
+    """
+    _check_not_empty(split)
+    if not 1 <= context <= chunk_len:
+        raise ValueError(f"context = {context}: must be from 1 to chunk_len = {chunk_len}")
+    stride = max(1, split.num_tokens // max(positions, 1))
+    full = cut = torch.zeros((), dtype=torch.float64, device=_device(model))
+    num = 0
+    with _evaluating(model):
+        state = model.initial_state(batch_size)
+        for index, batch in enumerate(stream(split, batch_size, chunk_len)):
+            batch = batch.to(full.device)
+            output = model(batch.tokens, state, segments=batch.segment_ids if segments else None, statistics=False)
+            state = detached_copy(output.state)
+            times = torch.arange(context - 1, chunk_len, device=full.device)
+            times = times[(times + index * chunk_len) % stride == 0]
+            counted = batch.byte_mask[:, times]
+            if not counted.any():
+                continue
+            num += int(counted.sum())
+            full = full + token_nats(output.logits, batch.targets)[:, times][counted].sum(dtype=torch.float64)
+            cut = cut + _nats_of_last(model, batch, times, context, segments)[counted].sum(dtype=torch.float64)
+    bits = max(num, 1) * math.log(2)
+    return ContextAblation(context, num, full.item() / bits, cut.item() / bits)
+
+
+def _nats_of_last(model: TransformerVQ, batch: Batch, times: Tensor, context: int, segments: bool) -> Tensor:
+    """Negative log-likelihood [B, len(times)] of the targets at `times`, each from the `context` inputs that end there."""
+
+    def windows(field: Tensor) -> Tensor:
+        return field.unfold(1, context, 1)[:, times - (context - 1)].flatten(0, 1)
+
+    output = model(windows(batch.tokens), segments=windows(batch.segment_ids) if segments else None, statistics=False)
+    targets = batch.targets[:, times]
+    return token_nats(output.logits[:, -1:], targets.reshape(-1, 1)).view_as(targets)
+
+
+@contextmanager
+def _evaluating(model: TransformerVQ) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _device(model: TransformerVQ) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check_not_empty(split: Split) -> None:
+    if split.num_tokens == 0:
+        raise ValueError(f"the {split.name} split is empty: there is nothing to measure")

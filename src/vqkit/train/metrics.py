@@ -1,0 +1,103 @@
+"""What a run says about itself: means between two log lines, and files of JSON lines.
+
+Numbers are written so that they read back exactly, and metrics.jsonl holds no clock: the file of an interrupted run equals that of
+an unbroken one byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqkit.data import Batch
+from vqkit.files import write_bytes_atomic
+from vqkit.train.code_use import code_use
+from vqkit.train.step import StepResult
+
+
+class Interval:
+    """Sums over the steps since the last log line; part of a checkpoint, so that the next line is what it would have been."""
+
+    def __init__(self, code_shapes: Sequence[torch.Size], device: torch.device) -> None:
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self._counts = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in code_shapes]
+
+    def add_(self, result: StepResult, batch: Batch) -> None:
+        """Count in the step that `batch` was trained on."""
+        losses = result.losses
+        nats = losses.language * batch.targets.numel()
+        values = [torch.ones_like(nats), losses.total, losses.commitment, nats, batch.byte_mask.sum(), result.gradient_norm]
+        self._sums += torch.stack([value.double() for value in values])
+        for sums, counts in zip(self._counts, result.code_counts, strict=True):
+            sums += counts
+
+    def is_finite(self) -> bool:
+        """Whether no loss or gradient of the interval was infinite or not a number."""
+        return bool(self._sums.isfinite().all())
+
+    def summary(self) -> dict[str, float]:
+        """Means over the interval; `active_codes` is the share in the worst head of the worst unit, `perplexity` a mean over all."""
+        steps, loss, commitment, nats, size, norm = self._sums.tolist()
+        uses = [code_use(counts) for counts in self._counts]
+        return {
+            "loss": loss / steps,
+            "bits_per_byte": nats / math.log(2) / max(size, 1.0),
+            "commitment": commitment / steps,
+            "gradient_norm": norm / steps,
+            "active_codes": min(use.active.min().item() for use in uses),
+            "perplexity": sum(use.perplexity.mean().item() for use in uses) / len(uses),
+        }
+
+    def clear_(self) -> None:
+        for tensor in (self._sums, *self._counts):
+            tensor.zero_()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"interval.sums": self._sums, **{f"interval.counts.{i}": counts for i, counts in enumerate(self._counts)}}
+
+    def load_state_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.state_tensors().items():
+            tensor.copy_(tensors[name])
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, that grows at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line at once. Raises ValueError for a number that is not finite."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines; none if there is no file. A last line without its end was never finished."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Remove, in one step, the lines of metrics.jsonl that tell of steps after `step`, and a torn last line."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    kept = b"".join(line + b"\n" for line in data.split(b"\n")[:-1] if json.loads(line)["step"] <= step)
+    if kept != data:
+        write_bytes_atomic(path, kept)

@@ -1,0 +1,88 @@
+"""One optimizer step: losses, gradients of all micro-batches, parameters, and then, at this one place, the codebooks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqkit.data import Batch
+from vqkit.dist import Reducer
+from vqkit.models import TransformerVQ
+from vqkit.models.transformer import ModelOutput, ModelState
+from vqkit.quantizers import add_statistics_, update_codebooks_
+from vqkit.train.config import TrainConfig
+from vqkit.train.optimizer import Optimizer
+from vqkit.train.state import detached_copy, join_rows, split_rows
+
+
+class Losses(NamedTuple):
+    """Scalars; `total` is what is minimised."""
+
+    total: Tensor
+    language: Tensor
+    commitment: Tensor
+
+
+class StepResult(NamedTuple):
+    """What a step did, without gradients. Losses and norm are of before the step; scalars stay on the device."""
+
+    state: ModelState
+    losses: Losses
+    gradient_norm: Tensor
+    """Global norm before clipping."""
+    code_counts: tuple[Tensor, ...]
+    """[H, C] uses of each code, one tensor an attention unit."""
+
+
+def composite_loss(output: ModelOutput, batch: Batch, config: TrainConfig) -> Losses:
+    """Negative log-likelihood plus weighted commitment loss, in nats, each a mean over all positions of the batch.
+
+    Positions that do not count (`loss_mask`) add 0 and stay in the denominator, as in the official code.
+    """
+    nats = token_nats(output.logits, batch.targets)
+    language = (nats * batch.loss_mask).mean()
+    return Losses(language + config.commitment_weight * output.commitment, language, output.commitment)
+
+
+def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood [B, T] of the targets [B, T] under logits [B, T, vocab]."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def train_step(
+    model: TransformerVQ,
+    optimizer: Optimizer,
+    batch: Batch,
+    state: ModelState,
+    step: int,
+    *,
+    segments: bool = True,
+    reducer: Reducer | None = None,
+) -> StepResult:
+    """Change the model by update number `step` (0, 1, 2, ...), from `batch`, which goes on where `state` ends.
+
+    The batch is worked off in `micro_batches` parts, with the result of the whole. With `segments=False` the documents of a row see
+    each other. The returned state carries no gradient.
+    """
+    config = optimizer.config
+    optimizer.zero_grad()
+    parts, states, counts = [], [], []
+    for rows, rows_state in zip(split_rows(batch, config.micro_batches), split_rows(state, config.micro_batches), strict=True):
+        output = model(rows.tokens, rows_state, segments=rows.segment_ids if segments else None, mask=rows.loss_mask, statistics=True)
+        losses = composite_loss(output, rows, config)
+        (losses.total / config.micro_batches).backward()
+        add_statistics_(model, output.statistics)
+        parts.append(torch.stack([loss.detach() for loss in losses]))
+        states.append(detached_copy(output.state))
+        counts.append([statistics.count for statistics in output.statistics])
+    norm = optimizer.step_(step)
+    update_codebooks_(model, reducer)
+    return StepResult(
+        state=join_rows(states),
+        losses=Losses(*torch.stack(parts).mean(0).unbind()),
+        gradient_norm=norm,
+        code_counts=tuple(torch.stack(unit).sum(0) for unit in zip(*counts, strict=True)),
+    )
