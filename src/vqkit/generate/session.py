@@ -75,11 +75,16 @@ class LoadedModel:
 def load(path: str | os.PathLike[str], *, device: str = "cpu") -> LoadedModel:
     """The model of a run, a checkpoint or an export folder; of a run, the newest checkpoint that is whole.
 
-    Raises FileNotFoundError or ValueError when there is no such thing at `path`, or what is there is damaged.
+    Raises FileNotFoundError or ValueError when there is no such thing at `path`, or what is there is damaged or no model of text.
     """
     folder = find_weights(path)
-    model, config = load_weights(folder)
-    return LoadedModel(model.to(device).eval(), config, ByteTokenizer(), Path(folder))
+    model, config = load_weights(folder, device)
+    tokenizer = ByteTokenizer()
+    if config.input != "tokens":
+        raise ValueError(f'{folder}: model.input = "{config.input}": text needs tokens; such a model is for use from Python')
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(f"{folder}: a vocabulary of {config.vocab_size} tokens: text needs one of {tokenizer.vocab_size}")
+    return LoadedModel(model.eval(), config, tokenizer, Path(folder))
 
 
 def _decode(prompt: bytes, pieces: Iterator[bytes]) -> Iterator[str]:

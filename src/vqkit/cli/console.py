@@ -1,0 +1,118 @@
+"""How things look: the live bar of a training run, tables, and text of unknown content on a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from vqkit.models.weights import broken_checkpoints, newest_whole_checkpoint
+from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Started
+
+LINE_SECONDS = 5.0
+"""Seconds between lines of progress where there is no terminal for a bar."""
+
+
+class TrainingView:
+    """Shows the events of a training run: a bar on a terminal, a line every few seconds elsewhere. Use it as a context."""
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console(highlight=False, markup=False)
+        self._clock = clock
+        self._last_line = -LINE_SECONDS
+        self.step = 0
+        columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TextColumn("{task.fields[figures]}", markup=False))
+        self._bar = Bar(*columns, console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._task = None
+
+    def __enter__(self) -> TrainingView:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._say(f"corpus hash {event.data_hash}")
+                sizes = (event.training_bytes, event.validation_bytes, event.test_bytes)
+                self._say("bytes: {:,} to train, {:,} to validate, {:,} to test".format(*sizes))
+                self._say(f"model: {event.parameters:,} parameters, {event.steps:,} steps, on {event.device}")
+            case Resumed():
+                self._say(f"going on with {event.run_dir} after step {event.step:,} of {event.steps:,}")
+                for note in event.notes:
+                    self._say(f"note: {note}")
+                self.step = event.step
+            case Progress():
+                self._progress(event)
+            case Evaluated():
+                self._say(f"step {event.step:,}: validation {event.bits_per_byte:.3f} bits per byte, {event.active_codes:.0%} of codes active")
+            case CheckpointSaved() | Finished():
+                self.step = event.step
+
+    def _progress(self, event: Progress) -> None:
+        self.step = event.step
+        figures = (
+            f"{event.bits_per_byte:.3f} bits/byte  {event.tokens_per_second:,.0f} tokens/s  "
+            f"{duration(event.seconds_left)} left  {event.active_codes:.0%} codes active"
+        )
+        if self._bar:
+            if self._task is None:
+                self._task = self._bar.add_task("", total=event.steps, figures="")
+            self._bar.update(self._task, completed=event.step, figures=figures)
+            self._bar.refresh()
+        elif self._clock() - self._last_line >= LINE_SECONDS or event.step == event.steps:
+            self._last_line = self._clock()
+            self._say(f"step {event.step:,}/{event.steps:,}  {figures}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in [header, *rows]
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words that are short: 42s, 3m05s, 2h10m."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def write_text(text: str) -> None:
+    """Text of unknown content to standard output, at once; on a terminal without the control characters that could steer it."""
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="replace")
+    if out.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    out.write(text)
+    out.flush()
+
+
+def note_broken_checkpoints(path: str | os.PathLike[str]) -> None:
+    """Say on standard error which checkpoints of a run were passed over, being damaged, and which one is used."""
+    broken = broken_checkpoints(path)
+    if broken:
+        used = newest_whole_checkpoint(path)
+        what = "; ".join(f"{folder.name}: {defect}" for folder, defect in broken)
+        print(f"vqkit: note: {what}; using {used.name if used else 'none'}", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""`vqkit sample`: let a trained model write."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from vqkit.cli.errors import UsageError
+from vqkit.cli.options import parse
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Let a trained model write: prints the prompt and what the model makes of it, as it comes.
+
+    vqkit sample runs/quickstart --prompt "def " --num-tokens 400 --temperature 0.8
+
+    The same seed gives the same text. A prompt in a file: vqkit sample RUN --prompt - < FILE
+    """
+
+    run: Positional[Path]
+    """The folder of a run, a checkpoint or exported weights."""
+    prompt: str = ""
+    """How the text begins; "-" reads standard input; empty = the beginning of a document."""
+    num_tokens: int = 400
+    """Most bytes to write; it ends earlier when the model ends the document."""
+    temperature: float = 1.0
+    """Below 1 bolder, above 1 wilder; 0 = always the most probable byte."""
+    top_k: int | None = None
+    """Choose among the k most probable bytes; None = all."""
+    top_p: float = 1.0
+    """Choose among the most probable bytes that hold this much probability; 1 = all."""
+    seed: int = 0
+    """Seed of the choice."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Parse and run; returns the exit code."""
+    options = parse(SampleOptions, words, prog="vqkit sample")
+    from vqkit.cli.console import note_broken_checkpoints, write_text
+    from vqkit.generate import load
+
+    prompt = sys.stdin.buffer.read() if options.prompt == "-" else options.prompt.encode(errors="surrogateescape")
+    loaded = load(options.run)
+    note_broken_checkpoints(options.run)
+    try:
+        pieces = loaded.stream(
+            prompt,
+            options.num_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    write_text(prompt.decode(errors="ignore"))
+    for piece in pieces:
+        write_text(piece)
+    write_text("\n")
+    return 0
