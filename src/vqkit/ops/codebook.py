@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+COUNT_FLOOR = 0.01
+"""The count at which the official Transformer-VQ clips, so that a code that nobody uses stays where it is."""
+
+
 class CodebookStatistics(NamedTuple):
     """What a codebook's update needs of the vectors that were assigned to it; float32, or float64 for float64 vectors.
 
@@ -40,7 +44,7 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     return rows.index_select(0, row.reshape(-1)).reshape(*row.shape, width)
 
 
-def codes_from_ema(sum: Tensor, count: Tensor, floor: float = 0.01) -> Tensor:
+def codes_from_ema(sum: Tensor, count: Tensor, floor: float = COUNT_FLOOR) -> Tensor:
     """Codebook [..., C, K] of the moving averages: sum / max(count, floor) (Lingle, 2024)."""
     return sum / count.clamp(min=floor).unsqueeze(-1)
 
@@ -79,11 +83,14 @@ def _draw_candidates(x: Tensor, dropped: Tensor, num: int) -> tuple[Tensor, Tens
     vectors = x.movedim(-3, 0).reshape(heads, -1, width)
     draws = 1.0 - torch.rand(vectors.shape[:2], dtype=x.dtype, device=x.device)  # (0, 1]: 0 says absent
     keys = draws.masked_fill(dropped.movedim(-2, 0).reshape(heads, -1), 0.0)
-    return _largest(vectors, keys, num)
+    return largest_keys(vectors, keys, num)
 
 
-def _largest(vectors: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The `num` rows of the largest keys, largest first, filled up with absent rows; absent rows are zero."""
+def largest_keys(vectors: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Of vectors [H, N, K] with keys [H, N] >= 0 the `num` of the largest keys, largest first: rows [H, num, K], keys [H, num].
+
+    A key of 0 says that there is no vector; such rows are zero, and fill up where N < num.
+    """
     keys = F.pad(keys, (0, num))
     vectors = F.pad(vectors, (0, 0, 0, num))
     keys, chosen = keys.topk(num, dim=-1)
@@ -95,7 +102,7 @@ def merge_statistics(first: CodebookStatistics, second: CodebookStatistics) -> C
     """Statistics of the vectors of both; as many candidates as `first` holds."""
     candidates, keys = first.candidates, first.keys
     if num := keys.shape[-1]:
-        candidates, keys = _largest(torch.cat([candidates, second.candidates], dim=1), torch.cat([keys, second.keys], dim=1), num)
+        candidates, keys = largest_keys(torch.cat([candidates, second.candidates], dim=1), torch.cat([keys, second.keys], dim=1), num)
     return CodebookStatistics(first.count + second.count, first.sum + second.sum, candidates, keys)
 
 
@@ -111,19 +118,20 @@ def ema_update(sum: Tensor, count: Tensor, statistics: CodebookStatistics, decay
     )
 
 
-def replace_dead_codes(sum: Tensor, count: Tensor, statistics: CodebookStatistics, threshold: float, reset_count: float) -> tuple[Tensor, Tensor]:
+def replace_dead_codes(
+    sum: Tensor, count: Tensor, candidates: Tensor, keys: Tensor, threshold: float, reset_count: float
+) -> tuple[Tensor, Tensor]:
     """New (sum, count) in which codes of count below `threshold` start anew at candidate vectors, with weight `reset_count`.
 
-    sum [H, C, K], count [H, C]. The r-th dead code of a head, by index, takes the head's r-th candidate; dead codes beyond the
-    candidates present stay as they are. No synchronisation with the host.
+    sum [H, C, K], count [H, C], candidates [H, E, K], keys [H, E]. The r-th dead code of a head, by index, takes the head's r-th
+    candidate; where there is none, or its key is 0, the code stays as it is. No synchronisation with the host.
     """
-    num = statistics.keys.shape[-1]
+    num = keys.shape[-1]
     if num == 0:
         return sum, count
     dead = count < threshold
     rank = dead.cumsum(-1) - 1
     slot = rank.clamp(0, num - 1)
-    present = statistics.keys.gather(1, slot) > 0
-    replaced = dead & (rank < num) & present
-    rows = statistics.candidates.gather(1, slot.unsqueeze(-1).expand_as(sum)).to(sum.dtype)
+    replaced = dead & (rank < num) & (keys.gather(1, slot) > 0)
+    rows = candidates.gather(1, slot.unsqueeze(-1).expand_as(sum)).to(sum.dtype)
     return torch.where(replaced.unsqueeze(-1), rows * reset_count, sum), torch.where(replaced, reset_count, count)

@@ -34,7 +34,3 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, quantized_tangent: Tensor | None) -> Tensor:
-        return x_tangent.view_as(x_tangent)
