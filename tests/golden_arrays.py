@@ -30,7 +30,8 @@ class GoldenCase:
     def __init__(self, group: str, case: str, variant: str) -> None:
         self.group, self.case, self.variant = group, case, variant
         self.name = f"{group}/{case}.{variant}"
-        self._arrays = np.load(ROOT / f"{self.name}.npz")
+        with np.load(ROOT / f"{self.name}.npz") as arrays:
+            self._arrays = dict(arrays)
         self.meta = json.loads((ROOT / f"{self.name}.json").read_text())
         self.config = self.meta.get("config", {})
 
@@ -39,10 +40,10 @@ class GoldenCase:
         return torch.from_numpy(np.array(self._arrays[key]))
 
     def __contains__(self, key: str) -> bool:
-        return key in self._arrays.files
+        return key in self._arrays
 
     def keys(self, prefix: str = "") -> list[str]:
-        return [k for k in self._arrays.files if k.startswith(prefix)]
+        return [k for k in self._arrays if k.startswith(prefix)]
 
     def tree(self, prefix: str) -> dict[str, torch.Tensor]:
         """All arrays below `prefix`, by the rest of their names."""
