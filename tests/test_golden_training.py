@@ -1,0 +1,138 @@
+"""Whole training runs of the official code, replayed: losses, gradients, parameters, codebooks, optimizer and attention state."""
+
+import pytest
+import torch
+
+import golden_arrays
+from golden_models import model_names, model_of, state_arrays, unit_names, window_documents
+from vqkit.data import Batch
+from vqkit.train.config import TrainConfig
+from vqkit.train.optimizer import Optimizer
+from vqkit.train.step import train_step
+
+CASES = golden_arrays.case_ids("training", "train_adamw") + golden_arrays.case_ids("training", "train_adamw_8_devices")
+ADAM = "opt_state_final/inner_states/main/inner_state"
+BIAS_OUT = "token_embedder/bias_out"  # exists in the official model without being used where the output is untied
+
+
+def test_cases_are_those_of_the_folder():
+    assert CASES == ["train_adamw.f32", "train_adamw.f64", "train_adamw_8_devices.f32x8"]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("case_id", CASES)
+def test_replay(case_id, micro_batches):
+    """Eight devices are one process with the whole batch, and micro-batches are the whole batch too."""
+    case = golden_arrays.load("training", case_id)
+    replay = Replay(case, micro_batches)
+    for sequence in range(case.meta["n_sequence"]):
+        replay.run_sequence(sequence)
+    replay.check_updates()
+    replay.check_optimizer()
+
+
+class Replay:
+    def __init__(self, case, micro_batches):
+        self.case, self.model = case, model_of(case, "params_initial")
+        settings, config = case.meta["optimizer_settings"], case.config
+        self.config = TrainConfig(
+            steps=settings["n_max_step"],
+            warmup_steps=settings["n_warmup_step"],
+            batch_size=config["global_batch_size"],
+            update_len=config["update_len"],
+            micro_batches=micro_batches,
+            learning_rate=settings["lr_max"],
+            schedule=settings["lr_schedule"],
+            weight_decay=settings["wd_lam"],
+            clip=settings["grad_clip"],
+            commitment_weight=config["c_beta"],
+        )
+        self.optimizer = Optimizer(self.model.named_parameters(), self.config)
+        self.names = model_names(self.model)
+        self.step = 0
+        self.recorded: dict[str, list[torch.Tensor]] = {}
+
+    def run_sequence(self, sequence):
+        case, length = self.case, self.config.update_len
+        inputs, targets, mask = (case[f"sequence_{sequence}/{name}"] for name in ("inputs", "targets", "loss_mask"))
+        documents = case[f"sequence_{sequence}/doc_ids"]
+        whole = Batch(inputs.long(), targets.long(), torch.zeros_like(inputs).long(), mask.bool())
+        state = self.model.initial_state(len(inputs))
+        first = self.step
+        for start in range(0, inputs.shape[1], length):
+            batch = Batch(*(field[:, start : start + length] for field in whole))
+            state = self.update(batch, state)
+        for name in ("loss_lm_per_token_unscaled", "loss_commit_per_token", "loss_mask_per_token"):
+            mean = torch.stack(self.recorded[f"updates/out/metrics/{name}"][first:]).mean()
+            case.check(f"sequence_{sequence}/train_op_metrics/{name}", mean)
+        if case.keys(f"sequence_{sequence}/final_attn_state/"):
+            self.check_state(f"sequence_{sequence}/final_attn_state", state, documents)
+
+    def update(self, batch, state):
+        before = {name: value.clone() for name, value in self.codebooks().items()}
+        result = train_step(self.model, self.optimizer, batch, state, self.step, segments=False)
+        total, language, commitment = result.losses
+        self.record("updates/out/loss_composite", total)
+        self.record("updates/out/l_lm_unscaled", language)
+        self.record("updates/out/l_commit", commitment)
+        self.record("updates/out/l_codebook", torch.zeros_like(total))  # its gradient is our update, its value nothing
+        self.record("updates/out/metrics/loss_lm_per_token_unscaled", language)
+        self.record("updates/out/metrics/loss_commit_per_token", commitment)
+        self.record("updates/out/metrics/loss_mask_per_token", batch.loss_mask.double().mean())
+        self.record("lr_multiplier", torch.tensor(self.optimizer.learning_rate(self.step) / self.config.learning_rate))
+        self.record("grad_norm/main", result.gradient_norm)
+        moved = {name: before[name] - value for name, value in self.codebooks().items()}
+        self.record("grad_norm/codebook", torch.stack([value.square().sum() for value in moved.values()]).sum().sqrt())
+        clipped = min(1.0, self.config.clip / result.gradient_norm.item())
+        for name, parameter in self.model.named_parameters():
+            self.record(f"updates/grads/{self.names[name][0]}", self.official(name, parameter.grad / clipped))
+            self.record(f"updates/params_after/{self.names[name][0]}", self.official(name, parameter))
+        for name, value in self.codebooks().items():
+            self.record(f"updates/grads/{name}", moved[name])
+            self.record(f"updates/params_after/{name}", value)
+        bias_out = self.case[f"params_initial/{BIAS_OUT}"].to(self.case.dtype)
+        self.record(f"updates/grads/{BIAS_OUT}", torch.zeros_like(bias_out))
+        self.record(f"updates/params_after/{BIAS_OUT}", bias_out)
+        self.step += 1
+        return result.state
+
+    def codebooks(self):
+        values = {}
+        for unit, name in zip(self.model.units(), unit_names(self.model), strict=True):
+            values[f"{name}/quantizer/c_sum"] = unit.quantizer.sum
+            values[f"{name}/quantizer/c_count"] = unit.quantizer.count
+        return values
+
+    def official(self, name, tensor):
+        return tensor.T if self.names[name][1] else tensor
+
+    def record(self, key, value):
+        self.recorded.setdefault(key, []).append(value.detach().clone())
+
+    def check_updates(self):
+        for key, values in self.recorded.items():
+            if key in self.case:  # gradients are left out of float64, and are those of the first two updates elsewhere
+                self.case.check(key, torch.stack(values)[: len(self.case[key])])
+
+    def check_optimizer(self):
+        if not self.case.keys(ADAM):
+            return
+        state = self.optimizer.state_tensors()
+        for moment, ours in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
+            for name, (official, _) in self.names.items():
+                self.case.check(f"{ADAM}/1/0/{moment}/{official}", self.official(name, state[f"{name}.{ours}"]))
+            self.case.check(f"{ADAM}/1/0/{moment}/{BIAS_OUT}", torch.zeros_like(self.model.logits.bias))
+        counted = {int(value) for name, value in state.items() if name.endswith(".step")}
+        assert counted == {self.step}
+        for key in (f"{ADAM}/1/0/count", f"{ADAM}/2/count"):
+            self.case.check(key, torch.tensor(self.step))
+
+    def check_state(self, prefix, state, documents):
+        units = [state_arrays(attention, self.model.config.codebook_size) for attention in state.attention]
+        window, latest = window_documents(documents, self.model.config.mem_len)
+        length = documents.shape[1]
+        for unit in units:
+            unit |= {"xlcache/doc_ids": window, "aggcache/latest_doc_id": latest, "pos_offset": torch.tensor(length)}
+        for key in units[0]:
+            stacked = torch.stack([unit[key] for unit in units])
+            self.case.check(f"{prefix}/{key}", stacked.unflatten(0, (self.model.config.layers, 2)))
