@@ -14,7 +14,13 @@ import torch
 ROOT = Path(__file__).parent / "golden" / "transformer_vq"
 
 # (group/case glob, key glob, reason). Empty once the whole model is done.
-DEFERRED: list[tuple[str, str, str]] = []
+DEFERRED: list[tuple[str, str, str]] = [
+    ("training/*adafactor*", "*", "Adafactor comes with the whole Transformer-VQ"),
+    ("training/*lion*", "*", "Lion comes with the whole Transformer-VQ"),
+    ("training/schedules.*", "case_01/*", "the linear schedule comes with the whole Transformer-VQ"),
+    ("training/schedules.*", "case_02/*", "the inverse-square-root schedule comes with the whole Transformer-VQ"),
+    ("training/train_adamw*", "*metrics/[crv]*", "the quantization metrics that the official code logs come with the quantizers"),
+]
 
 # Per group, how many arrays `GoldenCase.check` compares in a full run: a loop that silently ran over nothing shows here.
 EXPECTED_COMPARED: dict[str, int] = {}
