@@ -79,7 +79,7 @@ class GatedVQAttention(nn.Module):
         config = self.config
         q, k, v, gate = self.project(x)
         keys = self.quantizer.quantize(k, mask, self.training if statistics is None else statistics)
-        u, w = self._heads(self.content_bias), self._heads(self.position_bias)
+        u, w = self.scaled_bias(self.content_bias), self.scaled_bias(self.position_bias)
         attended, state = vq_attention(
             q + u,
             keys.quantized,
@@ -120,6 +120,6 @@ class GatedVQAttention(nn.Module):
         """[B, T, H * width] -> [B, H, T, width], a view; contiguous where there is one head."""
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
 
-    def _heads(self, bias: Tensor) -> Tensor:
+    def scaled_bias(self, bias: Tensor) -> Tensor:
         """[H * K] -> [H, 1, K], scaled like the queries."""
         return bias.view(self.config.heads, 1, -1) * self.scale
