@@ -25,12 +25,11 @@ from vqkit.train.evaluation import evaluate
 from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Started
 from vqkit.train.faults import fault_point
 from vqkit.train.initialization import initialize_codebooks_
-from vqkit.train.metrics import JsonLines, cut_after, read_lines
+from vqkit.train.metrics import METRICS_FILE, JsonLines, cut_after, read_lines
 from vqkit.train.step import train_step
 
 CONFIG_FILE = "config.json"
 DATA_FOLDER = "data"
-METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 
 CHANGEABLE = {

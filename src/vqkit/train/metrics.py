@@ -21,6 +21,8 @@ from vqkit.files import write_bytes_atomic
 from vqkit.train.code_use import code_use
 from vqkit.train.step import StepResult
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class Interval:
     """Sums over the steps since the last log line; part of a checkpoint, so that the next line is what it would have been."""

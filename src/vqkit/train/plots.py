@@ -1,0 +1,74 @@
+"""Pictures of a run: its loss curve, and how the codes of every codebook are used. Needs matplotlib, when a function is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vqkit.train.evaluation import Evaluation
+from vqkit.train.metrics import METRICS_FILE, read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOTS_FOLDER = "plots"
+
+
+def save_plots(run_dir: Path, evaluation: Evaluation | None = None) -> list[Path]:
+    """Write RUN/plots/loss.png and, given an evaluation, RUN/plots/codes.png; older ones are replaced. Returns the paths."""
+    folder = run_dir / PLOTS_FOLDER
+    folder.mkdir(exist_ok=True)
+    figures = {"loss.png": loss_figure(run_dir)}
+    if evaluation is not None:
+        figures["codes.png"] = code_figure(evaluation)
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+    return [folder / name for name in figures]
+
+
+def loss_figure(run_dir: Path) -> Figure:
+    """Bits per byte over the steps, of the training batches and of the validation split."""
+    lines = read_lines(run_dir / METRICS_FILE)
+    figure = _figure(7.0, 4.0)
+    axes = figure.add_subplot()
+    for kind, style, label in (("train", "-", "training batches"), ("validation", "o-", "validation split")):
+        points = [(line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    return figure
+
+
+def code_figure(evaluation: Evaluation) -> Figure:
+    """Share of the assignments of each code, most used first, one curve a head and one panel a unit; dashed is the bound of active codes."""
+    units = evaluation.code_counts
+    columns = min(len(units), 4)
+    rows = -(-len(units) // columns)
+    figure = _figure(3.0 * columns, 2.4 * rows)
+    for index, heads in enumerate(units):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for counts in heads:
+            total = max(sum(counts), 1)
+            axes.plot([count / total for count in sorted(counts, reverse=True)], linewidth=1)
+        axes.axhline(1.0 / (10 * len(heads[0])), linestyle="--", linewidth=0.8, color="gray")
+        axes.set_yscale("log")
+        active, perplexity = min(evaluation.active_codes[index]), min(evaluation.perplexity[index])
+        axes.set_title(f"layer {index // 2} unit {index % 2}: {active:.0%} active, perplexity {perplexity:.0f}", fontsize=7)
+        axes.tick_params(labelsize=6)
+    figure.supxlabel("codes, most used first", fontsize=8)
+    figure.supylabel("share of assignments", fontsize=8)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Made without pyplot, which would choose a window system and keep every figure alive.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
