@@ -18,7 +18,7 @@ from golden_models import (
     window_documents,
 )
 from vqkit.models.attention import AttentionOutput, GatedVQAttention
-#from vqkit.models.metrics import quantization_metrics
+from vqkit.models.metrics import unit_metrics
 from vqkit.models.positions import PositionKeys
 from vqkit.ops.vq_attention import initial_state
 
@@ -86,7 +86,7 @@ def test_inner_tensors(name: str) -> None:
 def test_metrics_block_by_block(name: str) -> None:
     golden = golden_arrays.load("attention", name)
     unit = attention_of(golden)
-    metrics = [quantization_metrics(unit, x) for x in golden["inputs"]]
+    metrics = [unit_metrics(unit, x) for x in golden["inputs"]]
     keys = golden.keys("out/metrics/")
     assert {k.removeprefix("out/metrics/") for k in keys} == (set(metrics[0]) if unit.training else set())
     for key in keys:

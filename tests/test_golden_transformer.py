@@ -18,7 +18,7 @@ from golden_models import (
     unit_names,
     window_documents,
 )
-#from vqkit.models.metrics import quantization_metrics
+from vqkit.models.metrics import model_metrics
 from vqkit.models.transformer import ModelOutput, ModelState, TransformerVQ
 
 CASES = [
@@ -107,23 +107,15 @@ def check_model_gradients(golden: GoldenCase, prefix: str, model: TransformerVQ,
 @pytest.mark.parametrize("name", [n for n in CASES if golden_arrays.load("transformer", n).keys("call1/out/metrics/c_")])
 def test_metrics(name: str) -> None:
     golden = golden_arrays.load("transformer", name)
-    model, config = model_of(golden), config_of(golden)
-    seen: list[Tensor] = []
-    for unit in model.units():
-        unit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model = model_of(golden)
     state = None
     for call in ("call1", "call2"):
-        seen.clear()
+        units = model_metrics(model, golden[f"{call}/inputs"], state)
         state = run_call(model, golden, call, state, golden[f"{call}/inputs"], "auto").state
-        blocks = [
-            quantization_metrics(unit, block)
-            for unit, x in zip(model.units(), seen, strict=True)
-            for block in x.split(config.block_len, dim=1)
-        ]
-        for key in golden.keys(f"{call}/out/metrics/"):
-            metric = key.rsplit("/", 1)[1]
-            if not metric.startswith("loss_"):
-                golden.check(key, torch.stack([m[metric] for m in blocks]).mean())
+        official = {key.rsplit("/", 1)[1] for key in golden.keys(f"{call}/out/metrics/")}
+        assert {metric for metric in official if not metric.startswith("loss_")} == units[0].keys()
+        for metric in units[0]:
+            golden.check(f"{call}/out/metrics/{metric}", torch.stack([unit[metric] for unit in units]).mean())
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if golden_arrays.load("transformer", n).keys("call1/mid/")])
