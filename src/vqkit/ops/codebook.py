@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 COUNT_FLOOR = 0.01
 """The count at which the official Transformer-VQ clips, so that a code that nobody uses stays where it is."""
 

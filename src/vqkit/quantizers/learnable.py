@@ -210,9 +210,7 @@ class LearnableVQ(nn.Module):
     def _update_(self, statistics: CodebookStatistics) -> None:
         total, count = ema_update(self.sum, self.count, statistics, self.config.decay)
         if threshold := self.config.dead_code_threshold:
-            total, count = replace_dead_codes(
-                total, count, statistics.candidates, statistics.keys, threshold, reset_count=2 * threshold
-            )
+            total, count = replace_dead_codes(total, count, statistics.candidates, statistics.keys, threshold, reset_count=2 * threshold)
         self.sum.copy_(total)
         self.count.copy_(count)
         self.updates += 1
