@@ -1,7 +1,7 @@
 """Models with the parameters of a golden case, and golden arrays by our names."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from vqkit.models.transformer import TransformerVQ
 from vqkit.ops.codebook import CodebookStatistics, ema_update
 from vqkit.ops.vq_attention import AttentionState
 from vqkit.quantizers.config import CodebookConfig
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def config_of(golden: GoldenCase) -> ModelConfig:
@@ -77,7 +79,7 @@ def attention_of(golden: GoldenCase) -> GatedVQAttention:
     unit = GatedVQAttention(config_of(golden)).to(golden.dtype).train(golden.config["is_train"])
     fill_(unit, attention_names(), golden)
     fill_codebook_(unit, golden, "params/quantizer")
-    return unit
+    return in_compute_type_(unit, golden)
 
 
 def model_of(golden: GoldenCase, prefix: str = "params") -> TransformerVQ:
@@ -86,7 +88,20 @@ def model_of(golden: GoldenCase, prefix: str = "params") -> TransformerVQ:
     fill_(model, model_names(model), golden, prefix)
     for unit, name in zip(model.units(), unit_names(model), strict=True):
         fill_codebook_(unit, golden, f"{prefix}/{name}/quantizer")
-    return model
+    return in_compute_type_(model, golden)
+
+
+def in_compute_type_(module: Module, golden: GoldenCase) -> Module:
+    """The types that the official code multiplies in: in bf16 the matrices are bfloat16, vectors and output projection float32."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 2 and not name.startswith("logits."):
+            parameter.data = in_activation_type(golden, parameter.data)
+    return module
+
+
+def in_activation_type(golden: GoldenCase, x: Tensor) -> Tensor:
+    """bfloat16 is stored as float32."""
+    return x.bfloat16() if golden.variant == "bf16" and x.is_floating_point() else x
 
 
 def unit_names(model: TransformerVQ) -> list[str]:

@@ -1,9 +1,9 @@
 """Embeddings, logits and absolute positions against the official ones."""
 
-import golden_arrays
 import pytest
 import torch
 
+import golden_arrays
 from vqkit.models.embedding import Logits, TokenEmbedding, check_tokens
 from vqkit.models.positions import ScaledSinusoids, count_positions
 

@@ -1,9 +1,9 @@
 """Normalisation against the official LayerNorm and against its definition."""
 
-import golden_arrays
 import pytest
 import torch
 
+import golden_arrays
 from vqkit.models.norm import RMSNorm, normalize
 
 

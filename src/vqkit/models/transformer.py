@@ -127,7 +127,7 @@ class TransformerVQ(nn.Module):
 
         x = inputs if self.config.input == "features" or self.embedding is None else self.embedding(inputs)
         if self.positions is not None:
-            x = x + self.positions(positions)
+            x = x + self.positions(positions).to(x.dtype)
         states: list[AttentionState] = []
         commitment: Tensor | None = None
         counted: list[CodebookStatistics] = []
