@@ -3,8 +3,8 @@
 The nearest code has the largest score x.c - |c|^2 / 2, taken after subtracting the mean code from both, so that a common offset costs
 no precision. A rounding bound tells which scores of a row could be the best in truth. On CPU one product of these hits with weights
 W + j, W a power of two above every j, gives their number and index at once: below W no hit (the row is not finite), below 2 W exactly
-one, else several, and then their few distances are computed by explicit differences. That is three cheap passes over the scores, where
-an arg-max alone costs as much as the product. Elsewhere the four best scores are settled by explicit differences for every row, which
+one, else several, and then the row's distances are computed by explicit differences. That is three cheap passes over the scores, where an
+arg-max alone costs as much as the product. Elsewhere the four best scores are settled by explicit differences for every row, which
 needs no synchronisation with the host.
 
 Shapes: G codebooks, N vectors, C codes, K width.
@@ -17,11 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqkit.ops.nearest_code import reference
+
 _CODES_PER_TILE = 1 << 10
 _SCORES_PER_TILE = {"cpu": 1 << 18}  # 1 MiB of float32
 _SCORES_PER_TILE_ELSEWHERE = 1 << 24
 _MIN_ROWS_PER_TILE = 128
-_PAIRS_AT_ONCE = 1 << 15
+_DIFFERENCES_AT_ONCE = 1 << 18
+_FEW_DIFFERENCES = 1 << 16
 _FINALISTS = 4
 
 
@@ -31,6 +34,8 @@ def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
     Of codes whose distances differ by less than the rounding of explicit differences any may be chosen; of equal codes the first.
     """
     size = codebook.shape[-2]
+    if x.shape[1] * codebook.numel() <= _FEW_DIFFERENCES:
+        return reference.nearest_index(x, codebook)
     if size > _CODES_PER_TILE and x.shape[0] > 1:
         return torch.cat([nearest_index(x[g : g + 1], codebook[g : g + 1]) for g in range(x.shape[0])])
     prepared = _prepare(codebook)
@@ -65,70 +70,64 @@ def _scores(vectors: Tensor, prepared: _Prepared, codes: slice) -> Tensor:
     return torch.baddbmm(prepared.half_norm[..., codes], vectors, prepared.codes[..., codes], beta=-1)
 
 
+class _Race(NamedTuple):
+    """What the codes of a tile did for each vector."""
+
+    best: Tensor  # [G, N, 1] largest score
+    index: Tensor  # [G, N] its code; of no meaning where doubtful; -1 where nothing is finite
+    doubtful: Tensor  # [G, N] bool, whether several codes could be the best
+
+
 def _nearest_on_cpu(x: Tensor, prepared: _Prepared) -> Tensor:
-    size, width = prepared.codebook.shape[-2:]
     vectors = x - prepared.origin
-    margin = _rounding(vectors, prepared.radius, width)
-    unit = 1 << min(size, _CODES_PER_TILE).bit_length()
-    weights = torch.arange(unit, unit + min(size, _CODES_PER_TILE), dtype=x.dtype)
-    for codes in _code_slices(size):
-        scores = _scores(vectors, prepared, codes)
-        top = scores.amax(-1, keepdim=True)
-        hits = scores.ge_(top - margin)
-        found = (hits.view(-1, hits.shape[-1]) @ weights[: hits.shape[-1]]).view(x.shape[:2])
-        several = found >= 2 * unit
-        index = found.to(torch.int64).sub_(unit).clamp_(min=-1)
-        if codes.start == 0:
-            best, chosen, doubtful = top, index, several
-            continue
-        index += codes.start
-        rises = (top > best).squeeze(-1)
-        leaves = (top > best + margin).squeeze(-1)
-        ties = (top >= best - margin).squeeze(-1)
-        chosen = torch.where(rises, index, chosen)
-        doubtful = torch.where(leaves, several, doubtful | ties)
-        best = torch.maximum(best, top)
-    group, row = doubtful.nonzero(as_tuple=True)
+    margin = _rounding(vectors, prepared.radius)
+    first, *others = _code_slices(prepared.codebook.shape[-2])
+    race = _run(vectors, margin, prepared, first)
+    for codes in others:
+        race = _merge(race, _run(vectors, margin, prepared, codes), margin)
+    group, row = race.doubtful.nonzero(as_tuple=True)
     if row.numel():
-        chosen[group, row] = _settle(x[group, row], vectors[group, row], (best - margin)[group, row], group, prepared)
-    return chosen
+        race.index[group, row] = _settle(x[group, row], group, prepared.codebook)
+    return race.index
 
 
-def _rounding(vectors: Tensor, radius: Tensor, width: int) -> Tensor:
+def _rounding(vectors: Tensor, radius: Tensor) -> Tensor:
     """[G, N, 1]: two computed scores further apart than this are in their true order.
 
     Centring, K products with their sum, and the half norm each err by their share of (K + 4) units of rounding.
     """
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return (length + 0.5 * radius).mul_(radius * ((width + 4) * torch.finfo(vectors.dtype).eps))
+    return length.add_(0.5 * radius).mul_(radius * ((vectors.shape[-1] + 4) * torch.finfo(vectors.dtype).eps))
 
 
-def _settle(x: Tensor, vectors: Tensor, threshold: Tensor, group: Tensor, prepared: _Prepared) -> Tensor:
-    """The nearest code [R] of rows x [R, K] by explicit differences, among the codes that score at least `threshold` [R, 1]."""
-    size = prepared.codebook.shape[-2]
-    smallest = x.new_full((len(x),), torch.inf)
-    index = torch.full((len(x),), -1, dtype=torch.int64)
-    for g in group.unique().tolist():
-        rows = (group == g).nonzero().squeeze(1)
-        for codes in _code_slices(size):
-            scores = vectors[rows] @ prepared.codes[g, :, codes] - prepared.half_norm[g, :, codes]
-            pair_row, pair_code = (scores >= threshold[rows]).nonzero(as_tuple=True)
-            pair_row, pair_code = rows[pair_row], pair_code + codes.start
-            _take_nearest_(smallest, index, x, prepared.codebook[g], pair_row, pair_code)
-    return index
+def _run(vectors: Tensor, margin: Tensor, prepared: _Prepared, codes: slice) -> _Race:
+    scores = _scores(vectors, prepared, codes)
+    best = scores.amax(-1, keepdim=True)
+    hits = scores.ge_(best - margin)
+    num = hits.shape[-1]
+    unit = 1 << num.bit_length()
+    weights = torch.arange(unit, unit + num, dtype=vectors.dtype)
+    found = (hits.view(-1, num) @ weights).view(vectors.shape[:-1])
+    index = torch.where(found < unit, -1, found.to(torch.int64).add_(codes.start - unit))
+    return _Race(best, index, found >= 2 * unit)
 
 
-def _take_nearest_(smallest: Tensor, index: Tensor, x: Tensor, codebook: Tensor, row: Tensor, code: Tensor) -> None:
-    """Let row r of `smallest` and `index` know the nearest of its codes, the first among equals; codes come in rising order."""
-    size = codebook.shape[0]
-    parts = zip(row.split(_PAIRS_AT_ONCE), code.split(_PAIRS_AT_ONCE), strict=True)
-    distance = torch.cat([(x[r] - codebook[c]).square_().sum(-1) for r, c in parts])
-    nearest = torch.full_like(smallest, torch.inf).scatter_reduce_(0, row, distance, "amin")
-    equal = torch.where(distance == nearest[row], code, size)
-    first = torch.full_like(index, size).scatter_reduce_(0, row, equal, "amin")
-    closer = nearest < smallest
-    smallest.copy_(torch.where(closer, nearest, smallest))
-    index.copy_(torch.where(closer, first, index))
+def _merge(race: _Race, later: _Race, margin: Tensor) -> _Race:
+    rises = (later.best > race.best).squeeze(-1)
+    wins = (later.best > race.best + margin).squeeze(-1)
+    close = (later.best >= race.best - margin).squeeze(-1)
+    return _Race(
+        torch.maximum(race.best, later.best),
+        torch.where(rises, later.index, race.index),
+        torch.where(wins, later.doubtful, race.doubtful | close),
+    )
+
+
+def _settle(x: Tensor, group: Tensor, codebook: Tensor) -> Tensor:
+    """The nearest code [R] of rows x [R, K], each with its group's codebook, by explicit differences."""
+    at_once = max(1, _DIFFERENCES_AT_ONCE // codebook[0].numel())
+    parts = zip(x.split(at_once), group.split(at_once), strict=True)
+    return torch.cat([reference.nearest_index(rows.unsqueeze(1), codebook[g]) for rows, g in parts]).squeeze(1)
 
 
 def _nearest_without_sync(x: Tensor, prepared: _Prepared) -> Tensor:
