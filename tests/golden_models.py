@@ -86,6 +86,8 @@ def model_of(golden: GoldenCase, prefix: str = "params") -> TransformerVQ:
     """The model of a case that has parameters below `prefix`."""
     model = TransformerVQ(config_of(golden)).to(golden.dtype).train(golden.config["is_train"])
     fill_(model, model_names(model), golden, prefix)
+    if not model.config.tied and f"{prefix}/token_embedder/bias_out" in golden:
+        assert golden[f"{prefix}/token_embedder/bias_out"].shape == (model.config.vocab_size,)  # exists there, unused
     for unit, name in zip(model.units(), unit_names(model), strict=True):
         fill_codebook_(unit, golden, f"{prefix}/{name}/quantizer")
     return in_compute_type_(model, golden)

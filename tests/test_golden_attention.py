@@ -93,6 +93,12 @@ def test_metrics_block_by_block(name: str) -> None:
         golden.check(key, torch.stack([m[key.removeprefix("out/metrics/")] for m in metrics]))
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if n not in holding("grad/")])
+def test_without_gradients_the_cotangent_is_that_of_the_exact_variant(name: str) -> None:
+    golden = golden_arrays.load("attention", name)
+    golden.check("cotangent", golden_arrays.load("attention", f"{golden.case}.f64hp")["cotangent"])
+
+
 @pytest.mark.parametrize("impl", ["blocks", "reference", "recurrent", "blocked"])
 @pytest.mark.parametrize("name", holding("grad/"))
 def test_gradients(name: str, impl: str) -> None:
