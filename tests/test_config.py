@@ -27,7 +27,7 @@ class Outer:
     size: int = 3
     on: bool = False
     limit: float | None = None
-    number: int | float = 1
+    number: float | int = 1
     span: tuple[int, int] = (1, 2)
     names: tuple[str, ...] = ()
     rates: list[float] = field(default_factory=list)
@@ -114,7 +114,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"name": "a", "on": 1}, TypeError, ["config.on = 1", "true or false"]),
     ({"name": "a", "limit": True}, TypeError, ["config.limit = True", "a number or none"]),
     ({"name": "a", "limit": float("nan")}, ValueError, ["config.limit = nan", "finite"]),
-    ({"name": "a", "number": True}, TypeError, ["config.number = True", "an integer or a number"]),
+    ({"name": "a", "number": True}, TypeError, ["config.number = True", "a number or an integer"]),
     ({"name": "a", "span": [1]}, ValueError, ["config.span = [1]", "a list of 2"]),
     ({"name": "a", "span": [1, "2"]}, TypeError, ["config.span[1] = '2'", "an integer"]),
     ({"name": "a", "names": "abc"}, TypeError, ["config.names = 'abc'", "a list, each item a string"]),
