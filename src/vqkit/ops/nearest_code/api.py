@@ -103,12 +103,19 @@ def _compute(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
 
 @contextlib.contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
-    """No autocast."""
-    if not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    with torch.autocast(device_type, enabled=False):
-        yield
+    """No autocast, and no matrix product that rounds float32 to something shorter, whatever the user allows elsewhere."""
+    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]
+    allowed = matmul.fp32_precision
+    shorter = allowed in ("bf16", "tf32")
+    off = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
+    with off:
+        if shorter:
+            matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if shorter:
+                matmul.fp32_precision = allowed
 
 
 @torch.library.custom_op("vqkit::nearest_index", mutates_args=())

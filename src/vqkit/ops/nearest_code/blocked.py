@@ -1,11 +1,11 @@
 """Nearest code by matrix products on tiles that stay in cache; no N x C matrix.
 
 The nearest code has the largest score x.c - |c|^2 / 2, taken after subtracting the mean code from both, so that a common offset costs
-no precision. A rounding bound tells which scores of a row could be the best in truth. On CPU one product of these hits with weights
-W + j, W a power of two above every j, gives their number and index at once: below W no hit (the row is not finite), below 2 W exactly
-one, else several, and then the row's distances are computed by explicit differences. That is three cheap passes over the scores, where an
-arg-max alone costs as much as the product. Elsewhere the four best scores are settled by explicit differences for every row, which
-needs no synchronisation with the host.
+no precision. A rounding bound tells which scores of a row could be the best in truth. One product of these hits with weights W + j, W a
+power of two above every j, gives their number and index at once: below W no hit (the row is not finite), below 2 W exactly one, else
+several, and then the row's distances are computed by explicit differences. That is three cheap passes over the scores, where an arg-max
+alone costs as much as the product. So on CPU; elsewhere, where asking which rows are in doubt would wait for the device, all distances
+are explicit differences, a tile at a time.
 
 Shapes: G codebooks, N vectors, C codes, K width.
 """
@@ -25,7 +25,6 @@ _SCORES_PER_TILE_ELSEWHERE = 1 << 24
 _MIN_ROWS_PER_TILE = 128
 _DIFFERENCES_AT_ONCE = 1 << 18
 _FEW_DIFFERENCES = 1 << 16
-_FINALISTS = 4
 
 
 def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
     prepared = _prepare(codebook)
     scores_per_tile = _SCORES_PER_TILE.get(x.device.type, _SCORES_PER_TILE_ELSEWHERE)
     rows = max(_MIN_ROWS_PER_TILE, scores_per_tile // (x.shape[0] * min(size, _CODES_PER_TILE)))
-    nearest = _nearest_on_cpu if x.device.type == "cpu" else _nearest_without_sync
+    nearest = _nearest_on_cpu if x.device.type == "cpu" else _nearest_elsewhere
     if x.shape[1] <= rows:
         return nearest(x, prepared)
     return torch.cat([nearest(tile, prepared) for tile in x.split(rows, dim=1)], dim=1)
@@ -130,19 +129,17 @@ def _settle(x: Tensor, group: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([reference.nearest_index(rows.unsqueeze(1), codebook[g]) for rows, g in parts]).squeeze(1)
 
 
-def _nearest_without_sync(x: Tensor, prepared: _Prepared) -> Tensor:
+def _nearest_elsewhere(x: Tensor, prepared: _Prepared) -> Tensor:
     size = prepared.codebook.shape[-2]
-    vectors = x - prepared.origin
-    best, finalists = x.new_empty((*x.shape[:2], 0)), torch.empty((*x.shape[:2], 0), dtype=torch.int64, device=x.device)
+    smallest = x.new_full(x.shape[:-1], torch.inf)
+    index = torch.full_like(smallest, -1, dtype=torch.int64)
+    finite = torch.ones_like(smallest, dtype=torch.bool)
     for codes in _code_slices(size):
-        scores = _scores(vectors, prepared, codes)
-        top, index = scores.topk(min(_FINALISTS, scores.shape[-1]), dim=-1)
-        best, index = torch.cat([best, top], dim=-1), torch.cat([finalists, index + codes.start], dim=-1)
-        best, place = best.topk(min(_FINALISTS, best.shape[-1]), dim=-1)
-        finalists = index.gather(-1, place)
-    flat = (finalists + size * torch.arange(x.shape[0], device=x.device).view(-1, 1, 1)).view(-1)
-    candidates = prepared.codebook.reshape(-1, x.shape[-1]).index_select(0, flat).view(*finalists.shape, x.shape[-1])
-    distance = (x.unsqueeze(-2) - candidates).square_().sum(-1)
-    nearest = distance.amin(-1, keepdim=True)
-    index = torch.where(distance == nearest, finalists, size).amin(-1)
-    return torch.where(nearest.squeeze(-1).isfinite(), index, -1)
+        distance = torch.cdist(x, prepared.codebook[:, codes], compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distance.amin(-1)
+        code = torch.arange(codes.start, codes.stop, device=x.device)
+        first = torch.where(distance == nearest.unsqueeze(-1), code, size).amin(-1)
+        index = torch.where(nearest < smallest, first, index)
+        smallest = torch.minimum(smallest, nearest)
+        finite &= distance.isfinite().all(-1)
+    return torch.where(finite, index, -1)

@@ -1,0 +1,193 @@
+"""Laws of nearest code: the blocked form chooses as well as all differences written out, whatever the data, shapes and settings."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import golden_arrays
+from vqkit.ops.codebook import codes_from_ema, gather_codes
+from vqkit.ops.nearest_code import api, blocked, nearest_code, nearest_index, reference
+
+FAST = {"cpu": blocked._nearest_on_cpu, "elsewhere": blocked._nearest_elsewhere}
+
+
+def regret(x, codebook, indices):
+    """How much further than the nearest code the chosen one is, in float64, in units of rounding of the squared distance."""
+    x, codebook = x.double(), codebook.double()
+    distance = torch.cdist(x, codebook, compute_mode="donot_use_mm_for_euclid_dist").square()
+    chosen = distance.gather(-1, indices.unsqueeze(-1)).squeeze(-1)
+    best = distance.amin(-1)
+    return ((chosen - best) / best.clamp(min=torch.finfo(torch.float64).tiny)).amax().item()
+
+
+KINDS = {
+    "plain": lambda x: x,
+    "off centre": lambda x: x + 1000.0,
+    "tiny": lambda x: x * 1e-12,
+    "large": lambda x: x * 1e12,
+    "two far clusters": lambda x: x * 1e-3 + torch.where(torch.arange(x.shape[-2]) % 2 == 0, 300.0, -300.0).unsqueeze(-1).to(x.dtype),
+    "on a grid": lambda x: (2 * x).round(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize(
+    "shape", [(1, 700, 100, 1), (3, 257, 33, 5), (2, 90, 1500, 8), (1, 150, 128, 64), (2, 300, 1, 7), (1, 40, 2049, 3)]
+)
+def test_fast_forms_choose_as_well_as_explicit_differences(kind, dtype, form, shape):
+    groups, num, codes, width = shape
+    x, codebook = KINDS[kind](torch.randn(groups, num, width, dtype=dtype)), KINDS[kind](torch.randn(groups, codes, width, dtype=dtype))
+    for x_g, codebook_g in zip(x.split(1), codebook.split(1), strict=True):
+        indices = FAST[form](x_g, blocked._prepare(codebook_g))
+        assert regret(x_g, codebook_g, indices) <= 4 * (width + 4) * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_both_implementations_agree_over_shapes_and_tiles(impl, monkeypatch):
+    monkeypatch.setitem(blocked._SCORES_PER_TILE, "cpu", 512)
+    monkeypatch.setattr(blocked, "_MIN_ROWS_PER_TILE", 8)
+    monkeypatch.setattr(blocked, "_CODES_PER_TILE", 16)
+    monkeypatch.setattr(blocked, "_FEW_DIFFERENCES", 0)
+    leading = [((), ()), ((3,), ()), ((), (3,)), ((2, 3), (3,)), ((2, 3), (2, 1)), ((2, 3, 4), (3, 1)), ((2, 1), (2, 3))]
+    for (of_x, of_codes), num, codes in itertools.product(leading, (1, 7, 40), (1, 15, 16, 17, 50)):
+        x, codebook = torch.randn(*of_x, num, 6), torch.randn(*of_codes, codes, 6)
+        indices, distance = nearest_code(x, codebook, impl=impl)
+        expected = (x.unsqueeze(-2) - codebook.unsqueeze(-3)).square().sum(-1)
+        assert indices.shape == (*torch.broadcast_shapes(of_x, of_codes), num) and indices.dtype == torch.int64
+        assert torch.equal(indices, expected.argmin(-1))
+        torch.testing.assert_close(distance, expected.amin(-1))
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**31), st.booleans())
+def test_ties_go_to_the_lowest_index(num, distinct, repeats, seed, small):
+    """Codes on a small grid, several times over: all arithmetic is exact, so the first of the nearest is the only right answer."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (1, num, 3), generator=generator).float()
+    codebook = torch.randint(-3, 4, (1, distinct, 3), generator=generator).float().repeat(1, repeats, 1)
+    expected = (x.unsqueeze(2) - codebook.unsqueeze(1)).square().sum(-1).argmin(-1)
+    form = (lambda a, b: nearest_index(a, b)) if small else (lambda a, b: blocked._nearest_on_cpu(a, blocked._prepare(b)))
+    assert torch.equal(form(x, codebook), expected)
+    assert torch.equal(reference.nearest_index(x, codebook), expected)
+
+
+def test_many_equal_codes_and_an_all_zero_codebook():
+    x = torch.randn(1, 300, 4)
+    for codebook in (torch.zeros(1, 1200, 4), torch.ones(1, 64, 4).mul(0.1)):
+        assert not blocked._nearest_on_cpu(x, blocked._prepare(codebook)).any()
+
+
+@pytest.mark.parametrize("form", [*FAST, "reference"])
+@pytest.mark.parametrize("codes", [1, 40, 1500])
+def test_what_is_not_finite_gets_no_code_and_changes_no_other(form, codes):
+    x, codebook = torch.randn(1, 200, 4), torch.randn(1, codes, 4)
+    run = (lambda v: reference.nearest_index(v, codebook)) if form == "reference" else (lambda v: FAST[form](v, blocked._prepare(codebook)))
+    clean = run(x)
+    spoiled = x.clone()
+    for row, bad in enumerate([torch.nan, torch.inf, -torch.inf, 1e30, -3e25]):
+        spoiled[0, 10 * row, row % 4] = bad
+    spoiled[0, 60] = torch.inf
+    lost = [0, 10, 20, 30, 40, 60]
+    found = run(spoiled)
+    assert (found[0, lost] == -1).all()
+    keep = torch.ones(200, dtype=torch.bool)
+    keep[lost] = False
+    assert torch.equal(found[0, keep], clean[0, keep]) and (clean >= 0).all()
+    assert torch.equal(gather_codes(codebook, found)[0, lost], torch.zeros(6, 4))
+
+
+def test_distance_of_what_is_not_finite_is_zero():
+    x = torch.tensor([[torch.nan, 0.0], [1.0, 1.0]])
+    indices, distance = nearest_code(x, torch.zeros(3, 2))
+    assert indices.tolist() == [-1, 0] and distance.tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_permuting_vectors_or_codes_permutes_the_choice(impl):
+    x, codebook = torch.randn(500, 8), torch.randn(70, 8)
+    indices = nearest_index(x, codebook, impl=impl)
+    rows, codes = torch.randperm(500), torch.randperm(70)
+    assert torch.equal(nearest_index(x[rows], codebook, impl=impl), indices[rows])
+    assert torch.equal(codes[nearest_index(x, codebook[codes], impl=impl)], indices)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    compiled = torch.compile(nearest_code, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for num in (5, 600, 601) if dynamic else (600,):
+        x, codebook = torch.randn(2, 3, num, 8, requires_grad=True), torch.randn(3, 60, 8)
+        x.data[0, 0, 0, 0] = torch.nan
+        for found, expected in zip(compiled(x, codebook), nearest_code(x, codebook), strict=True):
+            assert torch.equal(found, expected) and not found.requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_changes_nothing(compiled):
+    x, codebook = torch.randn(700, 32) + 50, torch.randn(90, 32) + 50
+    run = torch.compile(nearest_code, backend="aot_eager", fullgraph=True) if compiled else nearest_code
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(x, codebook)
+    for found, expected in zip(inside, nearest_code(x, codebook), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_half_precision_is_assigned_as_float32_and_float64_as_float64():
+    x, codebook = torch.randn(600, 16), torch.randn(80, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = x.to(dtype)
+        assert torch.equal(nearest_index(low, codebook), nearest_index(low.float(), codebook))
+        assert nearest_code(low, codebook).squared_distance.dtype == torch.float32
+    assert nearest_code(x, codebook.double()).squared_distance.dtype == torch.float64
+
+
+def test_shortened_matrix_products_are_switched_off_inside_and_back_on_after(monkeypatch):
+    seen = []
+    monkeypatch.setitem(api._BACKENDS, "auto", lambda x, c: seen.append(torch.backends.mkldnn.matmul.fp32_precision) or x[..., 0].long())
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        nearest_index(torch.randn(4, 2), torch.randn(3, 2))
+        assert seen == ["ieee"] and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_empty_inputs(impl):
+    for shape in [(0, 4), (2, 0, 4), (0, 3, 4)]:
+        indices, distance = nearest_code(torch.randn(shape), torch.randn(5, 4), impl=impl)
+        assert indices.shape == distance.shape == shape[:-1]
+
+
+def test_bad_arguments_are_named():
+    x, codebook = torch.randn(2, 5, 4), torch.randn(3, 4)
+    for error, match, arguments in [
+        (TypeError, "^x is torch.int64", (x.long(), codebook)),
+        (ValueError, r"^x has shape \(4,\)", (x[0, 0], codebook)),
+        (ValueError, "^x has width 4: must be 3", (x, codebook[:, :3])),
+        (ValueError, "^codebook has shape .*at least one code", (x, codebook[:0])),
+        (ValueError, "do not broadcast", (x, codebook.expand(3, 3, 4))),
+    ]:
+        with pytest.raises(error, match=match):
+            nearest_code(*arguments)
+    with pytest.raises(ValueError, match=r"^impl = 'fast': must be one of 'auto'"):
+        nearest_code(x, codebook, impl="fast")
+
+
+@pytest.mark.parametrize("case_id", golden_arrays.case_ids("unit", "shortcodes"))
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_shortcodes_equal_the_official_ones(case_id, impl):
+    golden = golden_arrays.load("unit", case_id)
+    for case in golden.meta["cases"]:
+        arrays = golden.tree(f"{case['key']}/")
+        codebook = arrays["codebook"]
+        if case["smallest_code_gap"] > 0:  # case_00 makes two codes equal by hand
+            golden.check(f"{case['key']}/codebook", codes_from_ema(arrays["c_sum"], arrays["c_count"]))
+        indices, distance = nearest_code(arrays["vecs"], codebook, impl=impl)
+        golden.check(f"{case['key']}/shortcodes", indices)
+        golden.check(f"{case['key']}/errs2", distance)
+        golden.check(f"{case['key']}/codewords", gather_codes(codebook, indices))
