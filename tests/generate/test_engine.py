@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=17, dim=16, key_dim=8, value_dim=12, layers=1, heads=2, codebook_size=6, block_len=4, mem_len=5)
-NO_CACHE = ModelConfig(**{**CONFIG.__dict__, "cache": False, "mem_len": 3})
+NO_CACHE = replace(CONFIG, cache=False, mem_len=3)
 
 
 def _model(config: ModelConfig = CONFIG) -> TransformerVQ:
@@ -150,6 +151,9 @@ def test_prompts_may_be_lists_and_no_token_may_be_asked_for() -> None:
         ([[1]], {"noise": torch.zeros(1, 4, 16)}, ValueError, r"noise of shape \(1, 4, 16\): must be \(1, 5, 17\)"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_computed(prompts: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_refused_before_anything_is_computed(
+    prompts: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments: dict[str, Any] = {"num_tokens": 5, **options}
     with pytest.raises(error, match=message):
-        generate(_model(), prompts, **{"num_tokens": 5, **options})
+        generate(_model(), prompts, **arguments)

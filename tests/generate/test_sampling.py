@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import golden_arrays
 import pytest
 import torch
 
+import golden_arrays
 from vqkit.generate.sampling import SamplingRules, apply_rules, gumbel_noise, keep_top_k, keep_top_p, next_token
+
+NONSENSE = {"temperature": (-1.0, math.inf, math.nan), "top_k": (0, True, 2.5), "top_p": (-0.1, 1.1, math.nan)}
 
 
 def _logits(seed: int, shape: tuple[int, ...] = (5, 23)) -> torch.Tensor:
@@ -103,12 +106,12 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1.0), ("temperature", math.inf), ("temperature", math.nan), ("top_k", 0), ("top_k", True), ("top_k", 2.5)]
-    + [("top_p", -0.1), ("top_p", 1.1), ("top_p", math.nan)],
+    [(field, value) for field, values in NONSENSE.items() for value in values],
 )
-def test_rules_refuse_what_makes_no_sense(field: str, value: float) -> None:
+def test_rules_refuse_what_makes_no_sense(field: str, value: Any) -> None:
+    options: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=rf"^{field} = {value!r}: must be"):
-        SamplingRules(**{field: value})
+        SamplingRules(**options)
 
 
 def test_sampling_without_randomness_is_refused() -> None:

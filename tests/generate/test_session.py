@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,8 +86,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         ({"input": "features"}, 'model.input = "features": text needs tokens'),
     ],
 )
-def test_models_of_other_things_than_text_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    config = ModelConfig(**{**CONFIG.__dict__, **change})
+def test_models_of_other_things_than_text_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    config = replace(CONFIG, **change)
     save_weights(TransformerVQ(config), config, tmp_path)
     with pytest.raises(ValueError, match=message):
         load(tmp_path)

@@ -1,6 +1,6 @@
 """From words to a command, and from whatever happens there to an exit code and one clear line.
 
-Exit codes: 0 done, 1 something is wrong with data, run or checkpoint, 2 the words make no sense, 130 Ctrl-C.
+Exit codes: 0 done, 1 something is wrong with data, run or checkpoint, 2 the words make no sense, 130 Ctrl-C, 141 nobody reads on.
 Only the module of the command asked for is imported, and torch only once that command does its work.
 """
 
@@ -52,9 +52,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _fail(130, str(error) or "stopped")
     except BrokenPipeError:
-        # Whoever read the output has gone; keep the interpreter from complaining while it flushes.
+        # Whoever read the output has gone; keep the interpreter from complaining of it when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in EXTRA_MODULES:
             return _fail(1, f'this command needs the package {error.name.split(".")[0]}: pip install "vqkit[train]"')

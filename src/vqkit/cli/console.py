@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
+from vqkit.data import read_summary
 from vqkit.models.weights import broken_checkpoints, newest_whole_checkpoint
 from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Started
 
@@ -27,10 +28,14 @@ class TrainingView:
         self._console = console or Console(highlight=False, markup=False)
         self._clock = clock
         self._last_line = -LINE_SECONDS
-        self.step = 0
-        columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TextColumn("{task.fields[figures]}", markup=False))
-        self._bar = Bar(*columns, console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        self._task = None
+        self.seconds = 0.0
+        """What `Finished` says."""
+        self.steps_done = 0
+        """Steps since the run was started or resumed."""
+        self._first_step = 0
+        count, figures = TextColumn("step {task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[figures]}", markup=False)
+        self._bar = Bar(count, BarColumn(), figures, console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> TrainingView:
         if self._bar:
@@ -44,6 +49,10 @@ class TrainingView:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
+                data = read_summary(event.run_dir / "data")
+                skipped = data.empty_files + data.short_files
+                note = f"; {skipped:,} more skipped, empty or short" if skipped else ""
+                self._say(f"corpus: {data.files:,} files of {data.path}{note}")
                 self._say(f"corpus hash {event.data_hash}")
                 sizes = (event.training_bytes, event.validation_bytes, event.test_bytes)
                 self._say("bytes: {:,} to train, {:,} to validate, {:,} to test".format(*sizes))
@@ -52,16 +61,17 @@ class TrainingView:
                 self._say(f"going on with {event.run_dir} after step {event.step:,} of {event.steps:,}")
                 for note in event.notes:
                     self._say(f"note: {note}")
-                self.step = event.step
+                self._first_step = event.step
             case Progress():
                 self._progress(event)
             case Evaluated():
-                self._say(f"step {event.step:,}: validation {event.bits_per_byte:.3f} bits per byte, {event.active_codes:.0%} of codes active")
-            case CheckpointSaved() | Finished():
-                self.step = event.step
+                self._say(f"step {event.step:,}: validation {event.bits_per_byte:.3f} bits/byte, {event.active_codes:.0%} codes active")
+            case CheckpointSaved():
+                pass
+            case Finished():
+                self.seconds, self.steps_done = event.seconds, event.step - self._first_step
 
     def _progress(self, event: Progress) -> None:
-        self.step = event.step
         figures = (
             f"{event.bits_per_byte:.3f} bits/byte  {event.tokens_per_second:,.0f} tokens/s  "
             f"{duration(event.seconds_left)} left  {event.active_codes:.0%} codes active"
@@ -82,10 +92,11 @@ class TrainingView:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lines of aligned columns, the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in [header, *rows]
-    )
+    lines = []
+    for first, *others in [header, *rows]:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

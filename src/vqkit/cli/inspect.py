@@ -89,9 +89,15 @@ def _cost(config: Any) -> str:
 
 
 def _last_metrics(run: Path) -> str:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return "\n".join(f"{name} = {value}" for name, value in _flat(json.loads(lines[-1]))) if lines else ""
+    """The last line of each kind, say of training and of validation."""
+    from vqkit.train.metrics import read_lines
+
+    last = {line["kind"]: line for line in read_lines(run / "metrics.jsonl")}
+    return "\n".join(", ".join(f"{name} {_rounded(value)}" for name, value in line.items()) for line in last.values())
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _checkpoints(run: Path) -> str:

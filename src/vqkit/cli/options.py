@@ -82,14 +82,17 @@ def _option_near_miss(name: str, known: list[str]) -> str:
 
 
 def _first_section(box: str) -> str:
-    """The message of tyro's box: what stands between the upper edge and the first rule, without the frame."""
-    lines = [line.strip().strip("|\u2502").strip() for line in box.splitlines()]
-    body = [line for line in lines if line and line[0] not in "\u256d\u2570"]
-    message = []
-    for line in body:
-        if set(line) <= {"\u2500", "-"}:
-            break
-        message.append(line)
+    """The message of tyro's box: the first section within its frame, which is one of dashes alone where there is no UTF-8."""
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines():
+        line = line.strip().strip("\u2502").strip()
+        if line[:1] in ("\u256d", "\u2570"):
+            continue
+        if line and set(line) <= {"\u2500", "-"}:
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    message = sections[0] if box.lstrip().startswith("\u256d") else sections[min(1, len(sections) - 1)]
     return _in_our_words(" ".join(message)) or "the options make no sense"
 
 
@@ -101,6 +104,5 @@ def _in_our_words(message: str) -> str:
         message = f"{option}: {rest}" if option.startswith("-") else rest
     elif lead.startswith("Missing from "):
         message = f"missing: {rest}"
-    for python, plain in (("invalid literal for int() with base 10:", "must be an integer, not"), ("could not convert string to float:", "must be a number, not")):
-        message = message.replace(python, plain)
-    return message
+    message = message.replace("invalid literal for int() with base 10:", "must be an integer, not")
+    return message.replace("could not convert string to float:", "must be a number, not")

@@ -103,6 +103,7 @@ def stored_config(run_dir: Path) -> RunConfig:
 
 
 def first_line(docstring: str | None) -> str:
+    """What a recipe says of itself in one line."""
     return (docstring or "").strip().partition("\n")[0]
 
 

@@ -1,0 +1,133 @@
+"""What `vqkit train` shows from the first step to the last word, and the measurements that it shares with `vqkit eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vqkit.cli.console import TrainingView, duration, table, write_text
+from vqkit.data import Split, byte_baselines
+from vqkit.files import write_text_atomic
+from vqkit.generate import LoadedModel, load
+from vqkit.models import TransformerVQ
+from vqkit.models.weights import newest_whole_checkpoint
+from vqkit.train import Evaluation, TrainResult, context_ablation, evaluate, train
+from vqkit.train.config import RunConfig
+from vqkit.train.plots import PLOTS_FOLDER, save_plots
+
+SAMPLE_BYTES = 400
+SAMPLE_TEMPERATURE = 0.8
+CONTEXT = 4
+"""Tokens that are left of the context in the ablation."""
+
+
+def train_and_report(config: RunConfig, run_dir: Path) -> int:
+    """Train, or go on, to the end; then measure, write, and say where everything is. Returns the exit code."""
+    try:
+        with TrainingView() as view:
+            result = train(config, run_dir, on_event=view)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_where_it_stands(run_dir)) from None
+    print(f"trained: {result.step:,} steps, {view.steps_done:,} of them now, in {duration(view.seconds)}", flush=True)
+    _measure(config, result)
+    _write(config, result)
+    _close(result)
+    return 0
+
+
+def measure(model: TransformerVQ, split: Split, config: RunConfig) -> Evaluation:
+    """The whole split with carried state, as the run's configuration reads it."""
+    return evaluate(
+        model,
+        split,
+        batch_size=config.train.eval_batch_size,
+        chunk_len=config.data.sequence_len,
+        segments=config.data.segments == "isolate",
+    )
+
+
+def headline(split: Split, evaluation: Evaluation) -> str:
+    """The one line to look for."""
+    return f"{split.name}: {evaluation.bits_per_byte:.3f} bits per byte"
+
+
+def code_table(evaluation: Evaluation) -> str:
+    """Use of the codes per attention unit and head, the worst named below."""
+    rows, worst = [], (2.0, "")
+    for i, (shares, perplexities) in enumerate(zip(evaluation.active_codes, evaluation.perplexity, strict=True)):
+        for head, (share, perplexity) in enumerate(zip(shares, perplexities, strict=True)):
+            name = f"layer {i // 2} unit {i % 2} head {head}"
+            rows.append((name, f"{share:.1%}", f"{perplexity:.1f} of {len(evaluation.code_counts[i][head])}"))
+            worst = min(worst, (share, name))
+    return table(("codes", "active", "perplexity"), rows) + f"\nworst: {worst[0]:.1%} of codes active ({worst[1]})"
+
+
+def _measure(config: RunConfig, result: TrainResult) -> None:
+    data = result.run_dir / "data"
+    model, test, validation = result.model, Split(data, "test"), Split(data, "validation")
+    if test.num_tokens:
+        print(f"\nreading the test split: {test.num_bytes:,} bytes of {test.num_documents} files", flush=True)
+        evaluation = measure(model, test, config)
+        print(headline(test, evaluation), flush=True)
+        others = byte_baselines(Split(data, "train"), test)
+        rows = [("Transformer-VQ, this run", evaluation.bits_per_byte), *others.items()]
+        print("\n" + table(("on the same bytes", "bits per byte"), [(name, f"{bits:.3f}") for name, bits in rows]), flush=True)
+        ablation = context_ablation(
+            model,
+            test,
+            context=CONTEXT,
+            batch_size=config.train.eval_batch_size,
+            chunk_len=config.data.sequence_len,
+            segments=config.data.segments == "isolate",
+        )
+        full, cut = ablation.full_bits_per_byte, ablation.cut_bits_per_byte
+        print(
+            f"\ncontext counts: cut to {CONTEXT} bytes the same model needs {cut:.3f} bits per byte instead of {full:.3f}, "
+            f"{cut - full:+.3f} (at {ablation.num_positions:,} bytes of the test split)",
+            flush=True,
+        )
+    use = measure(model, validation, config) if validation.num_tokens else None
+    if use:
+        print(f"\non the validation split\n{code_table(use)}", flush=True)
+    save_plots(result.run_dir, use)
+
+
+def _write(config: RunConfig, result: TrainResult) -> None:
+    prompt = "def " if config.recipe == "quickstart" else ""
+    print(f"\na sample (temperature {SAMPLE_TEMPERATURE}, seed 0)\n" + "-" * 72, flush=True)
+    loaded: LoadedModel = load(result.checkpoint)
+    text = prompt
+    write_text(prompt)
+    for piece in loaded.stream(prompt, SAMPLE_BYTES, temperature=SAMPLE_TEMPERATURE):
+        write_text(piece)
+        text += piece
+    print("\n" + "-" * 72, flush=True)
+    folder = result.run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    write_text_atomic(folder / f"step_{result.step:08d}.txt", text)
+
+
+def _close(result: TrainResult) -> None:
+    run = result.run_dir
+    rows = [
+        ("run", f"{run}"),
+        ("weights", f"{result.checkpoint}"),
+        ("metrics", f"{run / 'metrics.jsonl'}"),
+        ("plots", f"{run / PLOTS_FOLDER}"),
+        ("samples", f"{run / 'samples'}"),
+    ]
+    print("\n" + "\n".join(f"{name:<9}{path}" for name, path in rows))
+    print(
+        "\nwhat next\n"
+        f'  let it write       vqkit sample {run} --prompt "import " --temperature 0.8\n'
+        f"  look inside        vqkit inspect {run}\n"
+        "  use your own text  vqkit train text --data.path FOLDER\n"
+        f'  from Python        vqkit.load("{run}").generate("import ", 200)'
+    )
+
+
+def _where_it_stands(run_dir: Path) -> str:
+    """Where a stopped run can be taken up again."""
+    newest = newest_whole_checkpoint(run_dir)
+    if newest is None:
+        return f"stopped; {run_dir} has no checkpoint yet, the same command begins anew"
+    return f"stopped; {run_dir} goes on from {newest.name}: vqkit train --run {run_dir}"

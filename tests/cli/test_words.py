@@ -1,0 +1,165 @@
+"""Words of the command line: help without torch, refusals in one line, exit codes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vqkit.cli import app, main
+from vqkit.cli.options import option_names
+from vqkit.cli.sample import SampleOptions
+from vqkit.cli.train import TrainOptions
+from vqkit.recipes import RECIPES
+
+HELP = [
+    "--help",
+    "train --help",
+    "train quickstart --help",
+    "train text --help",
+    "eval --help",
+    "sample --help",
+    "inspect --help",
+    "--version",
+]
+
+
+@dataclass
+class Said:
+    """What one call said."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def vqkit(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    def call(*words: str | Path) -> Said:
+        code = main([str(word) for word in words])
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+def test_help_and_refusals_import_no_torch() -> None:
+    """In a process of its own, where nothing else has imported it."""
+    program = f"""
+import sys
+from vqkit.cli import main
+for words in {HELP!r}:
+    assert main(words.split()) == 0, words
+    assert "torch" not in sys.modules, words
+for words in ["trian", "train quickstat", "train quickstart --steps 3", "train text", "sample", "eval x --splt y"]:
+    assert main(words.split()) == 2, words
+    assert "torch" not in sys.modules, words
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("vqkit: ") == 6
+
+
+@pytest.mark.parametrize("words", HELP[:-1])
+def test_every_help_teaches_by_an_example(vqkit: Callable[..., Said], words: str) -> None:
+    said = vqkit(*words.split())
+    assert said.code == 0
+    assert said.err == ""
+    assert re.search(r"^(usage:)? *vqkit (train|eval|sample|inspect) [^C]", said.out.split("\n", 1)[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_of_a_recipe_names_every_option(vqkit: Callable[..., Said], recipe: str) -> None:
+    out = vqkit("train", recipe, "--help").out
+    names = list(option_names(TrainOptions))
+    assert len(names) > 40
+    assert [name for name in names if not re.search(rf"{name}\s", out)] == []
+    assert set(re.findall(r"^\S+ (--[\w.-]+)", out, re.MULTILINE)) <= set(names)
+
+
+def test_positional_arguments_are_no_options() -> None:
+    assert list(option_names(SampleOptions)) == ["--prompt", "--num-tokens", "--temperature", "--top-k", "--top-p", "--seed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "no command given; one of train, eval, sample, inspect"),
+        ("trian", "unknown command 'trian'; did you mean train?"),
+        ("xyz", "unknown command 'xyz'; there are train, eval, sample, inspect"),
+        ("train", "no recipe given; there are quickstart, text"),
+        ("train quikstart", "unknown recipe 'quikstart'; did you mean quickstart?"),
+        ("train enwik8", "unknown recipe 'enwik8'; there are quickstart, text"),
+        ("train text", "recipe text needs data: add --data.path FOLDER"),
+        ("train quickstart extra", "unexpected argument 'extra'"),
+        ("train quickstart --steps 3", "unknown option --steps; did you mean --train.steps?"),
+        ("train quickstart --model.dimm=3", "unknown option --model.dimm; did you mean --model.dim?"),
+        ("train quickstart --block_length 3", "unknown option --block-length; did you mean --model.block-len?"),
+        ("train quickstart --model.dim x", "--model.dim: must be an integer, not 'x'"),
+        ("train quickstart --train.learning_rate x", "--train.learning-rate: must be a number, not 'x'"),
+        ("train quickstart --model.dim", "Missing value for argument '--model.dim'"),
+        ("train quickstart --data.segments maybe", "invalid choice 'maybe' for argument '--data.segments'. Expected one of"),
+        ("train quickstart --model.dim 33", "model.dim = 33: must be even"),
+        ("train quickstart --model.codebook.decay 2", "codebook.decay = 2.0: must be at least 0 and below 1"),
+        ("train quickstart --train.update-len 100", "train.update_len = 100: must divide data.sequence_len = 512"),
+        ("train quickstart --train.steps 50 --train.warmup-steps 50", "train.warmup_steps = 50: must be less than train.steps = 50"),
+        ("train --rnu x", "unknown option --rnu; did you mean --run?"),
+        ("sample", "missing: "),
+        ("sample RUN --temprature 1", "unknown option --temprature; did you mean --temperature?"),
+        ("eval RUN --split trian", "invalid choice 'trian' for argument '--split'. Expected one of ('train', 'validation', 'test')."),
+        ("inspect", "missing: "),
+    ],
+)
+def test_words_that_make_no_sense_are_refused_in_one_line(vqkit: Callable[..., Said], words: str, message: str) -> None:
+    said = vqkit(*words.split())
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.startswith("vqkit: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["eval", "sample", "inspect", "train --run"])
+def test_what_is_not_there_is_named(vqkit: Callable[..., Said], tmp_path: Path, command: str) -> None:
+    said = vqkit(*command.split(), tmp_path / "nowhere")
+    assert said.code == 1
+    assert said.out == ""
+    assert re.fullmatch(r"vqkit: \S*nowhere (does not exist|is no run).*\n", said.err)
+
+
+def test_a_missing_extra_names_the_command_that_installs_it(vqkit: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    said = vqkit("train", "quickstart", "--help")
+    assert (said.code, said.err) == (1, 'vqkit: this command needs the package tyro: pip install "vqkit[train]"\n')
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("a = 1:\n  must be 2"), 1, "a = 1: must be 2"),
+        (OSError(2, "No such file or directory", "x.txt"), 1, "x.txt: No such file or directory"),
+        (RuntimeError("the loss is no number"), 1, "the loss is no number"),
+        (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError: division by zero (VQKIT_TRACEBACK=1 shows where)"),
+        (ModuleNotFoundError("No module named 'rich'", name="rich"), 1, 'this command needs the package rich: pip install "vqkit[train]"'),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (KeyboardInterrupt("stopped; go on"), 130, "stopped; go on"),
+    ],
+)
+def test_whatever_happens_is_one_line_and_the_traceback_can_be_asked_for(
+    vqkit: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    def fail(_: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(app, "_dispatch", fail)
+    said = vqkit("train")
+    assert (said.code, said.err) == (code, f"vqkit: {line}\n")
+    monkeypatch.setenv("VQKIT_TRACEBACK", "1")
+    said = vqkit("train")
+    assert said.code == code
+    assert said.err.startswith("Traceback")
+    assert said.err.endswith(f"vqkit: {line}\n")
