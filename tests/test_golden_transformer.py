@@ -126,15 +126,17 @@ def test_inner_tensors(name: str) -> None:
     for i, layer in enumerate(model.layers):
         key = f"transformer_layers_{i}/output_features"
         layer.register_forward_hook(lambda _, args, out, key=key: seen.__setitem__(key, out.output))
-    model(golden["call1/inputs"], mask=golden["call1/loss_mask"].bool())
-
-    assert {f"call1/mid/{key}" for key in seen} == set(golden.keys("call1/mid/"))
-    for key, tensor in seen.items():
-        if key == "position_embedder":
-            tensor = tensor[0]  # there all rows share their positions
-        if key.endswith("output_features"):
-            tensor = tensor.unflatten(1, (-1, config.block_len)).transpose(0, 1)
-        golden.check(f"call1/mid/{key}", tensor)
+    state = None
+    for call in ("call1", "call2"):
+        seen.clear()
+        state = run_call(model, golden, call, state, golden[f"{call}/inputs"], "auto").state
+        assert {f"{call}/mid/{key}" for key in seen} == set(golden.keys(f"{call}/mid/"))
+        for key, tensor in seen.items():
+            if key == "position_embedder":
+                tensor = tensor[0]  # there all rows share their positions
+            if key.endswith("output_features"):
+                tensor = tensor.unflatten(1, (-1, config.block_len)).transpose(0, 1)
+            golden.check(f"{call}/mid/{key}", tensor)
 
 
 @pytest.mark.parametrize("name", golden_arrays.case_ids("transformer", "init_stats*"))
