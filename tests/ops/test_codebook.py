@@ -1,0 +1,204 @@
+"""Laws of codebook statistics, moving averages and the expiry of dead codes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import golden_arrays
+from vqkit.ops.codebook import (
+    CodebookStatistics,
+    assignment_stats,
+    codes_from_ema,
+    ema_update,
+    gather_codes,
+    largest_keys,
+    merge_statistics,
+    replace_dead_codes,
+)
+
+
+def draw(batch=3, heads=2, time=11, codes=7, width=4, dtype=torch.float32):
+    return torch.randn(batch, heads, time, width, dtype=dtype), torch.randint(-1, codes, (batch, heads, time))
+
+
+def assert_equal(found, expected):
+    for name, a, b in zip(CodebookStatistics._fields, found, expected, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_are_those_of_a_loop(dtype, masked):
+    x, indices = draw(dtype=dtype)
+    mask = torch.rand(3, 11) < 0.6 if masked else None
+    count, total = torch.zeros(2, 7, dtype=torch.float64), torch.zeros(2, 7, 4, dtype=torch.float64)
+    for b, h, t in torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(11)).tolist():
+        code = indices[b, h, t].item()
+        if code >= 0 and (mask is None or mask[b, t]):
+            count[h, code] += 1
+            total[h, code] += x[b, h, t]
+    found = assignment_stats(x, indices, 7, mask)
+    assert found.count.dtype == found.sum.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found.count.double(), count)
+    torch.testing.assert_close(found.sum.double(), total, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_batch_axis_each_head_has_its_own_vectors():
+    x, indices = draw(batch=1)
+    assert_equal(assignment_stats(x[0], indices[0], 7), assignment_stats(x, indices, 7))
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
+def test_masked_vectors_influence_nothing(poison):
+    x, indices = draw()
+    mask = torch.rand(3, 11) < 0.5
+    torch.manual_seed(1)
+    clean = assignment_stats(x, indices, 7, mask, num_candidates=30)
+    spoiled = torch.where(mask[:, None, :, None], x, poison)
+    torch.manual_seed(1)
+    assert_equal(assignment_stats(spoiled, indices, 7, mask, num_candidates=30), clean)
+    assert clean.candidates.isfinite().all()
+
+
+def test_a_mask_of_ones_is_no_mask():
+    x, indices = draw()
+    assert_equal(assignment_stats(x, indices, 7, torch.ones(3, 11, dtype=torch.bool)), assignment_stats(x, indices, 7))
+
+
+@given(st.integers(1, 6), st.integers(0, 9), st.integers(0, 2**31))
+def test_merged_parts_are_the_whole(parts, candidates, seed):
+    torch.manual_seed(seed)
+    x, indices = draw(batch=6)
+    whole = assignment_stats(x, indices, 7, num_candidates=candidates)
+    pieces = [assignment_stats(a, b, 7, num_candidates=candidates) for a, b in zip(x.chunk(parts), indices.chunk(parts), strict=True)]
+    merged = pieces[0]
+    for piece in pieces[1:]:
+        merged = merge_statistics(merged, piece)
+    torch.testing.assert_close(merged.count, whole.count)
+    torch.testing.assert_close(merged.sum, whole.sum)
+    keys = torch.cat([piece.keys for piece in pieces], dim=1)
+    assert torch.equal(merged.keys, keys.topk(candidates, dim=1).values)
+
+
+@pytest.mark.parametrize("number", [1, 5, 20, 60])
+def test_candidates_are_distinct_vectors_that_count(number):
+    x, indices = draw()
+    mask = torch.rand(3, 11) < 0.7
+    found = assignment_stats(x, indices, 7, mask, num_candidates=number)
+    for head in range(2):
+        allowed = x[:, head][mask & (indices[:, head] >= 0)]
+        present = found.keys[head] > 0
+        assert present.sum() == min(number, len(allowed))
+        assert (found.keys[head].diff() <= 0).all() and (found.keys <= 1).all()
+        rows = found.candidates[head]
+        assert not rows[~present].any()
+        matches = (rows[present, None] == allowed[None]).all(-1)
+        assert (matches.sum(1) == 1).all() and (matches.sum(0) <= 1).all()
+
+
+def test_candidates_are_drawn_uniformly():
+    x = torch.arange(10.0).reshape(1, 1, 10, 1)
+    indices = torch.zeros(1, 1, 10, dtype=torch.int64)
+    drawn = torch.cat([assignment_stats(x, indices, 1, num_candidates=3).candidates.flatten() for _ in range(2000)]).long()
+    frequency = drawn.bincount(minlength=10) / 2000
+    assert ((frequency - 0.3).abs() < 5 * (0.3 * 0.7 / 2000) ** 0.5).all()
+
+
+@pytest.mark.parametrize("case_id", golden_arrays.case_ids("unit", "codebook_ema"))
+def test_the_moving_average_equals_the_official_codebook_loss(case_id):
+    """One step of SGD with rate 1 on the official surrogate loss, whose gradients are averaged over devices and blocks."""
+    golden = golden_arrays.load("unit", case_id)
+    for case in golden.meta["cases"]:
+        key, decay = case["key"], case["c_gamma"]
+        given = golden.tree(f"{key}/in/")
+        statistics = assignment_stats(given["vecs"], given["shortcodes"].long(), case["S"], given["loss_mask"].bool())
+        factor = case["n_device"] * case["n_block_per_update"]  # undone by the average over devices and blocks
+        scaled = statistics._replace(count=statistics.count * factor, sum=statistics.sum * factor)
+        total, count = ema_update(given["c_sum"], given["c_count"], scaled, decay)
+        golden.check(f"{key}/out/c_sum_tgt", total)
+        golden.check(f"{key}/out/c_count_tgt", count)
+
+        x, old_sum, old_count = (given[name].clone().requires_grad_() for name in ("vecs", "c_sum", "c_count"))
+        loss = surrogate_loss(old_sum, old_count, scaled, decay) + 0.0 * x.sum()
+        loss.backward()
+        golden.check(f"{key}/out/l_codebook", loss)
+        golden.check(f"{key}/grad/c_sum", old_sum.grad)
+        golden.check(f"{key}/grad/c_count", old_count.grad)
+        golden.check(f"{key}/grad/vecs", x.grad)
+        torch.testing.assert_close(total, (old_sum - old_sum.grad).detach())
+        torch.testing.assert_close(count, (old_count - old_count.grad).detach())
+
+
+def surrogate_loss(sum, count, statistics, decay):
+    """Of value 0; its gradient is old minus target."""
+
+    def linear(old, new):
+        target = decay * old + (1 - decay) * new
+        value = (old * (old - target).detach()).sum()
+        return value - value.detach()
+
+    return linear(sum, statistics.sum) + linear(count, statistics.count)
+
+
+def test_moving_averages_keep_their_dtype():
+    x, indices = draw(dtype=torch.float64)
+    statistics = assignment_stats(x, indices, 7)
+    total, count = ema_update(torch.zeros(2, 7, 4), torch.ones(2, 7), statistics, 0.9)
+    assert total.dtype == count.dtype == torch.float32
+    torch.testing.assert_close(count, (0.9 + 0.1 * statistics.count).float())
+
+
+def test_an_unused_code_stays_where_it_is_at_the_floor():
+    total, count = torch.randn(1, 3, 4), torch.tensor([[0.01, 0.02, 5.0]])
+    nothing = CodebookStatistics(torch.zeros(1, 3), torch.zeros(1, 3, 4), torch.zeros(1, 0, 4), torch.zeros(1, 0))
+    before = codes_from_ema(total, count)
+    after = codes_from_ema(*ema_update(total, count, nothing, 0.9))
+    torch.testing.assert_close(after[:, 1:], before[:, 1:])
+    torch.testing.assert_close(after[:, 0], 0.9 * before[:, 0])  # the official rule: below the floor the sum decays alone
+
+
+@given(st.integers(1, 8), st.integers(0, 10), st.integers(0, 10), st.integers(0, 2**31))
+def test_expiry_replaces_exactly_the_dead_codes(codes, candidates, present, seed):
+    torch.manual_seed(seed)
+    count, total = torch.rand(2, codes) * 2, torch.randn(2, codes, 3)
+    keys = torch.rand(2, candidates).sort(descending=True).values.masked_fill(torch.arange(candidates) >= present, 0.0)
+    rows = torch.randn(2, candidates, 3)
+    new_total, new_count = replace_dead_codes(total, count, rows, keys, threshold=1.0, reset_count=4.0)
+    for head in range(2):
+        waiting = [row for row, key in zip(rows[head], keys[head], strict=True) if key > 0]
+        for code in range(codes):
+            if count[head, code] < 1.0 and waiting:
+                assert torch.equal(codes_from_ema(new_total, new_count)[head, code], waiting.pop(0))
+                assert new_count[head, code] == 4.0
+            else:
+                assert torch.equal(new_total[head, code], total[head, code]) and new_count[head, code] == count[head, code]
+
+
+def test_largest_keys_are_found_sorted_and_filled_up():
+    rows, keys = largest_keys(torch.arange(3.0).reshape(1, 3, 1), torch.tensor([[0.2, 0.0, 0.9]]), 4)
+    assert rows.flatten().tolist() == [2.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(keys, torch.tensor([[0.9, 0.2, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(("of_codes", "of_indices"), [((), ()), ((3,), (3,)), ((3,), (2, 3)), ((2, 3), (2, 3)), ((), (2, 3)), ((3,), (1,))])
+def test_gathered_codes_are_rows_and_minus_one_is_zero(of_codes, of_indices):
+    codebook = torch.randn(*of_codes, 5, 4, dtype=torch.float64, requires_grad=True)
+    indices = torch.randint(-1, 5, (*of_indices, 9))
+    found = gather_codes(codebook, indices)
+    leading = torch.broadcast_shapes(of_codes, of_indices)
+    table = codebook.expand(*leading, 5, 4)
+    index = indices.expand(*leading, 9)
+    expected = table.gather(-2, index.clamp(min=0).unsqueeze(-1).expand(*leading, 9, 4)) * (index >= 0).unsqueeze(-1)
+    assert torch.equal(found, expected)
+    weight = torch.randn_like(found)
+    gradients = [torch.autograd.grad((codes * weight).sum(), codebook, retain_graph=True)[0] for codes in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_bad_shapes_are_named():
+    x, indices = draw()
+    with pytest.raises(ValueError, match=r"^indices has shape \(3, 2\): must be \(3, 2, 11\)"):
+        assignment_stats(x, indices[..., 0], 7)
+    with pytest.raises(ValueError, match=r"^mask has shape \(11,\): must be \(3, 11\)"):
+        assignment_stats(x, indices, 7, torch.ones(11, dtype=torch.bool))
