@@ -150,6 +150,7 @@ class _Run:
         if newest is None:
             raise ValueError(f"{self.run_dir} has no whole checkpoint to resume from ({'; '.join(broken)}); use another directory")
         training, notes = load_checkpoint(newest, self.config, device)
+        prune_checkpoints(self.run_dir, self.config.train.keep_checkpoints, training.step)  # the last process may have died before it did
         self.emit(Resumed(self.run_dir, training.step, self.config.train.total_steps, (*broken, *notes)))
         return training
 

@@ -44,7 +44,7 @@ def loss_figure(run_dir: Path) -> Figure:
 
 
 def code_figure(evaluation: Evaluation) -> Figure:
-    """Share of the assignments of each code, most used first, one curve a head and one panel a unit; dashed is the bound of active codes."""
+    """Share of the assignments of each code, most used first: a panel a unit, a curve a head; dashed where activity begins."""
     units = evaluation.code_counts
     columns = min(len(units), 4)
     rows = -(-len(units) // columns)
@@ -58,7 +58,7 @@ def code_figure(evaluation: Evaluation) -> Figure:
         axes.set_yscale("log")
         active, perplexity = min(evaluation.active_codes[index]), min(evaluation.perplexity[index])
         axes.set_title(f"layer {index // 2} unit {index % 2}: {active:.0%} active, perplexity {perplexity:.0f}", fontsize=7)
-        axes.tick_params(labelsize=6)
+        axes.tick_params(which="both", labelsize=6)
     figure.supxlabel("codes, most used first", fontsize=8)
     figure.supylabel("share of assignments", fontsize=8)
     return figure
