@@ -61,8 +61,9 @@ class GoldenCase:
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.variant.startswith("f64") else torch.float32
 
-    def check(self, key: str, actual: torch.Tensor) -> None:
-        """Compare with the array: integers exactly, floats by max|a - b| / max(1, max|b|)."""
+    def check(self, key: str, actual: torch.Tensor | None) -> None:
+        """Compare with the array: integers exactly, floats by max|a - b| / max(1, max|b|). A gradient that is None is no gradient."""
+        assert actual is not None, f"{self.name} {key}: None"
         expected = self[key]
         compared[self.group] += 1
         assert tuple(actual.shape) == tuple(expected.shape), f"{self.name} {key}: shape {tuple(actual.shape)}, golden {tuple(expected.shape)}"

@@ -145,7 +145,9 @@ def test_initialisation(name: str) -> None:
     golden = golden_arrays.load("transformer", name)
     config = config_of(golden)
     model = TransformerVQ(config)
-    parameters = {official: parameter for ours, parameter in model.named_parameters() for official, _ in [model_names(model)[ours]]}
+    parameters: dict[str, Tensor] = {
+        official: parameter for ours, parameter in model.named_parameters() for official, _ in [model_names(model)[ours]]
+    }
     for unit, path in zip(model.units(), unit_names(model), strict=True):
         parameters[f"{path}/quantizer/c_sum"] = unit.quantizer.sum
         parameters[f"{path}/quantizer/c_count"] = unit.quantizer.count

@@ -47,6 +47,7 @@ def test_logits_are_float32_or_wider(dtype: torch.dtype) -> None:
         found = logits(x)
     wide = torch.promote_types(dtype, torch.float32)
     assert found.dtype == wide
+    assert logits.weight is not None
     torch.testing.assert_close(found, 0.5 * (x.to(wide) @ logits.weight.to(wide).T + logits.bias.to(wide)))
 
 

@@ -181,7 +181,7 @@ def test_recomputation_changes_nothing(reentrant: bool) -> None:
         model = tiny_model(layers=2, input="features").train()
         if recompute:
             model.layers = torch.nn.ModuleList(Recomputed(layer, reentrant) for layer in model.layers)  # type: ignore[arg-type]
-        units = [unit for unit in model.modules() if hasattr(unit, "quantizer")]
+        units = model.units()
         calls = [0]
         units[0].register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         x = torch.randn(2, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()

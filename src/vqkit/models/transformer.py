@@ -129,7 +129,7 @@ class TransformerVQ(nn.Module):
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
         states: list[AttentionState] = []
-        commitment: Tensor | None = None
+        commitments: list[Tensor] = []
         counted: list[CodebookStatistics] = []
         for layer in self.layers:
             units = state.attention[len(states) : len(states) + 2]
@@ -137,11 +137,11 @@ class TransformerVQ(nn.Module):
             x = out.output
             states.extend(out.states)
             counted.extend(out.statistics)
-            commitment = out.commitment if commitment is None else commitment + out.commitment
+            commitments.append(out.commitment)
         if self.norm is not None:
             x = self.norm(x)
         logits = self.logits(x, self.embedding.weight if self.config.tied and self.embedding is not None else None)
-        return ModelOutput(logits, ModelState(positions[:, -1] + 1, segment, tuple(states)), commitment, tuple(counted))
+        return ModelOutput(logits, ModelState(positions[:, -1] + 1, segment, tuple(states)), torch.stack(commitments).sum(), tuple(counted))
 
     def initial_state(self, batch: int) -> ModelState:
         """The state before any token, in the type and on the device of the parameters."""
@@ -157,7 +157,7 @@ class TransformerVQ(nn.Module):
 
     def units(self) -> list[GatedVQAttention]:
         """All attention units, in order."""
-        return [unit for layer in self.layers for unit in layer.attention]
+        return [module for module in self.modules() if isinstance(module, GatedVQAttention)]
 
     def _check(self, inputs: Tensor, state: ModelState | None, segments: Tensor | None, mask: Tensor | None) -> None:
         shape, floating = tuple(inputs.shape), inputs.is_floating_point()
