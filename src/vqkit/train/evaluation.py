@@ -157,11 +157,12 @@ def _nats_of_last(model: TransformerVQ, batch: Batch, times: Tensor, context: in
 
 @contextmanager
 def _evaluating(model: TransformerVQ) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in the mode that it was in."""
-    was_training = model.training
+    """The model in evaluation mode, and afterwards in the mode that it was in; random numbers drawn meanwhile are not missed later."""
+    was_training, device = model.training, _device(model)
     model.eval()
     try:
-        yield
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
     finally:
         model.train(was_training)
 

@@ -163,7 +163,11 @@ class _Run:
         if training.step == 0 and config.model.codebook.init == "kmeans":
             initialize_codebooks_(training.model, batch, segments=segments)
         state = training.model.initial_state(config.train.batch_size) if training.state is None else training.state
-        result = train_step(training.model.train(), training.optimizer, batch, state, training.step, segments=segments)
+        try:
+            result = train_step(training.model.train(), training.optimizer, batch, state, training.step, segments=segments)
+        except (ValueError, RuntimeError):
+            self._check_finite()  # says what the error is a consequence of, if parameters are no numbers any more
+            raise
         training.interval.add_(result, batch)
         training.step += 1
         training.state = None if training.step % config.updates_per_sequence == 0 else result.state
@@ -208,6 +212,7 @@ class _Run:
         )
 
     def _evaluate(self) -> None:
+        self._check_finite()
         config, step = self.config, self.training.step
         result = evaluate(
             self.training.model,
@@ -231,9 +236,10 @@ class _Run:
         prune_checkpoints(self.run_dir, self.config.train.keep_checkpoints, self.training.step)
 
     def _check_finite(self) -> None:
-        if not self.training.interval.is_finite():
+        training = self.training
+        if not training.interval.is_finite() or not all(bool(p.isfinite().all()) for p in training.model.parameters()):
             raise RuntimeError(
-                f"the loss or its gradient was no finite number at or before step {self.training.step}: "
+                f"the loss or the parameters were no finite numbers any more at or before step {training.step}: "
                 f"train.learning_rate = {self.config.train.learning_rate} may be too high, or train.warmup_steps = "
                 f"{self.config.train.warmup_steps} too few; checkpoints before that are kept"
             )

@@ -1,0 +1,258 @@
+"""The loop: resuming is as if nothing had happened, damage is passed over, and what does not fit is refused before it is touched."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tiny_runs import STEPS, differing, tiny_config, traces, with_codebook, write_texts
+from vqkit.data import Batch, SequenceSampler, Split
+from vqkit.models import TransformerVQ
+from vqkit.models.weights import write_manifest
+from vqkit.train.checkpoint import Training
+from vqkit.train.events import CheckpointSaved, Evaluated, Finished, Progress, Resumed, Started
+from vqkit.train.loop import resolve_device, train
+from vqkit.train.metrics import read_lines
+from vqkit.train.step import train_step
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data") / "texts")
+
+
+@pytest.fixture(scope="module")
+def config(texts):
+    return tiny_config(texts)
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    """A finished run with its events; not to be changed."""
+    events = []
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    train(config, run_dir, on_event=events.append)
+    return run_dir, events
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(kind, step):
+    """A listener that ends the run where an event of `kind` tells of `step`."""
+
+    def listen(event):
+        if isinstance(event, kind) and event.step == step:
+            raise Stop
+
+    return listen
+
+
+def stopped_run(config, run_dir, kind=CheckpointSaved, step=15):
+    with pytest.raises(Stop):
+        train(config, run_dir, on_event=stop_at(kind, step))
+    return run_dir
+
+
+def test_events_tell_the_course(config, unbroken, capsys):
+    run_dir, events = unbroken
+    kinds = [type(event) for event in events]
+    assert kinds[0] is Started
+    assert kinds[-1] is Finished
+    assert [e.step for e in events if isinstance(e, Progress)] == list(range(2, STEPS + 1, 2))
+    assert [e.step for e in events if isinstance(e, Evaluated)] == [10, 20, 24]
+    assert [e.step for e in events if isinstance(e, CheckpointSaved)] == list(range(3, STEPS + 1, 3))
+    assert events[0].steps == STEPS
+    assert events[0].training_bytes > events[0].validation_bytes > 0
+    last = [e for e in events if isinstance(e, Progress)][-1]
+    assert last.seconds_left == 0
+    assert last.tokens_per_second > 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_metrics_hold_no_clock_and_timings_do(unbroken):
+    run_dir, _ = unbroken
+    lines = read_lines(run_dir / "metrics.jsonl")
+    training = {"step", "kind", "learning_rate", "loss", "bits_per_byte", "commitment", "gradient_norm", "active_codes", "perplexity"}
+    validation = {"step", "kind", "bits_per_byte", "active_codes", "perplexity"}
+    assert all(set(line) == (training if line["kind"] == "train" else validation) for line in lines)
+    assert all(line["session_seconds"] > 0 for line in read_lines(run_dir / "timings.jsonl"))
+
+
+def test_the_loop_is_its_parts(config, unbroken):
+    """Without k-means start: sampler, step and a state that starts anew at each sequence, by hand, give the bits of the loop."""
+    run_dir, _ = unbroken
+    plain = with_codebook(config, init="normal")
+    result = train(plain, run_dir.parent / "plain")
+    torch.manual_seed(plain.train.seed)
+    training = Training.of(plain, TransformerVQ(plain.model))
+    sampler = SequenceSampler(Split(run_dir / "data", "train"), 32, plain.train.batch_size, plain.train.seed)
+    for step in range(STEPS):
+        if step % 4 == 0:
+            state = training.model.initial_state(plain.train.batch_size)
+            sequence = sampler.batch(step // 4)
+        part = Batch(*(field[:, step % 4 * 8 : (step % 4 + 1) * 8] for field in sequence))
+        state = train_step(training.model, training.optimizer, part, state, step).state
+    for name, tensor in training.model.state_dict().items():
+        assert torch.equal(tensor, result.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind, step", [(CheckpointSaved, 3), (CheckpointSaved, 15), (CheckpointSaved, 24), (Progress, 14), (Evaluated, 20)])
+def test_resumed_equals_unbroken(config, unbroken, tmp_path, kind, step):
+    run_dir = stopped_run(config, tmp_path / "run", kind, step)
+    events = []
+    result = train(config, run_dir, on_event=events.append)
+    assert isinstance(events[0], Resumed)
+    assert events[0].step == step // 3 * 3
+    assert events[0].notes == ()
+    assert differing(run_dir, unbroken[0]) == []
+    assert result.step == STEPS
+    assert result.validation_bits_per_byte == [e for e in unbroken[1] if isinstance(e, Evaluated)][-1].bits_per_byte
+
+
+def test_a_finished_run_has_nothing_left_to_do(config, unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken[0], run_dir)
+    events = []
+    result = train(config, run_dir, on_event=events.append)
+    assert [type(event) for event in events] == [Resumed, Finished]
+    assert result.checkpoint == run_dir / "checkpoints" / f"step_{STEPS:08d}"
+    assert differing(run_dir, unbroken[0]) == []
+
+
+def test_a_finished_run_goes_on_with_more_steps(config, unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken[0], run_dir)
+    longer = replace(config, train=replace(config.train, extra_steps=2))
+    assert train(longer, run_dir).step == STEPS + 2
+    assert [line["step"] for line in read_lines(run_dir / "metrics.jsonl")][-2:] == [26, 26]
+
+
+def cut_short(folder):
+    path = folder / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    return "training.safetensors has"
+
+
+def without_manifest(folder):
+    (folder / "manifest.json").unlink()
+    return "manifest.json is missing"
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    return "model.safetensors is missing"
+
+
+def flip_one_bit(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    return "model.safetensors has another hash"
+
+
+@pytest.mark.parametrize("damage", [cut_short, without_manifest, without_weights, flip_one_bit])
+def test_a_damaged_checkpoint_is_passed_over_and_replaced(config, unbroken, tmp_path, damage):
+    run_dir = stopped_run(config, tmp_path / "run")
+    words = damage(run_dir / "checkpoints" / "step_00000015")
+    events = []
+    train(config, run_dir, on_event=events.append)
+    assert events[0].step == 12
+    assert len(events[0].notes) == 1
+    assert "step_00000015" in events[0].notes[0]
+    assert words in events[0].notes[0]
+    assert differing(run_dir, unbroken[0]) == []
+
+
+def test_without_any_whole_checkpoint_nothing_is_begun_anew(config, tmp_path):
+    run_dir = stopped_run(config, tmp_path / "run")
+    for folder in (run_dir / "checkpoints").iterdir():
+        cut_short(folder)
+    before = traces_or_broken(run_dir)
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        train(config, run_dir)
+    assert traces_or_broken(run_dir) == before
+
+
+def traces_or_broken(run_dir):
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_other_circumstances_are_noted(config, tmp_path):
+    run_dir = stopped_run(config, tmp_path / "run")
+    folder = run_dir / "checkpoints" / "step_00000015"
+    values = folder / "training.json"
+    values.write_text(values.read_text().replace('"threads": 1', '"threads": 99'))
+    write_manifest(folder)
+    events = []
+    with pytest.raises(Stop):
+        train(config, run_dir, on_event=lambda event: (events.append(event), stop_at(Resumed, 15)(event)))
+    assert events[0].notes == ("threads was 99, is 1: results agree, but not to the last bit",)
+
+
+CHANGES = {
+    "train.learning_rate: 0.004 -> 0.001": lambda c: replace(c, train=replace(c.train, learning_rate=1e-3)),
+    "model.codebook.decay: 0.9 -> 0.5": lambda c: with_codebook(c, decay=0.5),
+    "data.sequence_len: 32 -> 16": lambda c: replace(c, data=replace(c.data, sequence_len=16)),
+    "recipe: 'tiny' -> 'other'": lambda c: replace(c, recipe="other"),
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_run_of_another_configuration_is_refused_by_field(config, unbroken, words):
+    run_dir, _ = unbroken
+    before = traces(run_dir)
+    with pytest.raises(ValueError) as error:
+        train(CHANGES[words](config), run_dir)
+    assert words in str(error.value)
+    assert traces(run_dir) == before
+
+
+def test_a_directory_that_is_no_run_is_refused_untouched(config, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "love.txt").write_text("dear")
+    with pytest.raises(ValueError, match=r"love\.txt"):
+        train(config, tmp_path / "letters")
+    assert [p.name for p in (tmp_path / "letters").iterdir()] == ["love.txt"]
+    with pytest.raises(ValueError, match="is a file"):
+        train(config, tmp_path / "letters" / "love.txt")
+
+
+def test_bad_data_leave_nothing_that_stands_in_the_way(config, texts, tmp_path):
+    run_dir = tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError):
+        train(replace(config, data=replace(config.data, path=str(tmp_path / "empty"))), run_dir)
+    with pytest.raises(Stop):
+        train(config, run_dir, on_event=stop_at(Progress, 2))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_checkpoints_kept(config, tmp_path):
+    wild = replace(config, train=replace(config.train, learning_rate=1e38, clip=None, schedule="constant", warmup_steps=0))
+    with pytest.raises(RuntimeError, match=r"train\.learning_rate = 1e\+38"):
+        train(wild, tmp_path / "run")
+    for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        assert torch.isfinite(torch.tensor(line["loss"]))
+
+
+def test_the_callers_random_numbers_go_on_as_they_would(config, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    stopped_run(config, tmp_path / "run", Progress, 2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_run_without_validation_split_runs(config, tmp_path):
+    bare = replace(config, data=replace(config.data, validation_fraction=0.0), train=replace(config.train, steps=4))
+    assert train(bare, tmp_path / "run").validation_bits_per_byte is None
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="cuda"):
+        resolve_device("cuda")
