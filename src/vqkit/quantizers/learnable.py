@@ -191,11 +191,14 @@ class LearnableVQ(nn.Module):
     @torch.no_grad()
     def add_statistics_(self, statistics: CodebookStatistics) -> None:
         """Add to what is pending."""
+        self._check_statistics(statistics)
+        for pending, merged in zip(self.pending, merge_statistics(self.pending, statistics), strict=True):
+            pending.copy_(merged)
+
+    def _check_statistics(self, statistics: CodebookStatistics) -> None:
         for name, new, pending in zip(statistics._fields, statistics, self.pending, strict=True):
             if new.shape != pending.shape:
                 raise ValueError(f"statistics.{name} has shape {tuple(new.shape)}: must be {tuple(pending.shape)}")
-        for pending, merged in zip(self.pending, merge_statistics(self.pending, statistics), strict=True):
-            pending.copy_(merged)
 
     def commit_(self, reducer: Reducer | None = None) -> None:
         """`update_codebooks_` of this module alone."""
@@ -278,6 +281,8 @@ def add_statistics_(model: nn.Module, statistics: Sequence[CodebookStatistics]) 
     quantizers = _codebooks(model)
     if len(statistics) != len(quantizers):
         raise ValueError(f"statistics has {len(statistics)} entries: must be {len(quantizers)}, one a quantizer of the model")
+    for quantizer, entry in zip(quantizers, statistics, strict=True):
+        quantizer._check_statistics(entry)
     for quantizer, entry in zip(quantizers, statistics, strict=True):
         quantizer.add_statistics_(entry)
 
