@@ -99,7 +99,9 @@ def test_the_loop_is_its_parts(config, unbroken):
         assert torch.equal(tensor, result.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kind, step", [(CheckpointSaved, 3), (CheckpointSaved, 15), (CheckpointSaved, 24), (Progress, 14), (Evaluated, 20)])
+@pytest.mark.parametrize(
+    "kind, step", [(CheckpointSaved, 3), (CheckpointSaved, 15), (CheckpointSaved, 24), (Progress, 14), (Evaluated, 20)]
+)
 def test_resumed_equals_unbroken(config, unbroken, tmp_path, kind, step):
     run_dir = stopped_run(config, tmp_path / "run", kind, step)
     events = []
