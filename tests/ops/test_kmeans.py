@@ -89,6 +89,6 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"^iterations = 0"):
         kmeans(x, 2, iterations=0)
     with pytest.raises(ValueError, match=r"^start = 'best'"):
-        kmeans(x, 2, start="best")
+        kmeans(x, 2, start="best")  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="a head of it holds no finite vector"):
         kmeans(torch.stack([x[0], torch.full((9, 3), torch.nan)]), 2)

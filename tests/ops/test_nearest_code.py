@@ -145,15 +145,15 @@ def test_half_precision_is_assigned_as_float32_and_float64_as_float64():
 
 
 def test_shortened_matrix_products_are_switched_off_inside_and_back_on_after(monkeypatch):
-    seen = []
-    monkeypatch.setitem(api._BACKENDS, "auto", lambda x, c: seen.append(torch.backends.mkldnn.matmul.fp32_precision) or x[..., 0].long())
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    matmul, seen = torch.backends.mkldnn.matmul, []  # pyrefly: ignore[missing-attribute]
+    monkeypatch.setitem(api._BACKENDS, "auto", lambda x, c: seen.append(matmul.fp32_precision) or x[..., 0].long())
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
     try:
         nearest_index(torch.randn(4, 2), torch.randn(3, 2))
-        assert seen == ["ieee"] and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        assert seen == ["ieee"] and matmul.fp32_precision == "bf16"
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("impl", ["reference", "blocked"])
@@ -175,7 +175,7 @@ def test_bad_arguments_are_named():
         with pytest.raises(error, match=match):
             nearest_code(*arguments)
     with pytest.raises(ValueError, match=r"^impl = 'fast': must be one of 'auto'"):
-        nearest_code(x, codebook, impl="fast")
+        nearest_code(x, codebook, impl="fast")  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.parametrize("case_id", golden_arrays.case_ids("unit", "shortcodes"))
