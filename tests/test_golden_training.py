@@ -35,11 +35,12 @@ class Replay:
     def __init__(self, case, micro_batches):
         self.case, self.model = case, model_of(case, "params_initial")
         settings, config = case.meta["optimizer_settings"], case.config
+        self.length, self.clip = config["update_len"], float(settings["grad_clip"])
         self.config = TrainConfig(
             steps=settings["n_max_step"],
             warmup_steps=settings["n_warmup_step"],
             batch_size=config["global_batch_size"],
-            update_len=config["update_len"],
+            update_len=self.length,
             micro_batches=micro_batches,
             learning_rate=settings["lr_max"],
             schedule=settings["lr_schedule"],
@@ -53,7 +54,7 @@ class Replay:
         self.recorded: dict[str, list[torch.Tensor]] = {}
 
     def run_sequence(self, sequence):
-        case, length = self.case, self.config.update_len
+        case, length = self.case, self.length
         inputs, targets, mask = (case[f"sequence_{sequence}/{name}"] for name in ("inputs", "targets", "loss_mask"))
         documents = case[f"sequence_{sequence}/doc_ids"]
         whole = Batch(inputs.long(), targets.long(), torch.zeros_like(inputs).long(), mask.bool())
@@ -83,7 +84,7 @@ class Replay:
         self.record("grad_norm/main", result.gradient_norm)
         moved = {name: before[name] - value for name, value in self.codebooks().items()}
         self.record("grad_norm/codebook", torch.stack([value.square().sum() for value in moved.values()]).sum().sqrt())
-        clipped = min(1.0, self.config.clip / result.gradient_norm.item())
+        clipped = min(1.0, self.clip / float(result.gradient_norm))
         for name, parameter in self.model.named_parameters():
             self.record(f"updates/grads/{self.names[name][0]}", self.official(name, parameter.grad / clipped))
             self.record(f"updates/params_after/{self.names[name][0]}", self.official(name, parameter))

@@ -4,6 +4,7 @@ import os
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -32,7 +33,7 @@ def tiny_config(texts: Path, **train) -> RunConfig:
     k-means start and expiry of dead codes are on, so that the run draws random numbers to the end.
     """
     codebook = CodebookConfig(decay=0.9, init="kmeans", dead_code_threshold=0.5)
-    settings = {
+    settings: dict[str, Any] = {
         "steps": STEPS,
         "batch_size": 2,
         "update_len": 8,
@@ -78,11 +79,15 @@ def differing(run_dir: Path, other: Path) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
+def _do_not_sync(fd: Any) -> None:
+    pass
+
+
 def train_in_process(config: RunConfig, run_dir: Path, fault: str | None = None) -> None:
     """What a process that a test starts does; `fault` names the point at which it is to die."""
     torch.set_num_threads(1)
     # What a killed process wrote is not lost; syncing is against the loss of power, and would be most of the time.
-    os.fsync = lambda descriptor: None
+    os.fsync = _do_not_sync
     if fault is not None:
         os.environ["VQKIT_FAULT"] = fault
     from vqkit.train.loop import train

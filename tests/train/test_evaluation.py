@@ -1,6 +1,7 @@
 """Evaluation: every byte counted once with the state carried, codes counted by an oracle, nothing changed; the worth of context."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def split(tmp_path_factory):
 @pytest.fixture
 def model():
     """float64, so that ways to compute the same differ by rounding alone."""
-    return TransformerVQ(with_codebook(tiny_config("."), init="normal").model).double()
+    return TransformerVQ(with_codebook(tiny_config(Path()), init="normal").model).double()
 
 
 def whole(model, split, segments=True):
@@ -66,7 +67,7 @@ def test_a_part_is_read_when_asked_for(model, split):
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_nothing_is_changed(split, mode):
-    model = TransformerVQ(with_codebook(tiny_config("."), init="normal").model).train(mode)
+    model = TransformerVQ(with_codebook(tiny_config(Path()), init="normal").model).train(mode)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.get_rng_state()
     evaluate(model, split, batch_size=2, chunk_len=32)

@@ -1,7 +1,6 @@
 """A run that is killed, wherever and whenever, and started again ends as one that never was: bit for bit, every file of it."""
 
 import multiprocessing
-import os
 import random
 import signal
 import time
@@ -33,7 +32,7 @@ class Runs:
         process = self.start(train_in_process, self.config, run_dir, fault)
         process.join(seconds)
         if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
         return process.exitcode
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,12 @@ def test_no_file_has_no_lines(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+NO_STATE: Any = None
+
+
 def result_of(loss, counts):
     losses = Losses(torch.tensor(loss + 0.1), torch.tensor(loss), torch.tensor(1000.0))
-    return StepResult(None, losses, torch.tensor(2.0 * loss), tuple(torch.tensor(c) for c in counts))
+    return StepResult(NO_STATE, losses, torch.tensor(2.0 * loss), tuple(torch.tensor(c) for c in counts))
 
 
 def batch_of(num_bytes):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from vqkit.train.evaluation import Evaluation
@@ -27,8 +28,8 @@ def evaluation(units):
 
 def test_the_loss_curve_holds_the_metrics(run_dir):
     (axes,) = loss_figure(run_dir).axes
-    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
-    assert curves == {"training batches": ([10, 20], [8.0, 4.0]), "validation split": ([20], [5.0])}
+    curves = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+    assert curves == {"training batches": [[10, 8.0], [20, 4.0]], "validation split": [[20, 5.0]]}
 
 
 @pytest.mark.parametrize("units", [1, 2, 6])
@@ -36,10 +37,10 @@ def test_the_use_of_codes_has_a_panel_a_unit_and_a_curve_a_head(units):
     axes = code_figure(evaluation(units)).axes
     assert len(axes) == units
     for panel in axes:
-        first, second, bound = panel.lines
-        assert list(first.get_ydata()) == [0.7, 0.2, 0.1]
-        assert list(second.get_ydata()) == [0.5, 0.5, 0.0]
-        assert set(bound.get_ydata()) == {1 / 30}
+        first, second, bound = (np.asarray(line.get_xydata())[:, 1].tolist() for line in panel.lines)
+        assert first == [0.7, 0.2, 0.1]
+        assert second == [0.5, 0.5, 0.0]
+        assert set(bound) == {1 / 30}
         assert "67% active" in panel.get_title()
 
 
