@@ -86,7 +86,8 @@ class Replay:
         self.record("grad_norm/codebook", torch.stack([value.square().sum() for value in moved.values()]).sum().sqrt())
         clipped = min(1.0, self.clip / float(result.gradient_norm))
         for name, parameter in self.model.named_parameters():
-            self.record(f"updates/grads/{self.names[name][0]}", self.official(name, parameter.grad / clipped))
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.record(f"updates/grads/{self.names[name][0]}", self.official(name, gradient / clipped))
             self.record(f"updates/params_after/{self.names[name][0]}", self.official(name, parameter))
         for name, value in self.codebooks().items():
             self.record(f"updates/grads/{name}", moved[name])
