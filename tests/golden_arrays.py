@@ -66,7 +66,9 @@ class GoldenCase:
         assert actual is not None, f"{self.name} {key}: None"
         expected = self[key]
         compared[self.group] += 1
-        assert tuple(actual.shape) == tuple(expected.shape), f"{self.name} {key}: shape {tuple(actual.shape)}, golden {tuple(expected.shape)}"
+        assert tuple(actual.shape) == tuple(expected.shape), (
+            f"{self.name} {key}: shape {tuple(actual.shape)}, golden {tuple(expected.shape)}"
+        )
         if not expected.is_floating_point():
             assert torch.equal(actual.to(expected.dtype), expected), f"{self.name} {key}: integers differ"
             return

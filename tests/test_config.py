@@ -91,7 +91,7 @@ def test_toml(tmp_path: Path) -> None:
     path.write_text('name = "a"\nlimit = 2\nspan = [3, 4]\n[inner]\nkind = "kmeans"\n')
     assert config.load_toml(Outer, path) == Outer("a", limit=2.0, span=(3, 4), inner=Inner(kind="kmeans"))
     path.write_text("name = a\n")
-    with pytest.raises(ValueError, match="run.toml: not TOML"):
+    with pytest.raises(ValueError, match=r"run\.toml: not TOML"):
         config.load_toml(Outer, path)
 
 
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused_by_path_value_and_remedy(data: dict[str, A
 
 
 def test_refusals_of_broken_json_and_of_other_things() -> None:
-    with pytest.raises(ValueError, match="run.json: not JSON"):
+    with pytest.raises(ValueError, match=r"run\.json: not JSON"):
         config.from_json(Outer, "{", where="run.json")
     with pytest.raises(ValueError, match="'rate' stands twice"):
         config.from_json(Inner, '{"rate": 1, "rate": 2}')

@@ -56,7 +56,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "config") -> T
     An int is taken where a float is asked for; a bool is never a number. `where` opens the dotted path in errors.
     Raises ValueError (unknown or missing key, value outside a Literal, or whatever `cls` itself refuses) or TypeError.
     """
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+    if not _is_config_class(cls):
         raise TypeError(f"cls = {cls!r}: must be a dataclass")
     if not isinstance(data, Mapping):
         raise _wrong_type(where, data, f"a table of the options of {cls.__name__}")
@@ -161,7 +161,7 @@ def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
             return _value(hint, value, where)
         except (TypeError, ValueError) as error:
             # A table for a dataclass, or a name for a Literal, has the better error: it says what is wrong inside.
-            if isinstance(value, Mapping) and dataclasses.is_dataclass(hint) or isinstance(error, ValueError):
+            if isinstance(error, ValueError) or (isinstance(value, Mapping) and dataclasses.is_dataclass(hint)):
                 closest = error
     raise closest or _wrong_type(where, value, " or ".join(_describe(h) for h in hints))
 
@@ -219,6 +219,10 @@ def _near_miss(name: Any, known: Iterable[Any]) -> str:
 
 def _fields(cls: Any) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(cls) if f.init]
+
+
+def _is_config_class(value: Any) -> bool:
+    return isinstance(value, type) and dataclasses.is_dataclass(value)
 
 
 def _is_config(value: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import golden_arrays
 import pytest
+
+import golden_arrays
 
 
 @pytest.mark.closing

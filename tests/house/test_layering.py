@@ -197,7 +197,9 @@ def nothing_is_pickled(modules: Sources) -> list[str]:
     forbidden = {"torch.load", "torch.save"}
     complaints = []
     for module, text in modules.items():
-        complaints += [f"{module} imports {n}" for n in imports(text, modules) if n.split(".")[0] in {"pickle", "shelve", "marshal", "dill"}]
+        complaints += [
+            f"{module} imports {n}" for n in imports(text, modules) if n.split(".")[0] in {"pickle", "shelve", "marshal", "dill"}
+        ]
         for node, _ in nodes(text):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in forbidden:
                 complaints.append(f"{module}:{node.lineno} uses {ast.unparse(node)}; write safetensors and JSON")

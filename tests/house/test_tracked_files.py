@@ -18,7 +18,8 @@ FORBIDDEN = [
 ]
 FORBIDDEN += [re.compile(r"\b[A-Z]:\\\\?" + "Users"), re.compile(r"\.\./" + "shared")]
 FORBIDDEN += [
-    re.compile(re.escape(host)) for host in ("pypi" + ".org", "python" + "hosted", "download.py" + "torch", "ana" + "conda.org", "arti" + "factory")
+    re.compile(re.escape(host))
+    for host in ("pypi" + ".org", "python" + "hosted", "download.py" + "torch", "ana" + "conda.org", "arti" + "factory")
 ]
 
 
