@@ -65,6 +65,8 @@ class LearnableVQ(nn.Module):
     holds the statistics added since the last update; it is no buffer, so that nothing broadcasts over it, but moves with the module and
     stands in the state dict. `updates` counts the updates. At the start sum is normal with standard deviation 1 / sqrt(heads *
     codebook_size) and count is 1, as in the official implementation; with config.init = "kmeans" call `initialize_` first.
+    With config.dead_code_threshold, up to 64 dead codes a head and update start anew at random vectors of that update, with a count of
+    twice the threshold.
     """
 
     _version = 1

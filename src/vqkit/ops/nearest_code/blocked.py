@@ -28,7 +28,7 @@ _FEW_DIFFERENCES = 1 << 16
 
 
 def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
-    """x [G, N, K], codebook [G, C, K], both float32 or both float64 -> [G, N] int64; -1 where a distance is not finite.
+    """x [G, N, K], codebook [G, C, K], both float32 or both float64 -> [G, N] int64; -1 where the least distance is not finite.
 
     Of codes whose distances differ by less than the rounding of explicit differences any may be chosen; of equal codes the first.
     """
@@ -133,7 +133,6 @@ def _nearest_elsewhere(x: Tensor, prepared: _Prepared) -> Tensor:
     size = prepared.codebook.shape[-2]
     smallest = x.new_full(x.shape[:-1], torch.inf)
     index = torch.full_like(smallest, -1, dtype=torch.int64)
-    finite = torch.ones_like(smallest, dtype=torch.bool)
     for codes in _code_slices(size):
         distance = torch.cdist(x, prepared.codebook[:, codes], compute_mode="donot_use_mm_for_euclid_dist")
         nearest = distance.amin(-1)
@@ -141,5 +140,4 @@ def _nearest_elsewhere(x: Tensor, prepared: _Prepared) -> Tensor:
         first = torch.where(distance == nearest.unsqueeze(-1), code, size).amin(-1)
         index = torch.where(nearest < smallest, first, index)
         smallest = torch.minimum(smallest, nearest)
-        finite &= distance.isfinite().all(-1)
-    return torch.where(finite, index, -1)
+    return torch.where(smallest.isfinite(), index, -1)
