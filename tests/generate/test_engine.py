@@ -117,7 +117,8 @@ def test_excluded_tokens_never_appear() -> None:
 def test_nothing_of_the_callers_world_changes() -> None:
     model, before = _model().train(), torch.random.get_rng_state()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for _ in generate(model, _prompts(1, 3), 3):
+    for step in generate(model, _prompts(1, 3), 3):
+        assert step.logits.is_inference()
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
     assert model.training

@@ -41,6 +41,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float) -> Non
         assert torch.equal(keep_top_p(row, p), expected)
 
 
+@pytest.mark.parametrize(("p", "size"), [(0.5, 4), (0.51, 5), (0.25, 2), (0.125, 1), (0.1, 1)])
+def test_top_p_takes_no_more_than_it_needs(p: float, size: int) -> None:
+    kept = keep_top_p(torch.zeros(8), p)
+    assert kept.isfinite().tolist() == [True] * size + [False] * (8 - size)
+
+
 def test_top_p_of_one_keeps_tokens_of_no_measurable_probability() -> None:
     logits = torch.tensor([[0.0, -500.0, -40.0]])
     assert torch.equal(keep_top_p(logits, 1.0), logits)
@@ -97,7 +103,14 @@ def test_given_noise_replays_the_generator_and_leaves_the_global_state_alone() -
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1e30])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_temperature_divides_the_logits(temperature: float) -> None:
+    logits = _logits(9).double()
+    expected = (logits / temperature).softmax(-1)
+    torch.testing.assert_close(apply_rules(logits, SamplingRules(temperature=temperature)).softmax(-1), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-38, 1e-3, 1e30])
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     logits = torch.tensor([[1e4, -1e4, 9e3, 1e4]])
     kept = apply_rules(logits, SamplingRules(temperature=temperature))

@@ -25,7 +25,7 @@ class TrainingView:
     """Shows the events of a training run: a bar on a terminal, a line every few seconds elsewhere. Use it as a context."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or Console(highlight=False, markup=False)
+        self._console = console or Console()
         self._clock = clock
         self._last_line = -LINE_SECONDS
         self.seconds = 0.0
@@ -86,7 +86,7 @@ class TrainingView:
             self._say(f"step {event.step:,}/{event.steps:,}  {figures}")
 
     def _say(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -72,7 +72,7 @@ def apply_rules(logits: Tensor, rules: SamplingRules) -> Tensor:
         return keep_top_k(logits, 1)
     if rules.temperature != 1.0:
         # Against the largest, so that no temperature, however low, makes an overflow.
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / rules.temperature
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(rules.temperature, torch.finfo(logits.dtype).tiny)
     if rules.top_k is not None:
         logits = keep_top_k(logits, rules.top_k)
     return keep_top_p(logits, rules.top_p, official=rules.official_nucleus)
