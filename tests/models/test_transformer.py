@@ -215,7 +215,14 @@ def test_a_copy_or_a_reloaded_model_computes_the_same() -> None:
     assert not torch.allclose(other(tokens).logits, expected)
     other.load_state_dict(model.state_dict())
     close(other(tokens).logits, expected)
-    close(copy.deepcopy(model)(tokens).logits, expected)
+    with torch.inference_mode():
+        model(tokens)  # remembers position keys
+    twin = copy.deepcopy(model)
+    close(twin(tokens).logits, expected)
+    with torch.no_grad():
+        twin.units()[0].r.weight.mul_(2.0)
+        assert not torch.allclose(twin(tokens).logits, expected)
+        close(model(tokens).logits, expected)
 
 
 def test_position_keys_follow_the_weight_also_where_they_are_remembered() -> None:
@@ -242,6 +249,14 @@ def test_position_keys_follow_the_weight_also_where_they_are_remembered() -> Non
     close(same_as_with_gradients(), second)
     model.float().double()
     same_as_with_gradients()
+
+
+def test_a_model_first_used_in_inference_mode_can_be_trained() -> None:
+    model, tokens = tiny_model(), random_tokens(1, 6)
+    with torch.inference_mode():
+        model(tokens)
+    model(tokens).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_types_of_activations() -> None:
