@@ -6,9 +6,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-# The tests are small; threads beyond one only wait for each other.
-export OMP_NUM_THREADS ?= 1
-
 .PHONY: help demo test lint types unit wheel format bench-train clean
 
 help:
@@ -22,7 +19,6 @@ help:
 	@echo "make bench-train  training speed against a bare matrix product"
 	@echo "make clean        remove .venv and what was built"
 
-demo: export OMP_NUM_THREADS :=
 demo: $(VENV)/.train
 	$(BIN)/vqkit train quickstart
 
@@ -48,7 +44,6 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --quiet --fix-only
 	$(BIN)/ruff format --quiet
 
-bench-train: export OMP_NUM_THREADS :=
 bench-train: $(VENV)/.train
 	$(BIN)/python benchmarks/bench_train.py
 
