@@ -70,9 +70,9 @@ def test_public_names_need_no_extra_and_change_nothing() -> None:
     result = run_cold(_PUBLIC_NAMES)
     assert result.returncode == 0, result.stderr
     report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    assert report["changed"] == []
     assert report["missing"] == []
     assert report["hidden"] == []
-    assert report["changed"] == []
     assert len(report["packages"]) >= 9
 
 
