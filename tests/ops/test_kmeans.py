@@ -66,6 +66,11 @@ def test_vectors_that_do_not_count_influence_nothing():
     spoiled = x.masked_fill(~mask.unsqueeze(-1), 1e6)
     found, clean = (kmeans(v, 6, mask=mask, generator=generator()) for v in (spoiled, x))
     assert torch.equal(found.codes, clean.codes) and torch.equal(found.count, clean.count)
+    assert torch.equal(clean.count.sum(-1), mask.sum(-1).float())
+    for head in range(2):
+        alone = nearest_code(x[head, mask[head]], clean.codes[head])
+        assert torch.equal(alone.indices.bincount(minlength=6).float(), clean.count[head])
+        assert alone.squared_distance.max() < 1.0  # no code was drawn away from the clusters by what is masked
     spoiled[~mask] = torch.nan
     assert torch.equal(kmeans(spoiled, 6, generator=generator()).codes, clean.codes)
 
