@@ -9,8 +9,6 @@ from vqkit.ops.codebook import CodebookStatistics, ema_update
 from vqkit.train.config import TrainConfig
 from vqkit.train.optimizer import Optimizer, clip_
 
-ADAM = "opt_state_after/inner_states/main/inner_state/{chain}/0/{moment}/{name}"
-
 
 def config_of(case) -> TrainConfig:
     settings = case.meta["optimizer_settings"]

@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from vqkit.train.config import TrainConfig
+from vqkit.config import from_json, to_json
+from vqkit.data import ByteTokenizer, DataConfig
+from vqkit.models.config import ModelConfig
+from vqkit.train.config import BYTE_VOCABULARY, RunConfig, TrainConfig
 
 REFUSED = {
     "steps": [0, -1, 2.0, True],
@@ -43,6 +46,31 @@ def test_wrong_values_are_refused_by_dotted_name(name, value):
     whole = TrainConfig(steps=1000, batch_size=8, micro_batches=2)
     with pytest.raises(ValueError, match=rf"train\.{name} = |= {value!r}.*must|must.*train\.{name}"):
         replace(whole, **{name: value})
+
+
+def run_config(model: ModelConfig | None = None, update_len: int | None = None) -> RunConfig:
+    return RunConfig("a recipe", model or ModelConfig(), DataConfig(sequence_len=512), TrainConfig(update_len=update_len))
+
+
+def test_update_len_divides_the_sequence():
+    assert (run_config().update_len, run_config().updates_per_sequence) == (512, 1)
+    assert (run_config(update_len=128).update_len, run_config(update_len=128).updates_per_sequence) == (128, 4)
+    for length in (100, 1024):
+        with pytest.raises(ValueError, match=rf"train\.update_len = {length}: must divide data\.sequence_len = 512"):
+            run_config(update_len=length)
+
+
+def test_the_model_must_fit_the_data():
+    assert ByteTokenizer.vocab_size == BYTE_VOCABULARY
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 256"):
+        run_config(ModelConfig(vocab_size=256))
+    with pytest.raises(ValueError, match=r"model\.input"):
+        run_config(ModelConfig(input="features"))
+
+
+def test_a_run_config_comes_back_from_json():
+    config = run_config(update_len=64)
+    assert from_json(RunConfig, to_json(config)) == config
 
 
 def test_config_needs_no_torch():
