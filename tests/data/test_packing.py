@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -194,9 +193,8 @@ def test_a_damaged_file_is_named(corpus: DataConfig, tmp_path: Path, name: str) 
         Split(tmp_path / "data", name.split(".")[0])
 
 
-def test_another_format_is_refused(corpus: DataConfig, tmp_path: Path) -> None:
-    pack(corpus, tmp_path / "data")
-    path = tmp_path / "data" / "meta.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+@pytest.mark.parametrize("text", ['{"format": 0, "rules": {}, "summary": {}}', '{"format": 1, "rules": {}}', "[]", "1"])
+def test_another_format_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "meta.json").write_text(text)
     with pytest.raises(ValueError, match=r"meta\.json is not the description of packed data of format 1"):
-        read_summary(tmp_path / "data")
+        read_summary(tmp_path)
