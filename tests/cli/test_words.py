@@ -47,6 +47,16 @@ def vqkit(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     return call
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that ought to be refused fail a test here; they do not start a run of minutes."""
+
+    def refuse(*_: object) -> int:
+        raise RuntimeError("these words started a run")
+
+    monkeypatch.setattr("vqkit.cli.report.train_and_report", refuse)
+
+
 def test_help_and_refusals_import_no_torch() -> None:
     """In a process of its own, where nothing else has imported it."""
     program = f"""
@@ -97,6 +107,8 @@ def test_positional_arguments_are_no_options() -> None:
         ("train text", "recipe text needs data: add --data.path FOLDER"),
         ("train quickstart extra", "unexpected argument 'extra'"),
         ("train quickstart --steps 3", "unknown option --steps; did you mean --train.steps?"),
+        ("train quickstart --prompt x --seed 3", "unknown option --prompt; see vqkit train quickstart --help"),
+        ("train text --data.seed 3", "unknown option --data.seed; did you mean --train.seed?"),
         ("train quickstart --model.dimm=3", "unknown option --model.dimm; did you mean --model.dim?"),
         ("train quickstart --block_length 3", "unknown option --block-length; did you mean --model.block-len?"),
         ("train quickstart --model.dim x", "--model.dim: must be an integer, not 'x'"),
