@@ -6,8 +6,10 @@ import torch
 import golden_arrays
 from golden_models import model_names, model_of, state_arrays, unit_names, window_documents
 from vqkit.data import Batch
+from vqkit.models.metrics import model_metrics
 from vqkit.train.config import TrainConfig
 from vqkit.train.optimizer import Optimizer
+from vqkit.train.state import split_rows
 from vqkit.train.step import train_step
 
 CASES = golden_arrays.case_ids("training", "train_adamw") + golden_arrays.case_ids("training", "train_adamw_8_devices")
@@ -63,13 +65,22 @@ class Replay:
         for start in range(0, inputs.shape[1], length):
             batch = Batch(*(field[:, start : start + length] for field in whole))
             state = self.update(batch, state)
-        for name in ("loss_lm_per_token_unscaled", "loss_commit_per_token", "loss_mask_per_token"):
-            mean = torch.stack(self.recorded[f"updates/out/metrics/{name}"][first:]).mean()
-            case.check(f"sequence_{sequence}/train_op_metrics/{name}", mean)
+        for key in case.keys(f"sequence_{sequence}/train_op_metrics/"):
+            name = key.rsplit("/", 1)[1]
+            case.check(key, torch.stack(self.recorded[f"updates/out/metrics/{name}"][first:]).mean())
         if case.keys(f"sequence_{sequence}/final_attn_state/"):
             self.check_state(f"sequence_{sequence}/final_attn_state", state, documents)
 
+    def quantization_metrics(self, batch, state):
+        """Of the model before an update; the official code averages them over units and over devices, each with rows of its own."""
+        devices = self.case.meta["n_device"]
+        rows = zip(split_rows(batch, devices), split_rows(state, devices), strict=True)
+        found = [unit for part, own in rows for unit in model_metrics(self.model, part.tokens, own)]
+        return {name: torch.stack([unit[name] for unit in found]).mean() for name in found[0]}
+
     def update(self, batch, state):
+        for name, value in self.quantization_metrics(batch, state).items():
+            self.record(f"updates/out/metrics/{name}", value)
         before = {name: value.clone() for name, value in self.codebooks().items()}
         result = train_step(self.model, self.optimizer, batch, state, self.step, segments=False)
         total, language, commitment = result.losses
