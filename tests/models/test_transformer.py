@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiny_models import random_tokens, tiny_config, tiny_model
 from vqkit.models.config import ModelConfig
+from vqkit.models.metrics import model_metrics, unit_metrics
 from vqkit.models.transformer import Layer, ModelState, TransformerVQ
 from vqkit.quantizers.learnable import add_statistics_, update_codebooks_
 
@@ -206,6 +207,14 @@ def test_features_take_the_place_of_embedded_tokens() -> None:
     assert with_tokens.embedding is not None
     close(with_features(with_tokens.embedding(tokens)).logits, with_tokens(tokens).logits)
     assert TransformerVQ(tiny_config(input="features")).embedding is None
+
+
+def test_metrics_are_those_of_each_unit_in_order() -> None:
+    model, features = tiny_model(input="features", layers=2, absolute_positions=False), torch.randn(2, 9, 8, dtype=torch.float64)
+    found = model_metrics(model, features)
+    assert len(found) == 4
+    close(found[0], unit_metrics(model.units()[0], features))
+    close(found[1], unit_metrics(model.units()[1], model.units()[0](features).output))
 
 
 def test_a_copy_or_a_reloaded_model_computes_the_same() -> None:
