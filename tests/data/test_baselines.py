@@ -56,7 +56,9 @@ def test_the_definition_gives_probabilities_that_add_up_to_one(train: bytes, con
 
 
 def test_compressors_are_those_of_the_standard_library() -> None:
-    data = b"".join(b"%d bottles on the wall\n" % i for i in range(500))
+    # Long and varied enough for each compressor's strongest setting to differ from its weaker ones.
+    data = b"".join(b"%d bottles %d on the wall %d\n" % (i * i % 97, i % 89, i**3 % 1009) for i in range(8000))
+    assert len(gzip.compress(data, 9)) < len(gzip.compress(data, 6)) and len(bz2.compress(data, 9)) < len(bz2.compress(data, 1))
     sizes = {name: value * len(data) / 8 for name, value in compressors(data).items()}
     assert sizes == {
         "gzip": len(gzip.compress(data, 9)),
