@@ -64,7 +64,7 @@ def test_loading_leaves_the_random_numbers_alone_and_the_file_free(tmp_path: Pat
 
 def test_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert newest_whole_checkpoint(tmp_path) is None
-    first, second, third = (make_checkpoint(tmp_path, step) for step in (9, 10, 100_000_000))
+    first, second, third = (make_checkpoint(tmp_path, step) for step in (9, 99_999_999, 100_000_000))  # names stop sorting there
     (tmp_path / "checkpoints" / "step_0000001").mkdir()
     (tmp_path / "checkpoints" / ".step_00000011.tmp").mkdir()
     assert newest_whole_checkpoint(tmp_path) == find_weights(tmp_path) == third
@@ -81,7 +81,7 @@ def test_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert [folder for folder, _ in broken_checkpoints(tmp_path)] == [third, second]
     (first / "training.json").unlink()
     with pytest.raises(
-        ValueError, match=r"no whole checkpoint under checkpoints; step_100000000: model.*; step_00000010: manifest.json is missing"
+        ValueError, match=r"no whole checkpoint under checkpoints; step_100000000: model.*; step_99999999: manifest.json is missing"
     ):
         find_weights(tmp_path)
 
