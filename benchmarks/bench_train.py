@@ -47,7 +47,7 @@ class Trainer:
         self.steps += 1
 
 
-def training(lengths: list[int], repeats: int) -> list[dict[str, float]]:
+def training(lengths: list[int], repeats: int) -> list[dict[str, float | list[float]]]:
     """Rounds over all lengths, a bare product before each step; medians with the smallest and largest."""
     trainers = [Trainer(length) for length in lengths]
     for trainer in trainers:

@@ -1,8 +1,30 @@
-"""Linear-time softmax attention over quantized keys: exact in a window, one count and one mean value per code before it."""
+"""Linear-time softmax attention over quantized keys: exact in a window, one count and one mean value per code before it.
+
+Names load lazily.
+"""
 
 from __future__ import annotations
 
-from vqkit.ops.vq_attention.api import VQAttentionOutput, vq_attention
-from vqkit.ops.vq_attention.state import AttentionState, initial_state
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqkit.ops.vq_attention.api import VQAttentionOutput as VQAttentionOutput
+    from vqkit.ops.vq_attention.api import vq_attention as vq_attention
+    from vqkit.ops.vq_attention.state import AttentionState as AttentionState
+    from vqkit.ops.vq_attention.state import initial_state as initial_state
 
 __all__ = ["AttentionState", "VQAttentionOutput", "initial_state", "vq_attention"]
+
+_MODULES = {
+    "AttentionState": "state",
+    "VQAttentionOutput": "api",
+    "initial_state": "state",
+    "vq_attention": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'vqkit.ops.vq_attention' has no attribute {name!r}")
+    return getattr(import_module(f"vqkit.ops.vq_attention.{_MODULES[name]}"), name)

@@ -68,10 +68,14 @@ def vq_attention(
     Raises:
         ValueError: shapes that do not fit, a state of other sizes, an unknown `impl`.
     """
-    state = _checked_state(state, q, v, codebook, mem_len)
-    _check(q, k_hat, v, indices, codebook, block_len, mem_len, position_query, position_keys, segments, impl)
+    if (position_query is None) != (position_keys is None):
+        raise ValueError("position_query and position_keys come together: pass both or neither")
     positions = None if position_query is None or position_keys is None else Positions(position_query, position_keys)
     inputs = AttentionInputs(q, k_hat, v, indices.long(), codebook.detach(), positions, segments)
+    _check_choices(block_len, mem_len, impl)
+    _check_shapes(inputs, mem_len)
+    _check_values(inputs)
+    state = _checked_state(state, q, v, codebook, mem_len)
     if impl == "auto":
         impl = "recurrent" if q.shape[2] <= block_len else "blocked"
     run = {"reference": reference_attention, "recurrent": recurrent_attention, "blocked": blocked_attention}[impl]
@@ -97,38 +101,43 @@ def _checked_state(state: AttentionState | None, q: Tensor, v: Tensor, codebook:
     return state
 
 
-def _check(q, k_hat, v, indices, codebook, block_len, mem_len, position_query, position_keys, segments, impl) -> None:
+def _check_choices(block_len: int, mem_len: int, impl: str) -> None:
     if impl not in ("auto", "reference", "recurrent", "blocked"):
         raise ValueError(f'impl = {impl!r}: must be "auto", "reference", "recurrent" or "blocked"')
     for name, value in (("block_len", block_len), ("mem_len", mem_len)):
         if value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")
+
+
+def _check_shapes(inputs: AttentionInputs, mem_len: int) -> None:
+    q, codebook = inputs.q, inputs.codebook
+    if q.dim() != 4 or q.shape[2] < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}: must be [B, H, T, K] with at least one token")
     batch, heads, time, key_dim = q.shape
-    if time < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}: needs at least one token")
-    expected = {
-        "k_hat": (k_hat, (batch, heads, time, key_dim)),
-        "v": (v, (batch, heads, time, v.shape[-1])),
-        "indices": (indices, (batch, heads, time)),
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "k_hat": (inputs.k_hat, (batch, heads, time, key_dim)),
+        "v": (inputs.v, (batch, heads, time, inputs.v.shape[-1])),
+        "indices": (inputs.indices, (batch, heads, time)),
         "codebook": (codebook, (heads, codebook.shape[1], key_dim)),
     }
-    if (position_query is None) != (position_keys is None):
-        raise ValueError("position_query and position_keys come together: pass both or neither")
-    if position_query is not None and position_keys is not None:
-        expected["position_query"] = (position_query, (batch, heads, time, key_dim))
-        expected["position_keys"] = (position_keys, (heads, mem_len + 1, key_dim))
-    if segments is not None:
-        expected["segments"] = (segments, (batch, time))
+    if inputs.positions is not None:
+        expected["position_query"] = (inputs.positions.query, (batch, heads, time, key_dim))
+        expected["position_keys"] = (inputs.positions.keys, (heads, mem_len + 1, key_dim))
+    if inputs.segments is not None:
+        expected["segments"] = (inputs.segments, (batch, time))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape} to fit q of shape {tuple(q.shape)}")
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(indices, codebook.shape[1], segments)
 
 
-def _check_values(indices: Tensor, codebook_size: int, segments: Tensor | None) -> None:
-    low, high = indices.aminmax()
-    if low < 0 or high >= codebook_size:
-        raise ValueError(f"indices hold values from {int(low)} to {int(high)}: must be in 0 .. {codebook_size - 1}, the codes of the codebook")
-    if segments is not None and bool((segments.diff(dim=1) < 0).any()):
+def _check_values(inputs: AttentionInputs) -> None:
+    if inputs.indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    size = inputs.codebook.shape[1]
+    low, high = inputs.indices.aminmax()
+    if low == -1:
+        raise ValueError("indices hold -1, the code of a key that is not finite: look for NaN or Inf in the input of the attention")
+    if low < 0 or high >= size:
+        raise ValueError(f"indices hold values from {int(low)} to {int(high)}: must be in 0 .. {size - 1}, the codes of the codebook")
+    if inputs.segments is not None and bool((inputs.segments.diff(dim=1) < 0).any()):
         raise ValueError("segments decrease along a row: must be document numbers that never decrease, so that each document is one run")

@@ -8,7 +8,7 @@ attention weights, are computed again, which costs less than moving them through
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,7 +118,20 @@ def _running_counts(start: Tensor, gained: Tensor, keep: Tensor | None) -> Tenso
 class _Lane:
     """One head of one batch element: views of its tensors and the steps that forward and backward share."""
 
-    def __init__(self, plan: Plan, b: int, h: int, q, k_hat, v, query, keys, k_window, v_window, codebook) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        b: int,
+        h: int,
+        q: Tensor,
+        k_hat: Tensor,
+        v: Tensor,
+        query: Tensor | None,
+        keys: Tensor | None,
+        k_window: Tensor,
+        v_window: Tensor,
+        codebook: Tensor,
+    ) -> None:
         self.plan = plan
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.k_hat, self.v = q[b, h], k_hat[b, h], v[b, h]
@@ -224,7 +237,19 @@ def _groups(plan: Plan) -> list[tuple[int, int]]:
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k_hat, v, query, keys, k_window, v_window, mean, codebook, plan: Plan):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k_hat: Tensor,
+        v: Tensor,
+        query: Tensor | None,
+        keys: Tensor | None,
+        k_window: Tensor,
+        v_window: Tensor,
+        mean: Tensor,
+        codebook: Tensor,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor]:
         batch, heads, time, _ = q.shape
         width = v.shape[-1]
         mask = _causal_mask(plan, q)
@@ -244,7 +269,8 @@ class _BlockedAttention(torch.autograd.Function):
         return output, sums[:, :, :-1] / plan.counts[:, :, -1].clamp(min=1)[..., None]
 
     @staticmethod
-    def backward(ctx, grad_output, grad_mean):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, grad_mean = grad_outputs
         q, k_hat, v, query, keys, k_window, v_window, codebook, borders = ctx.saved_tensors
         plan: Plan = ctx.plan
         grads = _Gradients(plan, q, v, query, keys, grad_mean)
@@ -286,7 +312,7 @@ class _Gradients:
         torch.div(grad_mean, plan.counts[:, :, -1].clamp(min=1)[..., None], out=self.sums[:, :, :-1])
         self.plan = plan
 
-    def result(self, q: Tensor, v: Tensor, query: Tensor | None, keys: Tensor | None):
+    def result(self, q: Tensor, v: Tensor, query: Tensor | None, keys: Tensor | None) -> tuple[Tensor | None, ...]:
         memory = self.plan.mem_len
         grad_mean = self.sums[:, :, :-1] * self.plan.counts[:, :, 0, :, None]
         window = (self.k[:, :, :memory].to(q.dtype), self.v[:, :, :memory].to(v.dtype), grad_mean)

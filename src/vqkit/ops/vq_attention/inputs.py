@@ -30,10 +30,18 @@ class AttentionInputs(NamedTuple):
 
     def slice(self, start: int, stop: int) -> AttentionInputs:
         """The tokens start .. stop - 1."""
-        positions = self.positions and Positions(self.positions.query[:, :, start:stop], self.positions.keys)
-        segments = None if self.segments is None else self.segments[:, start:stop]
-        tokens = (t[:, :, start:stop] for t in (self.q, self.k_hat, self.v, self.indices))
-        return AttentionInputs(*tokens, self.codebook, positions, segments)
+        positions = None
+        if self.positions is not None:
+            positions = Positions(self.positions.query[:, :, start:stop], self.positions.keys)
+        return AttentionInputs(
+            q=self.q[:, :, start:stop],
+            k_hat=self.k_hat[:, :, start:stop],
+            v=self.v[:, :, start:stop],
+            indices=self.indices[:, :, start:stop],
+            codebook=self.codebook,
+            positions=positions,
+            segments=None if self.segments is None else self.segments[:, start:stop],
+        )
 
     def segment_ids(self) -> Tensor:
         """Segments [B, T], all 0 where documents are not told apart."""

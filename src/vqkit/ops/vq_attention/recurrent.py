@@ -50,7 +50,7 @@ def _attend(inputs: AttentionInputs, state: AttentionState, mem_len: int, cache:
 
 def _band(by_distance: Tensor) -> Tensor:
     """[..., L, M + 1] by falling distance -> [..., L, M + L] with row i moved right by i; 0 elsewhere."""
-    *lead, length, near = by_distance.shape
+    length, near = by_distance.shape[-2:]
     window = near - 1 + length
     return F.pad(by_distance, (0, length)).flatten(-2)[..., : length * window].unflatten(-1, (length, window))
 

@@ -14,7 +14,7 @@ def reference_attention(
 ) -> tuple[Tensor, AttentionState]:
     """See `vq_attention`. Every query gets a score for every code of the cache it started from and every single key since."""
     q = inputs.q
-    batch, heads, time, _ = q.shape
+    heads, time = q.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     k_hat = torch.cat([state.k_hat, inputs.k_hat], 2).to(wide)  # [B, H, M + T, K]
     v = torch.cat([state.v, inputs.v], 2).to(wide)
