@@ -258,6 +258,10 @@ def test_position_keys_follow_the_weight_also_where_they_are_remembered() -> Non
     close(same_as_with_gradients(), second)
     model.float().double()
     same_as_with_gradients()
+    before = same_as_with_gradients()
+    model(tokens).logits.square().mean().backward()
+    torch.optim.Adam(model.parameters(), lr=0.1, fused=True).step()  # does not raise version counters
+    assert not torch.allclose(same_as_with_gradients(), before)
 
 
 def test_a_model_first_used_in_inference_mode_can_be_trained() -> None:

@@ -176,3 +176,12 @@ def test_truncated_weights_are_named(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
             load_weights(tmp_path)
+
+
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    model = tiny_model()
+    files = []
+    for i in range(8):
+        save_weights(model, model.config, tmp_path / str(i))
+        files.append((tmp_path / str(i) / "model.safetensors").read_bytes())
+    assert len(set(files)) == 1

@@ -54,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'vqkit.data' has no attribute {name!r}")
     return getattr(import_module(f"vqkit.data.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

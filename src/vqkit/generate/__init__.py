@@ -29,3 +29,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'vqkit.generate' has no attribute {name!r}")
     return getattr(import_module(f"vqkit.generate.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

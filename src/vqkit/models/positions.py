@@ -30,15 +30,16 @@ class PositionKeys(nn.Module):
     def forward(self, dtype: torch.dtype) -> Tensor:
         """[H, M + 1, K] in `dtype`: row d is the key of distance d.
 
-        Without gradient the keys are remembered until the weight changes: projecting them costs more than all else in a step of decoding.
+        Without gradient, on a CPU, the keys are remembered while the weight stays as it is: projecting them would cost more than all else
+        in a step of decoding, comparing the weight costs next to nothing.
         """
-        remember = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference())
+        remember = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.weight.device.type == "cpu"
         if remember and self._memo is not None and self._memo.fits(self.weight, dtype):
             return self._memo.keys
         keys = F.linear(self._table(), self.weight).to(dtype)
         keys = keys.unflatten(-1, (self.heads, -1)).transpose(0, 1)
         if remember:
-            self._memo = _Memo(self.weight, self.weight._version, self.weight.data_ptr(), keys)
+            self._memo = _Memo(self.weight.clone(), keys)
         return keys
 
     def _table(self) -> Tensor:
@@ -54,16 +55,13 @@ class PositionKeys(nn.Module):
 
 
 class _Memo(NamedTuple):
-    """Keys, and the state of the weight they were made from."""
+    """Keys, and a copy of the weight they were made from: version counters do not tell of a fused optimizer's step."""
 
     weight: Tensor
-    version: int
-    address: int
     keys: Tensor
 
     def fits(self, weight: Tensor, dtype: torch.dtype) -> bool:
-        made_from = (self.version, self.address, self.keys.dtype)
-        return self.weight is weight and made_from == (weight._version, weight.data_ptr(), dtype)
+        return self.keys.dtype == dtype and self.weight.dtype == weight.dtype and torch.equal(self.weight, weight)
 
 
 class ScaledSinusoids(nn.Module):

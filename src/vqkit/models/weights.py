@@ -37,7 +37,7 @@ def save_weights(model: TransformerVQ, config: ModelConfig, folder: AnyPath) -> 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_bytes_atomic(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": FORMAT, "version": str(VERSION)}))
+    write_bytes_atomic(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": f"{FORMAT} {VERSION}"}))
     description = {"format": FORMAT, "version": VERSION, "model": to_dict(config)}
     write_text_atomic(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
 
