@@ -21,6 +21,7 @@ from vqkit.files import write_text_atomic
 from vqkit.models import ModelConfig, TransformerVQ
 from vqkit.models.cost import flops_per_token, num_parameters
 from vqkit.models.transformer import ModelState
+from vqkit.train.allocator import reuse_freed_memory
 from vqkit.train.config import TrainConfig
 from vqkit.train.optimizer import Optimizer
 from vqkit.train.step import train_step
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    reuse_freed_memory()  # as vqkit.train.train does
     result = {
         "machine": describe(),
         "parameters": num_parameters(CONFIG),

@@ -19,6 +19,7 @@ from vqkit.data import Batch, DataSummary, SequenceSampler, Split, pack
 from vqkit.files import TEMPORARY_SUFFIX, write_text_atomic
 from vqkit.models import TransformerVQ
 from vqkit.models.weights import broken_checkpoints, newest_whole_checkpoint
+from vqkit.train.allocator import reuse_freed_memory
 from vqkit.train.checkpoint import Training, checkpoint_path, load_checkpoint, prune_checkpoints, remove_leftovers, save_checkpoint
 from vqkit.train.config import RunConfig
 from vqkit.train.evaluation import evaluate
@@ -59,6 +60,8 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, on_event: Calla
     run_dir = Path(run_dir)
     _check_directory(run_dir, config)
     device = resolve_device(config.train.device)
+    if device.type == "cpu":
+        reuse_freed_memory()
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
     summary = pack(config.data, run_dir / DATA_FOLDER)
