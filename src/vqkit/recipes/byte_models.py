@@ -7,16 +7,40 @@ from dataclasses import replace
 from vqkit.data.config import DataConfig
 from vqkit.data.standard_library import KIBIBYTE, python_library
 from vqkit.models.config import ModelConfig
+from vqkit.quantizers.config import CodebookConfig
 from vqkit.train.config import RunConfig, TrainConfig
 
 
 def quickstart() -> RunConfig:
-    """A small model of the source code of Python's standard library, in under five minutes."""
+    """A small model of the source code of Python's standard library, in under five minutes.
+
+    So short a run wants many small steps, and few codes: the first attention unit sees single bytes, about 50 of which are frequent.
+    """
     return RunConfig(
         recipe="quickstart",
-        model=ModelConfig(dim=192, layers=2, key_dim=64, value_dim=384, codebook_size=128, block_len=128, mem_len=128),
+        model=ModelConfig(
+            dim=192,
+            layers=2,
+            key_dim=64,
+            value_dim=384,
+            codebook_size=32,
+            block_len=64,
+            mem_len=64,
+            codebook=CodebookConfig(decay=0.98, dead_code_threshold=1.0),
+        ),
         data=python_library(),
-        train=TrainConfig(steps=550, batch_size=8, learning_rate=4e-3, warmup_steps=50),
+        train=TrainConfig(
+            steps=3000,
+            batch_size=1,
+            learning_rate=3e-3,
+            warmup_steps=100,
+            commitment_weight=1e-2,
+            log_every=20,
+            eval_every=750,
+            eval_batch_size=1,
+            eval_tokens=32_768,
+            checkpoint_every=750,
+        ),
     )
 
 
