@@ -14,7 +14,7 @@ import pytest
 from vqkit.cli import app, main
 from vqkit.cli.options import option_names
 from vqkit.cli.sample import SampleOptions
-from vqkit.cli.train import TrainOptions
+from vqkit.cli.train import TrainOptions, requested
 from vqkit.recipes import RECIPES
 
 HELP = [
@@ -175,3 +175,10 @@ def test_whatever_happens_is_one_line_and_the_traceback_can_be_asked_for(
     assert said.code == code
     assert said.err.startswith("Traceback")
     assert said.err.endswith(f"vqkit: {line}\n")
+
+
+def test_whoever_names_a_number_of_steps_gets_that_number() -> None:
+    assert requested("quickstart", [])[1].train.minutes is not None
+    assert requested("quickstart", ["--train.steps", "200"])[1].train.minutes is None
+    both = requested("quickstart", ["--train.steps", "200", "--train.minutes", "1"])[1].train
+    assert (both.steps, both.minutes) == (200, 1.0)

@@ -13,6 +13,7 @@ from vqkit.train.config import BYTE_VOCABULARY, RunConfig, TrainConfig
 
 REFUSED = {
     "steps": [0, -1, 2.0, True],
+    "minutes": [0.0, -1.0, float("nan"), float("inf")],
     "extra_steps": [-1],
     "batch_size": [0, 3],  # 3: micro_batches = 2 does not divide it
     "update_len": [0, -4, 1.5],

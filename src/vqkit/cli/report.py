@@ -40,7 +40,6 @@ def measure(model: TransformerVQ, split: Split, config: RunConfig) -> Evaluation
         model,
         split,
         batch_size=config.train.eval_batch_size,
-        chunk_len=config.data.sequence_len,
         segments=config.data.segments == "isolate",
     )
 
@@ -76,7 +75,6 @@ def _measure(config: RunConfig, result: TrainResult) -> None:
             test,
             context=CONTEXT,
             batch_size=config.train.eval_batch_size,
-            chunk_len=config.data.sequence_len,
             segments=config.data.segments == "isolate",
         )
         full, cut = ablation.full_bits_per_byte, ablation.cut_bits_per_byte

@@ -85,10 +85,13 @@ def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
     )
     if not options.data.path:
         raise UsageError(f"recipe {recipe} needs data: add --data.path FOLDER")
+    train = options.train
+    if train.steps != base.train.steps and train.minutes == base.train.minutes:
+        train = replace(train, minutes=None)  # whoever names a number of steps wants that number
     # Absolute, so that a run means the same files from wherever it is gone on with.
     data = replace(options.data, path=str(Path(options.data.path).expanduser().absolute()))
     try:
-        config = RunConfig(recipe, options.model, data, options.train)
+        config = RunConfig(recipe, options.model, data, train)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return options.run or Path("runs") / recipe, config

@@ -21,6 +21,8 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimizer steps over which the learning rate follows its schedule."""
+    minutes: float | None = None
+    """Most minutes of training: steps is lowered to what this machine does in that time, measured before the first; None = all steps."""
     extra_steps: int = 0
     """Further steps at the last learning rate of the schedule."""
     batch_size: int = 8
@@ -83,6 +85,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be from 0 to 1")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"train.betas = {self.betas}: must be two numbers of at least 0 and below 1")
+        if self.minutes is not None and not 0.0 < self.minutes < float("inf"):
+            raise ValueError(f"train.minutes = {self.minutes}: must be positive and finite; None = all steps")
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(f"train.clip = {self.clip}: must be positive; None = no clipping")
         if not 0.0 <= self.commitment_weight < float("inf"):

@@ -27,6 +27,7 @@ from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Prog
 from vqkit.train.faults import fault_point
 from vqkit.train.initialization import initialize_codebooks_
 from vqkit.train.metrics import METRICS_FILE, JsonLines, cut_after, read_lines
+from vqkit.train.pace import paced
 from vqkit.train.step import train_step
 
 CONFIG_FILE = "config.json"
@@ -34,7 +35,8 @@ DATA_FOLDER = "data"
 TIMINGS_FILE = "timings.jsonl"
 
 CHANGEABLE = {
-    f"train.{name}" for name in ("steps", "extra_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "device")
+    f"train.{name}"
+    for name in ("steps", "minutes", "extra_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "device")
 }
 """Options that a run may be resumed with other values of: they say how long, how often and where, not what is computed."""
 
@@ -62,6 +64,7 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, on_event: Calla
     device = resolve_device(config.train.device)
     if device.type == "cpu":
         reuse_freed_memory()
+    config = paced(config, run_dir / CONFIG_FILE, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
     summary = pack(config.data, run_dir / DATA_FOLDER)
@@ -221,7 +224,6 @@ class _Run:
             self.training.model,
             self.validation,
             batch_size=config.train.eval_batch_size,
-            chunk_len=config.data.sequence_len,
             segments=config.data.segments == "isolate",
             max_tokens=config.train.eval_tokens,
         )
