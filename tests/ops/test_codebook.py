@@ -17,6 +17,7 @@ from vqkit.ops.codebook import (
     largest_keys,
     merge_statistics,
     replace_dead_codes,
+    zero_statistics,
 )
 
 
@@ -153,7 +154,7 @@ def test_moving_averages_keep_their_dtype():
 
 def test_an_unused_code_stays_where_it_is_at_the_floor():
     total, count = torch.randn(1, 3, 4), torch.tensor([[0.01, 0.02, 5.0]])
-    nothing = CodebookStatistics(torch.zeros(1, 3), torch.zeros(1, 3, 4), torch.zeros(1, 0, 4), torch.zeros(1, 0))
+    nothing = zero_statistics(1, 3, 4)
     before = codes_from_ema(total, count)
     after = codes_from_ema(*ema_update(total, count, nothing, 0.9))
     torch.testing.assert_close(after[:, 1:], before[:, 1:])

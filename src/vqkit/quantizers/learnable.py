@@ -22,8 +22,10 @@ from vqkit.ops.codebook import (
     codes_from_ema,
     ema_update,
     gather_codes,
+    largest_keys,
     merge_statistics,
     replace_dead_codes,
+    zero_statistics,
 )
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.kmeans import kmeans
@@ -97,12 +99,7 @@ class LearnableVQ(nn.Module):
         self.register_buffer("sum", torch.empty(heads, codebook_size, dim, dtype=dtype, device=device))
         self.register_buffer("count", torch.empty(heads, codebook_size, dtype=dtype, device=device))
         self.register_buffer("updates", torch.empty((), dtype=torch.int64, device=device))
-        self.pending = CodebookStatistics(
-            torch.empty_like(self.count),
-            torch.empty_like(self.sum),
-            self.sum.new_empty(heads, self.num_candidates, dim),
-            self.sum.new_empty(heads, self.num_candidates),
-        )
+        self.pending = zero_statistics(heads, codebook_size, dim, num_candidates=self.num_candidates, dtype=dtype, device=self.sum.device)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -306,11 +303,12 @@ def _reduce(pending: list[CodebookStatistics], reducer: Reducer) -> list[Codeboo
     if reducer.world_size == 1 or not pending:
         return pending
     dtype = torch.float64 if any(s.sum.dtype == torch.float64 for s in pending) else torch.float32
-    parts = [tensor for s in pending for tensor in (s.count, s.sum, _in_slot(s.candidates, reducer), _in_slot(s.keys, reducer))]
+    parts = [tensor for s in pending for tensor in s._replace(candidates=_in_slot(s.candidates, reducer), keys=_in_slot(s.keys, reducer))]
     flat = torch.cat([part.reshape(-1).to(dtype) for part in parts])
     reducer.all_reduce_(flat)
     summed = [piece.view(part.shape) for piece, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
-    return [_merge_slots(*summed[i : i + 4]) for i in range(0, len(summed), 4)]
+    fields = len(CodebookStatistics._fields)
+    return [_merge_slots(CodebookStatistics(*summed[i : i + fields])) for i in range(0, len(summed), fields)]
 
 
 def _in_slot(rows: Tensor, reducer: Reducer) -> Tensor:
@@ -319,9 +317,8 @@ def _in_slot(rows: Tensor, reducer: Reducer) -> Tensor:
     return slots
 
 
-def _merge_slots(count: Tensor, total: Tensor, candidates: Tensor, keys: Tensor) -> CodebookStatistics:
-    merged = CodebookStatistics(count, total, candidates[0], keys[0])
-    nothing = CodebookStatistics(torch.zeros_like(count), torch.zeros_like(total), candidates[0], keys[0])
-    for slot in range(1, len(keys)):
-        merged = merge_statistics(merged, nothing._replace(candidates=candidates[slot], keys=keys[slot]))
-    return merged
+def _merge_slots(summed: CodebookStatistics) -> CodebookStatistics:
+    """Of statistics whose candidates and keys have an axis of ranks in front: one choice of candidates."""
+    candidates, keys = (slots.movedim(0, 1).flatten(1, 2) for slots in (summed.candidates, summed.keys))
+    candidates, keys = largest_keys(candidates, keys, summed.keys.shape[-1])
+    return summed._replace(candidates=candidates, keys=keys)
