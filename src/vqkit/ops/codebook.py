@@ -79,6 +79,14 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     return rows.index_select(0, row.reshape(-1)).reshape(*row.shape, width)
 
 
+def directions(x: Tensor) -> Tensor:
+    """x [..., K] scaled to length 1, whatever its length, without overflow or underflow; zero stays zero. Differentiable, also at zero."""
+    scale = x.detach().abs().amax(-1, keepdim=True)  # a constant for the gradient, too: the result does not depend on it
+    scaled = x / torch.where(scale == 0, 1.0, scale)
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / torch.where(length == 0, 1.0, length)
+
+
 def codes_from_ema(sum: Tensor, count: Tensor, floor: float = COUNT_FLOOR) -> Tensor:
     """Codebook [..., C, K] of the moving averages: sum / max(count, floor) (Lingle, 2024)."""
     return sum / count.clamp(min=floor).unsqueeze(-1)
