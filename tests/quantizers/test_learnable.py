@@ -286,6 +286,8 @@ def test_checkpointed_is_not(reentrant):
 @pytest.mark.parametrize("shares", [(2, 2), (1, 3), (0, 4), (1, 1, 2)])
 def test_several_ranks_are_one(config, shares):
     one = Two(config)
+    for quantizer in (one.first, one.second):
+        quantizer.count.fill_(1.0)  # so that some codes are dead at once
     x, mask = vectors(batch=4), torch.rand(4, 9) < 0.8
     ranks = [copy.deepcopy(one) for _ in shares]
     for model, share, share_mask in zip(ranks, x.split(shares), mask.split(shares), strict=True):
