@@ -6,6 +6,7 @@ alone: [B, T], [B, H, W], [B, H, W, Z] or [B], whether their width stands last o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -86,14 +87,20 @@ def is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def check_range(name: str, values: Tensor, lowest: int, highest: int) -> None:
-    """Raise ValueError unless all values lie in lowest ... highest.
+def check_range(name: str, values: Tensor, lowest: float, highest: float) -> None:
+    """Raise ValueError unless all values lie in lowest ... highest; see `require`."""
+    right = (values >= lowest) & (values <= highest)  # False for NaN
+    bounds = f"{lowest} ... {highest}"
+    require(right.all(), f"{name} holds a value outside {bounds}", lambda: f"{name} holds {values[~right][0].item()}: must lie in {bounds}")
+
+
+def require(right: Tensor, message: str, detail: Callable[[], str]) -> None:
+    """Raise ValueError with `detail()` unless `right` [] bool holds.
 
     In compiled and exported programs and elsewhere than on CPU, where looking would wait for the device, the device itself raises a
-    RuntimeError.
+    RuntimeError with `message`.
     """
-    outside = (values < lowest) | (values > highest)
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
-        torch._assert_async(~outside.any(), f"{name} holds a value outside {lowest} ... {highest}")
-    elif outside.any():
-        raise ValueError(f"{name} holds {values[outside][0].item()}: must lie in {lowest} ... {highest}")
+    if torch.compiler.is_compiling() or right.device.type != "cpu":
+        torch._assert_async(right, message)
+    elif not right:
+        raise ValueError(detail())
