@@ -5,6 +5,7 @@ Shapes: N vectors, H heads with a codebook each, C codes, K width, E candidate r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -79,12 +80,42 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     return rows.index_select(0, row.reshape(-1)).reshape(*row.shape, width)
 
 
+def by_codebook(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """x [..., N, K] and codebook [..., C, K], whose leading axes broadcast, with one leading axis: G different codebooks.
+
+    Returns vectors [G, N', K], codes [G, C, K], and what turns a result [G, N', ...] into [leading axes of both, N, ...].
+    """
+    leading = torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2])
+    own = (1,) * (len(leading) - codebook.dim() + 2) + tuple(codebook.shape[:-2])
+    # Axes along which the codebook differs go to the front, all others are one more axis of vectors.
+    groups = [axis for axis, length in enumerate(own) if length > 1]
+    shared = [axis for axis, length in enumerate(own) if length == 1]
+    order = [*groups, *shared, len(leading)]
+    vectors = x.expand(*leading, *x.shape[-2:]).permute(*order, len(leading) + 1)
+    rows = vectors.shape[:-1]
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    num_groups = codebook.shape[:-2].numel()
+
+    def restore(result: Tensor) -> Tensor:
+        tail = range(len(order), len(order) + result.dim() - 2)
+        return result.view(*rows, *result.shape[2:]).permute(*inverse, *tail).contiguous()
+
+    vectors = vectors.reshape(num_groups, rows.numel() // num_groups, x.shape[-1])
+    return vectors, codebook.reshape(num_groups, *codebook.shape[-2:]), restore
+
+
 def directions(x: Tensor) -> Tensor:
     """x [..., K] scaled to length 1, whatever its length, without overflow or underflow; zero stays zero. Differentiable, also at zero."""
-    scale = x.detach().abs().amax(-1, keepdim=True)  # a constant for the gradient, too: the result does not depend on it
-    scaled = x / torch.where(scale == 0, 1.0, scale)
+    return polar(x)[0]
+
+
+def polar(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`directions(x)` [..., K] and the lengths [..., 1]."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    scale = torch.where(scale == 0, 1.0, scale)
+    scaled = x / scale
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return scaled / torch.where(length == 0, 1.0, length)
+    return scaled / torch.where(length == 0, 1.0, length), length * scale
 
 
 def codes_from_ema(sum: Tensor, count: Tensor, floor: float = COUNT_FLOOR) -> Tensor:

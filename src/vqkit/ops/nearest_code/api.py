@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqkit.ops.codebook import directions, gather_codes
+from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.nearest_code import blocked, reference
+from vqkit.ops.precision import full_precision, widest
 
 Impl = Literal["auto", "reference", "blocked"]
 Metric = Literal["euclidean", "cosine"]
@@ -69,42 +69,22 @@ def nearest_codes(x: Tensor, codebook: Tensor, k: int, *, metric: Metric = "eucl
     if not 1 <= k <= codebook.shape[-2]:
         raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
     x, codebook = _comparable(x, codebook, metric)
-    vectors, codes, restore = _group(x, codebook)
+    vectors, codes, restore = by_codebook(x, codebook)
     run = _operator_k if torch.compiler.is_compiling() else _compute_k
     return NearestCode(*(restore(tensor) for tensor in run(vectors, codes, k, impl)))
 
 
 def _comparable(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the arithmetic, such that the euclidean distance is meant."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    dtype = widest(x, codebook)
     x, codebook = x.detach().to(dtype), codebook.detach().to(dtype)
     return (directions(x), directions(codebook)) if metric == "cosine" else (x, codebook)
 
 
 def _nearest_index(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    vectors, codes, restore = _group(x, codebook)
+    vectors, codes, restore = by_codebook(x, codebook)
     run = _operator if torch.compiler.is_compiling() else _compute  # one opaque node under compile: its loops depend on values
     return restore(run(vectors, codes, impl))
-
-
-def _group(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Vectors [G, N, K], codes [G, C, K], and what turns a result [G, N, ...] into one of the leading axes of both."""
-    leading = torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2])
-    own = (1,) * (len(leading) - codebook.dim() + 2) + tuple(codebook.shape[:-2])
-    # Axes along which the codebook differs go to the front, all others are one more axis of vectors.
-    groups = [axis for axis, length in enumerate(own) if length > 1]
-    shared = [axis for axis, length in enumerate(own) if length == 1]
-    order = [*groups, *shared, len(leading)]
-    vectors = x.expand(*leading, *x.shape[-2:]).permute(*order, len(leading) + 1)
-    rows = vectors.shape[:-1]
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    num_groups = codebook.shape[:-2].numel()
-
-    def restore(result: Tensor) -> Tensor:
-        tail = range(len(order), len(order) + result.dim() - 2)
-        return result.view(*rows, *result.shape[2:]).permute(*inverse, *tail).contiguous()
-
-    return vectors.reshape(num_groups, rows.numel() // num_groups, x.shape[-1]), codebook.reshape(num_groups, *codebook.shape[-2:]), restore
 
 
 def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str) -> None:
@@ -129,30 +109,13 @@ def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str) -> None:
 
 
 def _compute(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    with torch.no_grad(), _full_precision(x.device.type):
+    with torch.no_grad(), full_precision(x.device.type):
         return _BACKENDS[impl](x, codebook)
 
 
 def _compute_k(x: Tensor, codebook: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
-    with torch.no_grad(), _full_precision(x.device.type):
+    with torch.no_grad(), full_precision(x.device.type):
         return _BACKENDS_K[impl](x, codebook, k)
-
-
-@contextlib.contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """No autocast, and no matrix product that rounds float32 to something shorter, whatever the user allows elsewhere."""
-    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]
-    allowed = matmul.fp32_precision
-    shorter = allowed in ("bf16", "tf32")
-    off = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
-    with off:
-        if shorter:
-            matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            if shorter:
-                matmul.fp32_precision = allowed
 
 
 @torch.library.custom_op("vqkit::nearest_index", mutates_args=())
