@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import EMA as EMA
     from vqkit.quantizers.config import MLP as MLP
     from vqkit.quantizers.config import Affine as Affine
+    from vqkit.quantizers.config import BeamSearch as BeamSearch
     from vqkit.quantizers.config import ClipEMA as ClipEMA
     from vqkit.quantizers.config import CodebookConfig as CodebookConfig
     from vqkit.quantizers.config import Commitment as Commitment
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import KMeans as KMeans
     from vqkit.quantizers.config import Orthogonality as Orthogonality
     from vqkit.quantizers.config import OwnOptimizer as OwnOptimizer
+    from vqkit.quantizers.config import QuantizeDropout as QuantizeDropout
     from vqkit.quantizers.fixed import SimpleVQ as SimpleVQ
     from vqkit.quantizers.grouped import Grouped as Grouped
     from vqkit.quantizers.grouped import GroupedResidualVQ as GroupedResidualVQ
+    from vqkit.quantizers.implicit import ImplicitVQ as ImplicitVQ
     from vqkit.quantizers.learnable import LearnableVQ as LearnableVQ
     from vqkit.quantizers.packing import pack_indices as pack_indices
     from vqkit.quantizers.packing import unpack_indices as unpack_indices
@@ -41,26 +44,85 @@ if TYPE_CHECKING:
     from vqkit.quantizers.residual import ResidualVQ as ResidualVQ
     from vqkit.quantizers.vector_quantize import VectorQuantize as VectorQuantize
 
-_NAMES = {
-    "base": ("Quantized", "Quantizer", "QuantizerOutput"),
-    "codebook": ("Codebook",),
-    "commit": ("add_statistics_", "attach", "register_fsdp_methods", "synchronize_codebooks_", "update_codebooks_"),
-    "config": (
-        *("EMA", "ClipEMA", "Gradient", "OwnOptimizer", "Frozen"),
-        *("KMeans", "DeadCodes", "Affine", "MLP", "Gumbel", "DiVeQ"),
-        *("Commitment", "CrossEntropyCommitment", "Orthogonality", "Diversity"),
-        "CodebookConfig",
-    ),
-    "fixed": ("SimpleVQ",),
-    "grouped": ("Grouped", "GroupedResidualVQ"),
-    "learnable": ("LearnableVQ",),
-    "packing": ("pack_indices", "unpack_indices"),
-    "residual": ("Residual", "ResidualVQ"),
-    "vector_quantize": ("VectorQuantize",),
-}
-_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = [
+    "EMA",
+    "MLP",
+    "Affine",
+    "BeamSearch",
+    "ClipEMA",
+    "Codebook",
+    "CodebookConfig",
+    "Commitment",
+    "CrossEntropyCommitment",
+    "DeadCodes",
+    "DiVeQ",
+    "Diversity",
+    "Frozen",
+    "Gradient",
+    "Grouped",
+    "GroupedResidualVQ",
+    "Gumbel",
+    "ImplicitVQ",
+    "KMeans",
+    "LearnableVQ",
+    "Orthogonality",
+    "OwnOptimizer",
+    "QuantizeDropout",
+    "Quantized",
+    "Quantizer",
+    "QuantizerOutput",
+    "Residual",
+    "ResidualVQ",
+    "SimpleVQ",
+    "VectorQuantize",
+    "add_statistics_",
+    "attach",
+    "pack_indices",
+    "register_fsdp_methods",
+    "synchronize_codebooks_",
+    "unpack_indices",
+    "update_codebooks_",
+]
 
-__all__ = sorted(_MODULES)
+_MODULES = {
+    "Affine": "config",
+    "BeamSearch": "config",
+    "ClipEMA": "config",
+    "Codebook": "codebook",
+    "CodebookConfig": "config",
+    "Commitment": "config",
+    "CrossEntropyCommitment": "config",
+    "DeadCodes": "config",
+    "DiVeQ": "config",
+    "Diversity": "config",
+    "EMA": "config",
+    "Frozen": "config",
+    "Gradient": "config",
+    "Grouped": "grouped",
+    "GroupedResidualVQ": "grouped",
+    "Gumbel": "config",
+    "ImplicitVQ": "implicit",
+    "KMeans": "config",
+    "LearnableVQ": "learnable",
+    "MLP": "config",
+    "Orthogonality": "config",
+    "OwnOptimizer": "config",
+    "QuantizeDropout": "config",
+    "Quantized": "base",
+    "Quantizer": "base",
+    "QuantizerOutput": "base",
+    "Residual": "residual",
+    "ResidualVQ": "residual",
+    "SimpleVQ": "fixed",
+    "VectorQuantize": "vector_quantize",
+    "add_statistics_": "commit",
+    "attach": "commit",
+    "pack_indices": "packing",
+    "register_fsdp_methods": "commit",
+    "synchronize_codebooks_": "commit",
+    "unpack_indices": "packing",
+    "update_codebooks_": "commit",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,11 @@ from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqkit.dist import Reducer, has_default_group
 from vqkit.quantizers.codebook import Codebook, Committed, outside_backward
-from vqkit.quantizers.commit import Statistics, flatten_statistics, reduce_in_forward, synchronize_codebooks_
-from vqkit.quantizers.config import Commit, check_choice
+from vqkit.quantizers.commit import Committing, Statistics, flatten_statistics, reduce_in_forward, synchronize_codebooks_
 
 _COLLAPSED = 0.1
 
@@ -27,7 +26,7 @@ class QuantizerOutput(NamedTuple):
 
     quantized: Tensor  # shape and dtype of x
     indices: Tensor  # int64, the positions of x + code_shape; -1: masked, dropped or not finite
-    loss: Tensor  # [] the weighted sum of the losses, float32 or wider
+    loss: Tensor  # [] the weighted sum of the losses, float32 or wider; in eval mode without gradient
 
 
 class Quantized(NamedTuple):
@@ -39,7 +38,7 @@ class Quantized(NamedTuple):
     statistics: Statistics  # aligned with `codebooks()`; None in eval mode and when frozen
 
 
-class Quantizer(nn.Module):
+class Quantizer(Committing):
     """The interface of all quantizers; a subclass writes `quantize`, `decode`, `decode_codes`, `codebooks`, `code_shape`, `loss_weights`.
 
     commit="auto": every training forward is one step of the codebooks, as seen from outside. commit="manual": forwards collect
@@ -48,21 +47,7 @@ class Quantizer(nn.Module):
     """
 
     reducer: Reducer | None = None
-    _commit: Commit = "auto"
     _synchronized = False
-
-    @property
-    def commit(self) -> Commit:
-        return self._commit
-
-    @commit.setter
-    def commit(self, commit: Commit) -> None:
-        check_choice("commit", commit, ("auto", "manual"))
-        for module in self.modules():
-            if isinstance(module, Quantizer):
-                module._commit = commit
-            if isinstance(module, Committed):
-                module.auto = commit == "auto"
 
     # What a subclass writes
 
@@ -127,7 +112,8 @@ class Quantizer(nn.Module):
                 member.leave_()
         if learning:
             self._learn_(members, found.statistics, outside)
-        return QuantizerOutput(found.quantized, found.indices, self._weigh(found.losses, x))
+        loss = self._weigh(found.losses, x)
+        return QuantizerOutput(found.quantized, found.indices, loss if self.training else loss.detach())
 
     def _begin_(self, members: list[Committed], outside: Tensor | bool) -> None:
         """Automatic commits: make the codebooks equal on all ranks once, then commit what the last training forward left."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -33,7 +34,6 @@ from vqkit.quantizers.config import (
     EMA,
     MLP,
     Affine,
-    ClipEMA,
     DeadCodes,
     Frozen,
     Gradient,
@@ -137,16 +137,16 @@ class Committed(nn.Module):
             self.follows.copy_(torch.where(torch.as_tensor(outside, device=self.follows.device), self.updates, self.follows))
 
     @torch.no_grad()
-    def commit_pending_(self, applied: Tensor | bool = True) -> None:
+    def commit_pending_(self, applied: Tensor | None = None) -> None:
         """Commit what is pending, which is that of all ranks; where `applied` [] bool is False, drop it."""
         self._write_(applied)
         self.discard_pending_()
 
-    def _write_(self, applied: Tensor | bool) -> None:
+    def _write_(self, applied: Tensor | None) -> None:
         state, after = self.committed_state(), self._after_commit()
         for name, old in state.items():
             if after[name] is not old:
-                old.copy_(after[name] if applied is True else torch.where(applied, after[name], old))
+                old.copy_(after[name] if applied is None else torch.where(applied, after[name], old))
 
     @torch.no_grad()
     def discard_pending_(self) -> None:
@@ -214,7 +214,7 @@ class _Perceptron(nn.Sequential):
     def __init__(self, dim: int, hidden: int, depth: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         widths = [dim, *[hidden] * depth]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after, dtype=dtype, device=device), nn.SiLU()]
         super().__init__(*layers, nn.Linear(widths[-1], dim, dtype=dtype, device=device))
 
@@ -446,9 +446,9 @@ class Codebook(Committed):
         return {**state, **after, "updates": state["updates"] + 1}
 
     @torch.no_grad()
-    def commit_pending_(self, applied: Tensor | bool = True) -> None:
+    def commit_pending_(self, applied: Tensor | None = None) -> None:
         for last, pending in zip(self.last, self.pending._replace(sum=self.last.sum), strict=True):
-            last.copy_(pending if applied is True else torch.where(applied, pending, last))
+            last.copy_(pending if applied is None else torch.where(applied, pending, last))
         super().commit_pending_(applied)
 
     @torch.no_grad()

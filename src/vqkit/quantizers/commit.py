@@ -7,18 +7,41 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vqkit.dist import LocalReducer, Reducer, default_reducer, register_forward_methods, is_sharded
+from vqkit.dist import Reducer, default_reducer, is_sharded, register_forward_methods
 from vqkit.ops.codebook import CodebookStatistics, largest_keys
 from vqkit.quantizers.codebook import Codebook, Committed
+from vqkit.quantizers.config import Commit, check_choice
 
-Statistics = CodebookStatistics | None | Sequence["Statistics"]
+Statistics: TypeAlias = "CodebookStatistics | Sequence[Statistics] | None"
 """One entry a codebook, nested as the quantizers are; None where nothing was counted."""
+
+
+class Committing(nn.Module):
+    """A module with a choice of when its codebooks change."""
+
+    _commit: Commit = "auto"
+
+    @property
+    def commit(self) -> Commit:
+        """ "auto": after every training forward, as seen from outside; "manual": by `update_codebooks_`. Setting it reaches all parts."""
+        return self._commit
+
+    @commit.setter
+    def commit(self, commit: Commit) -> None:
+        check_choice("commit", commit, ("auto", "manual"))
+        for module in self.modules():
+            if isinstance(module, Committing):
+                module._commit = commit
+            if isinstance(module, Committed) and module.auto != (commit == "auto"):
+                module.settle_()
+                module.discard_pending_()
+                module.auto = commit == "auto"
 
 
 def flatten_statistics(statistics: Statistics) -> list[CodebookStatistics | None]:
@@ -67,7 +90,7 @@ def _update_(model: nn.Module, reducer: Reducer | None, refused: Tensor | None) 
     reducer = default_reducer() if reducer is None else reducer
     flags = [] if refused is None else [refused.reshape(1)]
     reduced, flags = _reduce([codebook.pending for codebook in codebooks], flags, reducer)
-    applied = flags[0].squeeze(0) == 0 if flags else True
+    applied = flags[0].squeeze(0) == 0 if flags else None
     for codebook, statistics in zip(codebooks, reduced, strict=True):
         if statistics is not codebook.pending:
             codebook.replace_statistics_(statistics, True)
@@ -85,11 +108,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, reducer: Reduc
     called at all keeps it for the next step. Remove the handle to end it. `reducer` as for `update_codebooks_`, asked at every step.
     """
     for module in model.modules():
-        if isinstance(module, Committed):
-            module.settle_()
-            module.discard_pending_()
-            module.auto = False
-        if hasattr(type(module), "commit") and isinstance(getattr(module, "commit", None), str):
+        if isinstance(module, Committing):
             module.commit = "manual"
     synchronize_codebooks_(model, reducer)
     known = weakref.ref(model)

@@ -135,7 +135,8 @@ Init = Literal["uniform", "normal"] | KMeans
 class DeadCodes:
     """Codes whose moving count falls below `threshold` start anew at random vectors of the batch.
 
-    Counts start at `reset_count` too, so that a code that was merely not yet used has time: with the default about 0.7 / (1 - decay) commits.
+    Counts start at `reset_count` too, so that a code that was merely not yet used has time: by default about
+    0.7 / (1 - decay) commits.
     """
 
     threshold: float
@@ -262,6 +263,45 @@ class Diversity:
 
 
 Loss = Commitment | CrossEntropyCommitment | Orthogonality | Diversity
+
+
+# Residual quantizers
+
+
+@dataclass(frozen=True)
+class QuantizeDropout:
+    """In training only the first layers take part, how many is drawn anew for every commit (Zeghidour et al., 2021)."""
+
+    cutoff_index: int = 0
+    """The last layer that always takes part, from 0."""
+    multiple_of: int = 1
+    """The number of layers that take part is rounded up to a multiple of this."""
+    seed: int = 0
+    """The draw is a function of this and the number of commits, so that it is equal on all processes."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "cutoff_index", "seed")
+        _check(self, "multiple_of", self.multiple_of >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Keep the best `size` paths through the layers, by the error of the path; 1 is greedy."""
+
+    size: int
+    eval_size: int | None = None
+    """In eval mode; None = the same."""
+    weights: tuple[float, ...] | None = None
+    """One a layer: paths then compete by the weighted sum of their errors after each layer."""
+
+    def __post_init__(self) -> None:
+        _check(self, "size", self.size >= 1, "at least 1")
+        _check(self, "eval_size", self.eval_size is None or self.eval_size >= 1, "None or at least 1")
+        _check(self, "weights", self.weights is None or all(w > 0 for w in self.weights), "None or positive numbers")
+
+    def size_in(self, training: bool) -> int:
+        """The number of paths in training or in eval mode."""
+        return self.size if training or self.eval_size is None else self.eval_size
 
 
 # Transformer-VQ

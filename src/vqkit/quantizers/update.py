@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics, codes_from_ema, ema_update, laplace_codes_from_ema, replace_dead_codes
-from vqkit.quantizers.config import EMA, ClipEMA, DeadCodes, Frozen, Gradient, OwnOptimizer, Update
+from vqkit.quantizers.config import EMA, ClipEMA, DeadCodes, Frozen, OwnOptimizer, Update
 
 State = dict[str, Tensor]
 
@@ -55,7 +55,7 @@ def advance(rule: Update, dead_codes: DeadCodes | None, state: State, statistics
 
 
 def expire(rule: Update, state: State, candidates: Tensor, keys: Tensor, threshold: float, reset_count: float) -> State:
-    """The state in which codes of a count below `threshold` stand at candidates [H, E, K] (keys [H, E]; 0 = absent), counted `reset_count`."""
+    """The state in which codes of a count below `threshold` stand at candidates [H, E, K] (keys [H, E]; 0 = absent) with `reset_count`."""
     rows = state["sum"] if "sum" in state else state["weight"]
     rows, count = replace_dead_codes(rows, state["count"], candidates, keys, threshold, reset_count)
     replaced = (count != state["count"]).unsqueeze(-1)
