@@ -188,9 +188,10 @@ def _soft_codes_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = indices.clamp(min=0).unsqueeze(-1)
     gradient = gradient.where(indices.unsqueeze(-1) >= 0, 0.0)
+    centred = (values - values.mean(1, keepdim=True)).mT  # what all codes have in common a softmax does not pass on
 
     def of_scores(rows: slice, probability: Tensor) -> Tensor:
-        of_weights = gradient[:, rows] @ values.mT
+        of_weights = gradient[:, rows] @ centred
         if not reinmax:
             return _through_softmax(probability, of_weights)
         half = (probability / 2).scatter_add_(-1, chosen[:, rows], probability.new_full((1, 1, 1), 0.5).expand_as(chosen[:, rows]))

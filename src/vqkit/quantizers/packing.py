@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,10 +31,11 @@ def pack_indices(indices: Tensor, codebook_size: int) -> bytes:
         lowest, highest = (int(value) for value in values.aminmax())
         if lowest < 0 or highest >= codebook_size:
             raise ValueError(f"indices lie in {lowest} ... {highest}: must lie in 0 ... {codebook_size - 1}")
-    digits = np.empty((values.numel(), bits), dtype=np.uint8)
+    digits = torch.zeros(-(-values.numel() * bits // 8) * 8, dtype=torch.uint8, device="cpu")
+    table = digits[: values.numel() * bits].view(values.numel(), bits)
     for place in range(bits):
-        digits[:, place] = values.numpy() >> (bits - 1 - place) & 1
-    return np.packbits(digits).tobytes()
+        table[:, place] = values >> (bits - 1 - place) & 1
+    return (digits.view(-1, 8) * _places()).sum(-1, dtype=torch.uint8).numpy().tobytes()
 
 
 def unpack_indices(data: bytes, codebook_size: int, shape: Sequence[int]) -> Tensor:
@@ -49,12 +49,18 @@ def unpack_indices(data: bytes, codebook_size: int, shape: Sequence[int]) -> Ten
     num = math.prod(shape)
     if len(data) != (expected := -(-num * bits // 8)):
         raise ValueError(f"data has {len(data)} bytes: must be {expected} for indices of shape {tuple(shape)} with {bits} bits each")
-    digits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
+    stored = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device="cpu")
+    digits = (stored.unsqueeze(-1) & _places()).ne(0).reshape(-1)
     if digits[num * bits :].any():
         raise ValueError("data has bits behind its last index: it was packed with another codebook_size or shape")
-    values = np.zeros(num, dtype=np.int64)
-    for digit in digits[: num * bits].reshape(num, bits).T:
-        values = values << 1 | digit
+    values = torch.zeros(num, dtype=torch.int64, device="cpu")
+    for place in range(bits):
+        values = values << 1 | digits[place : num * bits : bits]
     if num and (highest := int(values.max())) >= codebook_size:
         raise ValueError(f"data holds index {highest}: must be below codebook_size = {codebook_size}")
-    return torch.from_numpy(values).reshape(tuple(shape))
+    return values.reshape(tuple(shape))
+
+
+def _places() -> Tensor:
+    """What each bit of a byte is worth, highest first."""
+    return torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device="cpu")
