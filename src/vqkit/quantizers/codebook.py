@@ -29,7 +29,7 @@ from vqkit.ops.codebook import (
     zero_statistics,
 )
 from vqkit.ops.kmeans import kmeans
-from vqkit.ops.usage import active_fraction, perplexity
+from vqkit.ops.usage import active_fraction, dead_fraction, perplexity, relative_error
 from vqkit.quantizers.config import (
     EMA,
     MLP,
@@ -516,6 +516,8 @@ class Codebook(Committed):
             return
         reducer = self._reducer or default_reducer()
         valid = x.detach().isfinite().all(-1)
+        if self.metric == "cosine":
+            valid = valid & x.detach().any(-1)
         present = (valid if mask is None else valid & mask).any(-1).all().to(self.dtype).reshape(1)
         reducer.all_reduce_(present)
         if present.item() > 0:
@@ -546,6 +548,7 @@ class Codebook(Committed):
             self.size,
             mask=None if mask is None else mask.expand(x.shape[:2]),
             iterations=settings.iterations,
+            metric=self.metric,
             start=settings.start,
             generator=torch.Generator(x.device).manual_seed(seed),
             reducer=reducer,
@@ -610,27 +613,26 @@ class Codebook(Committed):
     def metrics(self) -> dict[str, float]:
         """Of the vectors of the last commit, means over heads; {} before the first. Waits for the device.
 
-        perplexity; active and dead, shares of the codes; relative_error, the squared error over the squared length; non_finite, vectors
-        that are not finite; vectors, those that are; codes, the size of the codebook.
+        perplexity; active, the share of the codes in use; dead, of those whose moving count is below the threshold of their expiry or,
+        without one, that nobody chose; relative_error; non_finite, vectors that are not; vectors, those that are; codes, the size.
         """
         counted = self.pending if self.auto and int(self.follows) >= 0 else self.last
         if not (counted.vectors + counted.non_finite).any():
             return {}
+        if self.dead_codes:
+            dead = dead_fraction(self._settled()["count"], self.dead_codes.threshold)
+        else:
+            dead = dead_fraction(counted.count, torch.finfo(self.dtype).tiny)
         found = {
             "perplexity": perplexity(counted.count).mean(),
             "active": active_fraction(counted.count).mean(),
-            "dead": self._dead_fraction(counted.count),
+            "dead": dead.mean(),
             "non_finite": counted.non_finite.mean(),
             "vectors": counted.vectors.mean(),
         }
         if self._moments:
-            found["relative_error"] = counted.squared_error.sum() / counted.moments[:, 1].sum().clamp(min=torch.finfo(self.dtype).tiny)
+            found["relative_error"] = relative_error(counted.squared_error, counted.vectors, counted.moments).mean()
         return {"codes": float(self.size), **{name: value.item() for name, value in found.items()}}
-
-    def _dead_fraction(self, count: Tensor) -> Tensor:
-        """Share of the codes whose moving count is below the threshold of their expiry; without one, that nobody chose."""
-        dead = self._settled()["count"] < self.dead_codes.threshold if self.dead_codes else count == 0
-        return dead.to(count.dtype).mean()
 
     # Moving and storing
 
