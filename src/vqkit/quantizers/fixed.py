@@ -13,6 +13,7 @@ from vqkit.ops.estimators import straight_through
 from vqkit.ops.losses import commitment_loss
 from vqkit.ops.nearest_code import nearest_index
 from vqkit.ops.positions import sinusoids
+from vqkit.quantizers.layout import check_indices
 from vqkit.quantizers.learnable import QuantizedKeys, check_vectors
 
 
@@ -63,4 +64,5 @@ class SimpleVQ(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [B, H, T] -> codes [B, H, T, K]; -1 gives zeros."""
+        check_indices("indices", indices, self.codebook_size)
         return gather_codes(self.codebook, indices)

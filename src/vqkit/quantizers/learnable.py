@@ -21,6 +21,7 @@ from vqkit.ops.nearest_code import nearest_index
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.commit import update_codebooks_
 from vqkit.quantizers.config import ClipEMA, CodebookConfig, DeadCodes, KMeans
+from vqkit.quantizers.layout import check_indices
 
 
 class QuantizedKeys(NamedTuple):
@@ -119,6 +120,7 @@ class LearnableVQ(Codebook):
         """indices [B, H, T] -> codes [B, H, T, K]; -1 gives zeros."""
         if indices.dim() < 2 or indices.shape[-2] != self.heads:
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be [..., {self.heads}, time]")
+        check_indices("indices", indices, self.size)
         return gather_codes(self.codes(), indices)
 
     # Changing
