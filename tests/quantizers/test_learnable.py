@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import golden_arrays
+from thread_ranks import in_ranks
 from vqkit.ops.codebook import CodebookStatistics, assignment_stats, ema_update
 from vqkit.ops.nearest_code import nearest_code
 from vqkit.ops.usage import quantization_metrics
@@ -51,41 +51,6 @@ def assert_same(found, expected, **tolerance):
 
 def assert_statistics(found, expected):
     assert_same(found._asdict(), expected._asdict())
-
-
-def in_ranks(number, work):
-    """`work(reducer)` in as many threads, whose reducers sum over them all; returns the results by rank."""
-    barrier, flats, results = threading.Barrier(number, timeout=20), [None] * number, [None] * number
-
-    class Reducer:
-        world_size = number
-
-        def __init__(self, rank):
-            self.rank = rank
-
-        def all_reduce_(self, flat):
-            flats[self.rank] = flat.clone()
-            barrier.wait()
-            total = sum(flats[1:], flats[0])
-            barrier.wait()
-            flat.copy_(total)
-
-    def run(rank):
-        try:
-            results[rank] = work(Reducer(rank))
-        except BaseException as error:
-            results[rank] = error
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 # The official implementation

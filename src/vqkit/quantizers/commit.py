@@ -88,7 +88,7 @@ def _update_(model: nn.Module, reducer: Reducer | None, refused: Tensor | None) 
     for codebook in codebooks:
         codebook.check_commit()
     reducer = default_reducer() if reducer is None else reducer
-    flags = [] if refused is None else [refused.reshape(1)]
+    flags = [] if refused is None or not members else [refused.detach().reshape(1).to(members[0].updates.device)]
     reduced, flags = _reduce([codebook.pending for codebook in codebooks], flags, reducer)
     applied = flags[0].squeeze(0) == 0 if flags else None
     for codebook, statistics in zip(codebooks, reduced, strict=True):
@@ -115,7 +115,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, reducer: Reduc
 
     def commit(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if (model := known()) is not None:
-            _update_(model, reducer, getattr(optimizer, "found_inf", None))
+            found = getattr(optimizer, "found_inf", None)  # set by a GradScaler around a step that takes the scale itself
+            _update_(model, reducer, torch.zeros(()) if found is None else found)
 
     return optimizer.register_step_post_hook(commit)
 
