@@ -269,3 +269,15 @@ def test_calls_that_raise_change_nothing():
         Codebook(HEADS, SIZE, DIM, update=Frozen()).frozen = False
     after = snapshot(codebook)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_frozen_parameter_gets_no_gradient_and_a_live_one_keeps_it_beside_replaced_codes():
+    codebook, x = Codebook(HEADS, SIZE, DIM, update=Gradient(0.5), dead_codes=DeadCodes(0.9, reset_count=1.0)), vectors()
+    codebook.auto = True
+    indices = nearest_index(x, codebook.codes().detach())
+    used = torch.zeros(HEADS, SIZE, dtype=torch.bool).scatter(1, indices.where(indices < 3, 0), True)
+    codebook.replace_statistics_(codebook.statistics(x, indices.where(indices < 3, 0)))
+    codebook.codes().sum().backward()  # of the value after the commit
+    assert not used.all() and torch.equal(codebook.weight.grad.any(-1), used)
+    codebook.frozen = True
+    assert not codebook.codes().requires_grad

@@ -54,7 +54,7 @@ _AFFINE_NAMES = ("batch_mean", "batch_variance", "code_mean", "code_variance")
 # Whether a forward is the recomputation of another one
 
 
-@torch.library.custom_op("vqkit::outside_backward", mutates_args=())
+@torch.library.custom_op("vqkit::outside_backward", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _outside_backward(like: Tensor) -> Tensor:
     return torch.full((), not _in_backward(), dtype=torch.bool, device=like.device)
 
@@ -105,9 +105,8 @@ class Committed(nn.Module):
         state = self.committed_state()
         if not self.auto or self._entered or not self.training:
             return state
-        live = self.follows == self.updates
-        after = self._after_commit()
-        return {name: old if after[name] is old else torch.where(live, after[name], old) for name, old in state.items()}
+        live, after = self.follows == self.updates, self._after_commit()
+        return {name: old if after[name] is old else _where_changed(live, after[name], old) for name, old in state.items()}
 
     @property
     def commits(self) -> Tensor:
@@ -118,6 +117,7 @@ class Committed(nn.Module):
 
     def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
         """A forward begins: until `leave_` readers see what is committed, which is what a recomputation of it sees too."""
+        self._follow_device_()
         self._entered = True
 
     def leave_(self) -> None:
@@ -128,6 +128,7 @@ class Committed(nn.Module):
         """Commit what is pending, unless it was committed before or, in a recomputation, was added since (`outside` False)."""
         if outside is False or not self.auto:
             return
+        self._follow_device_()
         self._write_((self.follows == self.updates) & outside)
 
     @torch.no_grad()
@@ -153,6 +154,12 @@ class Committed(nn.Module):
         """Forget what was added since the last commit."""
         self.follows.fill_(-1)
 
+    def forget_pending_(self) -> None:
+        """Forget what is pending and what the metrics are made of, whatever these tensors hold."""
+        for tensor in self._pending_tensors().values():
+            tensor.zero_()
+        self.discard_pending_()
+
     def train(self, mode: bool = True) -> Self:
         if self.training and not mode:
             self.settle_()
@@ -177,11 +184,20 @@ class Committed(nn.Module):
 
         super()._apply(apply, recurse)
         meta = self.follows.is_meta
-        self.follows = apply(self.follows)
-        self._replace_pending({name: apply(tensor) for name, tensor in self._pending_tensors().items()})
+        self._map_pending_(apply)
         if meta and not self.follows.is_meta:
-            self.discard_pending_()
+            self.forget_pending_()
         return self
+
+    def _map_pending_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.follows = fn(self.follows)
+        self._replace_pending({name: fn(tensor) for name, tensor in self._pending_tensors().items()})
+
+    def _follow_device_(self) -> None:
+        """FSDP2 moves parameters and buffers without asking the module; what is pending goes with them."""
+        device = self.updates.device
+        if self.follows.device != device:
+            self._map_pending_(lambda tensor: tensor.to(device))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -205,7 +221,12 @@ class Committed(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.follows.is_meta and not self.updates.is_meta:
             self.follows = torch.full_like(self.updates, -1)
-        self.discard_pending_()
+        self.forget_pending_()
+
+
+def _where_changed(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` where `live`; what stays as it was keeps its gradient."""
+    return torch.where(live & (new != old), new, old)
 
 
 class _Perceptron(nn.Sequential):
@@ -305,6 +326,7 @@ class Codebook(Committed):
             codes.uniform_(-bound, bound)
         self.updates.zero_()
         self._set_(codes, codes.new_full((self.heads, self.size), self._start_count), started=False)
+        self.forget_pending_()
         self.initialized = not isinstance(self.init, KMeans)
 
     @property
@@ -332,6 +354,8 @@ class Codebook(Committed):
         codes = stored_codes(self.update, state)
         if codes is state.get("weight") and not isinstance(self.update, Frozen):
             codes = codes.clone()  # a backward reads what the forward read, whatever a commit writes meanwhile
+        if self._frozen:
+            codes = codes.detach()  # a transform of them may still learn
         if self.affine:
             codes = (codes - _row(state["code_mean"])) * self._scale(state) + _row(state["batch_mean"])
         if self.transform is not None:
@@ -424,6 +448,7 @@ class Codebook(Committed):
         outside = outside_backward(self.updates) if outside is None else outside
         if outside is False:
             return
+        self._follow_device_()
         for pending, new in zip(self.pending, statistics, strict=True):
             pending.copy_(new if outside is True else torch.where(outside, new.to(pending.dtype), pending))
 
@@ -570,6 +595,7 @@ class Codebook(Committed):
             raise ValueError("threshold = None: must be a count, as the codebook has no dead_codes")
         if threshold is None:
             threshold = self.dead_codes.threshold if self.dead_codes else 0.0
+        self.check_commit()
         self.settle_()
         reducer = reducer or LocalReducer()
         x = x.detach().to(self.dtype)
@@ -587,7 +613,7 @@ class Codebook(Committed):
         state = self.committed_state()
         if self.affine:
             rows = (rows - _row(state["batch_mean"])) / self._scale(state) + _row(state["code_mean"])
-        reset = self.dead_codes.start_count if self.dead_codes else 2 * threshold
+        reset = max(threshold, self.dead_codes.start_count) if self.dead_codes else 2 * threshold
         for name, new in expire(self.update, {name: state[name] for name in self._rule_names}, rows, keys, threshold, reset).items():
             state[name].copy_(new)
 
@@ -679,9 +705,8 @@ class Codebook(Committed):
                 self.pending = self.pending._replace(**{name: stored})
             else:
                 own.copy_(stored)
-        if local_metadata.get("assign_to_params_buffers", False):
-            device = self.updates.device
-            self.last = CodebookStatistics(*(torch.zeros_like(t, device=device) if t.is_meta else t for t in self.last))
+        device = self.updates.device  # what came by assignment is no longer on the meta device
+        self._map_pending_(lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
 def _row(values: Tensor) -> Tensor:

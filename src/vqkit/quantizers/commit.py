@@ -171,7 +171,7 @@ def reduce_in_forward(entries: list[CodebookStatistics], reducer: Reducer | None
     return _reduce(entries, [], default_reducer() if reducer is None else reducer)[0]
 
 
-@torch.library.custom_op("vqkit::reduce_statistics", mutates_args=())
+@torch.library.custom_op("vqkit::reduce_statistics", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _reduce_statistics(tensors: Sequence[Tensor]) -> list[Tensor]:
     """One opaque step of a compiled graph, so that the process group is asked for at every run; nothing is sent in a recomputation."""
     reducer = default_reducer()

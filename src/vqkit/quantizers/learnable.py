@@ -19,7 +19,8 @@ from vqkit.ops.estimators import straight_through
 from vqkit.ops.losses import commitment_loss
 from vqkit.ops.nearest_code import nearest_index
 from vqkit.quantizers.codebook import Codebook
-from vqkit.quantizers.commit import update_codebooks_
+from vqkit.quantizers.commit import add_statistics_ as add_statistics_
+from vqkit.quantizers.commit import update_codebooks_ as update_codebooks_
 from vqkit.quantizers.config import ClipEMA, CodebookConfig, DeadCodes, KMeans
 from vqkit.quantizers.layout import check_indices
 
