@@ -45,7 +45,7 @@ class Grouped(Quantizer):
         self.parts = nn.ModuleList(dict.fromkeys(parts))
         self._order = [list(self.parts).index(part) for part in parts]
         self._slots = codebook_slots(parts)
-        self.widths = tuple(part.dim for part in parts)
+        self.widths: tuple[int, ...] = tuple(part.dim for part in self._each())
         self.dim = sum(self.widths)
         self.layout = layout
         self.commit = commit
@@ -170,7 +170,7 @@ class Grouped(Quantizer):
         counted = position_mask(rows.shape[:-1], mask, lengths)
         number = rows.shape[:-1].numel()
         kept = torch.ones(number, dtype=torch.bool, device=x.device) if counted is None else counted.reshape(number)
-        seen: dict[nn.Module, list[Tensor]] = {part: [] for part in self.parts}
+        seen: dict[Any, list[Tensor]] = {part: [] for part in self.parts}
         for part, piece in zip(self._each(), rows.split(self.widths, dim=-1), strict=True):
             seen[part].append(piece.reshape(number, part.dim))
         for g, (part, pieces) in enumerate(seen.items()):

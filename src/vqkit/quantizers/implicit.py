@@ -9,7 +9,7 @@ Shapes: N vectors, C codes, D width, P nearest codes asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,7 @@ class ImplicitVQ(Quantizer):
         counted = position_mask(positions, mask, None)
         wide = rows.to(torch.promote_types(x.dtype, self.table.dtype))
         partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype)
+        _check_partial(partial, wide)
         flat = wide.reshape(positions.numel(), self.dim)
         self.table.start_(flat.unsqueeze(0), None if counted is None else counted.reshape(-1))
         if indices is None:
@@ -147,8 +148,8 @@ class ImplicitVQ(Quantizer):
         """indices [B, ...], `partial` [B, ..., D] -> codes [B, ..., D]; -1 gives zeros."""
         check_indices("indices", indices, self.codebook_size)
         base = gather_codes(self.table.codes().squeeze(0), indices.reshape(-1)).reshape(*indices.shape, self.dim)
-        if partial is None:
-            partial = torch.zeros_like(base)
+        partial = torch.zeros_like(base) if partial is None else partial
+        _check_partial(partial, base)
         dtype = torch.promote_types(base.dtype, partial.dtype)
         return self.network(base.to(dtype), partial.to(dtype)).where((indices >= 0).unsqueeze(-1), 0.0)
 
@@ -163,6 +164,11 @@ class ImplicitVQ(Quantizer):
         counted = position_mask(rows.shape[:-1], mask, None)
         kept = None if counted is None else counted.reshape(-1)
         self.table.initialize_(rows.reshape(1, -1, self.dim), kept, seed=seed, reducer=reducer)
+
+
+def _check_partial(partial: Tensor, like: Tensor) -> None:
+    if partial.shape != like.shape:
+        raise ValueError(f"partial has shape {tuple(partial.shape)}: must be {tuple(like.shape)}, that of the vectors")
 
 
 def conditions(layer: nn.Module, partial: Tensor | None) -> dict[str, Any]:
@@ -209,11 +215,12 @@ class ConditionalCodes(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The usual start of linear layers, but zero where they add to the code."""
-        for layer in self.widen:
+        widen: Iterable[Any] = self.widen
+        for layer in widen:
             layer.reset_parameters()
-        for layer in (self.join, *self.narrow):
-            layer.weight.zero_()
-            layer.bias.zero_()
+        for name, parameter in self.named_parameters():
+            if not name.startswith("widen"):
+                parameter.zero_()
 
     def forward(self, codes: Tensor, partial: Tensor) -> Tensor:
         """codes [..., D], partial [..., D], float32 or wider, leading axes that broadcast -> [..., D]."""
@@ -225,7 +232,7 @@ class ConditionalCodes(nn.Module):
         return y
 
 
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+def _linear(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 

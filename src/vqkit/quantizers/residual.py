@@ -64,7 +64,7 @@ class Residual(Quantizer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        layers = list(layers)
+        layers = [*layers]
         check_parts("layers", layers, alike=("dim", "code_shape"))
         _check_choices(len(layers), estimator, gradient_fraction, quantize_dropout, beam, masked)
         if beam is not None:
@@ -73,8 +73,9 @@ class Residual(Quantizer):
         self.layers = nn.ModuleList(dict.fromkeys(layers))
         self._order = [list(self.layers).index(layer) for layer in layers]
         self._slots = codebook_slots(layers)
-        self.inner_dim = layers[0].dim
-        self.dim = self.inner_dim if dim is None else dim
+        first: Any = layers[0]
+        self.inner_dim: int = first.dim
+        self.dim: int = self.inner_dim if dim is None else dim
         projected = self.dim != self.inner_dim
         self.project_in = nn.Linear(self.dim, self.inner_dim, device=device) if projected else nn.Identity()
         self.project_out = nn.Linear(self.inner_dim, self.dim, device=device) if projected else nn.Identity()
@@ -92,7 +93,7 @@ class Residual(Quantizer):
         """Q, shared layers as often as they are used."""
         return len(self._order)
 
-    def _each(self) -> Iterator[Quantizer]:
+    def _each(self) -> Iterator[Any]:
         return (self.layers[number] for number in self._order)
 
     # What every quantizer says of itself
@@ -102,7 +103,8 @@ class Residual(Quantizer):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        return (self.num_quantizers, *self.layers[0].code_shape)
+        first: Any = self.layers[0]
+        return (self.num_quantizers, *first.code_shape)
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -219,7 +221,7 @@ class Residual(Quantizer):
         kept = (finite if counted is None else finite & counted).reshape(-1)
         residual = vectors.reshape(kept.numel(), self.inner_dim)
         partial = torch.zeros_like(residual)
-        inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in self.layers}
+        inputs: dict[Any, list[Tensor]] = {layer: [] for layer in self.layers}
         for number, layer in enumerate(self._each()):
             if not inputs[layer] and layer.codebooks():
                 layer.initialize_(residual, kept, seed=seed + number, reducer=reducer)
@@ -275,7 +277,7 @@ class Residual(Quantizer):
         return _linear(self.project_out, codes).where(known, 0.0)
 
     def _search(self, vectors: Tensor, finite: Tensor, used: Tensor | None, size: int) -> Tensor:
-        """The indices of the best paths, [P..., Q, ...]."""
+        """The indices of the best paths, [P..., Q, ...]; those of vectors that are not finite mean nothing."""
         layers = list(self._each())
 
         def propose(layer: int, residual: Tensor, partial: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -285,8 +287,7 @@ class Residual(Quantizer):
         weights = None if self.beam is None else self.beam.weights
         flat = vectors.detach().where(finite.unsqueeze(-1), 0.0).reshape(finite.numel(), self.inner_dim)
         found = beam_search(flat, self.num_quantizers, propose, size, weights=weights, depth=used)
-        found = found.reshape(*finite.shape, *self.code_shape)
-        return found.where(finite.reshape(*finite.shape, *(1 for _ in self.code_shape)), -1)
+        return found.reshape(*finite.shape, *self.code_shape)
 
     def _walk(
         self,
@@ -473,12 +474,12 @@ def numbered(name: str, number: int) -> str:
     return "/".join([first, str(number), *rest])
 
 
-def unique_codebooks(parts: Iterable[Quantizer]) -> list[Codebook]:
+def unique_codebooks(parts: Iterable[Any]) -> list[Codebook]:
     """Those of all parts, in order, each once."""
     return list(dict.fromkeys(codebook for part in parts for codebook in part.codebooks()))
 
 
-def codebook_slots(parts: Iterable[Quantizer]) -> list[list[int]]:
+def codebook_slots(parts: Iterable[Any]) -> list[list[int]]:
     """For each part, where its codebooks stand in `unique_codebooks`."""
     parts = list(parts)
     slot = {codebook: number for number, codebook in enumerate(unique_codebooks(parts))}
@@ -498,7 +499,7 @@ def gather_statistics(slots: Sequence[Sequence[int]], found: Sequence[Statistics
     return tuple(merged.get(slot) for slot in range(number)) if merged or number == 0 else None
 
 
-def joined_codebook(parts: Iterable[Quantizer]) -> Tensor:
+def joined_codebook(parts: Iterable[Any]) -> Tensor:
     """The codebooks of several parts, one behind the other; that of a single part as it is."""
     codebooks = [part.codebook for part in parts]
     if len(codebooks) == 1:
@@ -509,7 +510,7 @@ def joined_codebook(parts: Iterable[Quantizer]) -> Tensor:
     return torch.stack(codebooks)
 
 
-def set_joined_codebook(parts: Iterable[Quantizer], codes: Tensor) -> None:
+def set_joined_codebook(parts: Iterable[Any], codes: Tensor) -> None:
     """Set what `joined_codebook` reads."""
     parts = list(parts)
     shape = joined_codebook(parts).shape
@@ -522,7 +523,7 @@ def set_joined_codebook(parts: Iterable[Quantizer], codes: Tensor) -> None:
 # Checks
 
 
-def check_parts(name: str, parts: Sequence[Quantizer], alike: Sequence[str]) -> None:
+def check_parts(name: str, parts: Sequence[Any], alike: Sequence[str]) -> None:
     """Raise unless parts are quantizers with the width last that agree in the attributes named."""
     if not parts:
         raise ValueError(f"{name} is empty: must hold at least one quantizer")
@@ -550,7 +551,8 @@ def _check_choices(
         raise ValueError(f"BeamSearch.weights has {len(beam.weights)} entries: must be {num_quantizers}, one a layer")
 
 
-def _check_beam(layers: Iterable[Quantizer]) -> None:
+def _check_beam(layers: Iterable[Any]) -> None:
     for number, layer in enumerate(layers):
-        if not hasattr(layer, "nearest"):
-            raise ValueError(f"layers[{number}] is a {type(layer).__name__}, which cannot name its nearest few codes for a beam")
+        if not hasattr(layer, "nearest") or layer.code_shape:
+            what = f"{type(layer).__name__} of code_shape {layer.code_shape}"
+            raise ValueError(f"layers[{number}] is a {what}: must be able to name the nearest few codes of a vector for a beam search")
