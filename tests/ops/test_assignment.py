@@ -110,7 +110,7 @@ def test_noise_decides_by_the_cumulated_probabilities_and_is_one_number_a_vector
 def test_no_code_of_probability_zero_is_drawn():
     """Far codes: exp underflows, so that several cumulated probabilities are equal, also at the end."""
     codebook = torch.tensor([[1e4], [0.0], [1e4], [0.1], [1e4]])
-    noise = torch.cat([torch.rand(200), torch.tensor([0.0, 1.0 - 2.0**-24])])
+    noise = torch.cat([torch.rand(200).double(), torch.tensor([0.0, 1.0 - 1e-12], dtype=torch.float64)])  # the last is 1 in float32
     assert set(sample_codes(torch.zeros(202, 1), codebook, noise=noise).indices.tolist()) == {1, 3}
 
 

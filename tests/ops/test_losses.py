@@ -106,6 +106,7 @@ def test_orthogonality_is_the_mean_squared_cosine_of_different_codes(size, width
 
 def test_orthogonality_of_sampled_codes_takes_those_of_the_largest_noise_that_are_active():
     codebook, active, noise = torch.randn(2, 10, 4), torch.rand(2, 10) < 0.5, torch.rand(2, 10)
+    active[0] = torch.arange(10) % 6 == 0  # fewer than are asked for
     for num in (1, 3, 10, 12):
         chosen = torch.zeros(2, 10, dtype=torch.bool)
         for head in range(2):
