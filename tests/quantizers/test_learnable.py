@@ -469,3 +469,7 @@ def test_bad_arguments_are_named_and_change_nothing():
         with pytest.raises(error, match=match):
             call()
     assert_same(snapshot(quantizer), before)
+
+
+def test_before_a_kmeans_start_the_codebook_has_its_shape():
+    assert LearnableVQ(HEADS, CODES, DIM, CodebookConfig(init="kmeans")).codebook.shape == (HEADS, CODES, DIM)

@@ -327,6 +327,7 @@ def test_weights_of_heads_masks_and_functions(separate):
         found = quantizer.quantize(x, mask, weights=given).statistics
         kept = weights * mask.unsqueeze(-1)
         torch.testing.assert_close(found.count.sum(-1), kept.sum((0, 1)) if separate else kept.sum().reshape(1))
+        assert not found.non_finite.any()
     torch.testing.assert_close(quantizer.quantize(x, weights=mask.float()).statistics.sum, quantizer.quantize(x, mask).statistics.sum)
 
 
@@ -476,7 +477,8 @@ def test_frozen_for_one_call():
     quantizer(vectors())
     before = snapshot(quantizer)
     out = quantizer(vectors(), freeze_codebook=True)
-    assert not out.loss.requires_grad and quantizer.quantize(vectors(), freeze_codebook=True).statistics is None
+    found = quantizer.quantize(vectors(), freeze_codebook=True)
+    assert found.statistics is None and not any(loss.requires_grad for loss in (out.loss, *found.losses.values()))
     assert_unchanged(quantizer, before)
 
 

@@ -365,12 +365,16 @@ class Codebook(Committed):
 
     @property
     def codebook(self) -> Tensor:
-        """[H, C, K]. Setting it forgets how often each code was used, and what is pending."""
+        """[H, C, K], as `codes()`. Setting it forgets how often each code was used, and what is pending."""
         return self.codes()
 
     @codebook.setter
-    @torch.no_grad()
     def codebook(self, codes: Tensor) -> None:
+        self.set_codes_(codes)
+
+    @torch.no_grad()
+    def set_codes_(self, codes: Tensor) -> None:
+        """What setting `codebook` does. Raises ValueError for another shape than [H, C, K] and where a transform makes the codes."""
         shape = (self.heads, self.size, self.dim)
         if codes.shape != shape:
             raise ValueError(f"codebook has shape {tuple(codes.shape)}: must be {shape}")

@@ -22,6 +22,7 @@ from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.commit import add_statistics_ as add_statistics_
 from vqkit.quantizers.commit import update_codebooks_ as update_codebooks_
 from vqkit.quantizers.config import ClipEMA, CodebookConfig, DeadCodes, KMeans
+from vqkit.quantizers.update import stored_codes
 from vqkit.quantizers.layout import check_indices
 
 
@@ -91,6 +92,15 @@ class LearnableVQ(Codebook):
         return self.size
 
     # Reading
+
+    @property
+    def codebook(self) -> Tensor:
+        """[H, C, K]; before a k-means start the random codes that it will replace. Setting it forgets counts and what is pending."""
+        return stored_codes(self.update, self.committed_state())
+
+    @codebook.setter
+    def codebook(self, codes: Tensor) -> None:
+        self.set_codes_(codes)
 
     def quantize(self, x: Tensor, mask: Tensor | None = None, statistics: bool = True) -> QuantizedKeys:
         """x [B, H, T, K], mask [B, T] bool, True where a position counts. Changes nothing.
