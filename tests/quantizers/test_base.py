@@ -249,7 +249,8 @@ def test_any_state_survives_and_goes_on(name, commit):
     torch.save(module.state_dict(), stored)
     stored.seek(0)
     loaded = plain(name, commit)
-    loaded(batch(9))  # what it saw is dropped
+    for step in range(4):
+        loaded(batch(step))  # what it saw is dropped, though it follows a commit of the number that is loaded
     loaded.load_state_dict(torch.load(stored, weights_only=True), strict=True)
     others = [loaded, copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
     with torch.device("meta"):
@@ -264,6 +265,17 @@ def test_any_state_survives_and_goes_on(name, commit):
     for other in others:
         torch.manual_seed(3)
         assert_same_training(train(other), expected)
+
+
+def test_what_is_pending_is_neither_kept_nor_counted_twice_where_states_meet():
+    auto, manual, other = plain("ema"), plain("ema", "manual"), plain("ema", "manual")
+    auto(batch(0))
+    manual.load_state_dict(auto.state_dict())
+    assert not any(tensor.any() for tensor in manual.table.pending)
+    manual(batch(1))
+    state = {name: value for name, value in other.state_dict().items() if "pending" not in name}
+    manual.load_state_dict(state, strict=True)
+    assert not any(tensor.any() for tensor in manual.table.pending)
 
 
 @pytest.mark.parametrize("name", NAMES)

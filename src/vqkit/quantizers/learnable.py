@@ -22,8 +22,8 @@ from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.commit import add_statistics_ as add_statistics_
 from vqkit.quantizers.commit import update_codebooks_ as update_codebooks_
 from vqkit.quantizers.config import ClipEMA, CodebookConfig, DeadCodes, KMeans
-from vqkit.quantizers.update import stored_codes
 from vqkit.quantizers.layout import check_indices
+from vqkit.quantizers.update import stored_codes
 
 
 class QuantizedKeys(NamedTuple):
