@@ -16,6 +16,7 @@ from vqkit.quantizers import (
     DeadCodes,
     DiVeQ,
     Gradient,
+    Gumbel,
     KMeans,
     Quantized,
     QuantizeDropout,
@@ -153,6 +154,22 @@ def test_depth_names_the_layers_that_take_part(name, depth):
     assert torch.equal(found.indices[..., :depth], whole.indices[..., :depth])
     assert (found.indices[..., depth:] == -1).all()
     torch.testing.assert_close(found.quantized, module.decode(found.indices[..., :depth]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"assignment": Gumbel()},
+        {"assignment": Gumbel(), "beam": BeamSearch(2)},
+        {"estimator": DiVeQ(), "estimate": "layers", "implicit": MLP(4)},
+    ],
+)
+def test_encode_draws_nothing_and_is_that_of_eval(options):
+    module = build(**options)
+    before = torch.get_rng_state()
+    indices = module.encode(vectors())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(indices, module.eval()(vectors()).indices)
 
 
 def test_each_layer_quantizes_what_is_left():

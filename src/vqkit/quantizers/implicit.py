@@ -142,7 +142,12 @@ class ImplicitVQ(Quantizer):
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, partial: Tensor | None = None) -> Tensor:
         """x [B, ..., D], `partial` of its shape -> indices [B, ...]."""
-        return self.quantize(x, mask, partial=partial, freeze_codebook=True).indices
+        rows = width_last(x, self.dim, "last")
+        counted = position_mask(rows.shape[:-1], mask, None)
+        wide = rows.to(torch.promote_types(x.dtype, self.table.dtype)).reshape(-1, self.dim)
+        partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype).reshape(wide.shape)
+        indices = self._nearest(wide, partial, 1)[0].reshape(rows.shape[:-1])
+        return indices if counted is None else torch.where(counted, indices, -1)
 
     def decode(self, indices: Tensor, *, partial: Tensor | None = None) -> Tensor:
         """indices [B, ...], `partial` [B, ..., D] -> codes [B, ..., D]; -1 gives zeros."""

@@ -174,8 +174,23 @@ class Residual(Quantizer):
         beam_size: int | None = None,
     ) -> Tensor:
         """x -> indices [P..., Q, ...] int64 of all layers, or of the first `depth` with -1 behind; never dropped at random."""
-        depth = self.num_quantizers if depth is None else depth
-        return self.quantize(x, mask, lengths=lengths, freeze_codebook=True, depth=depth, beam_size=beam_size).indices
+        rows = width_last(x, self.dim, self.layout)
+        counted = position_mask(rows.shape[:-1], mask, lengths)
+        used = self._used_layers(self.num_quantizers if depth is None else depth, x.device)
+        size = self._beam_size(beam_size)
+        vectors, finite = self._project_in(rows, counted)
+        if size > 1:
+            kept = finite if counted is None else finite & counted
+            return self._search(vectors, finite, used, size).where(kept.reshape(*kept.shape, *(1 for _ in self.code_shape)), -1)
+        residual, partial = vectors, torch.zeros_like(vectors)
+        found = []
+        for number, layer in enumerate(self._each()):
+            given = conditions(layer, partial)
+            kept = counted if used is None else _and(number < used, counted, rows.shape[:-1])
+            found.append(layer.encode(residual, kept, **given))
+            codes = layer.decode(found[-1], **given).to(residual.dtype)
+            residual, partial = residual - codes, partial + codes
+        return torch.stack(found, dim=rows.dim() - 1)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P..., L, ...] of the first L <= Q layers -> vectors of the layout and width of the input."""
