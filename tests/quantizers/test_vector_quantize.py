@@ -60,7 +60,7 @@ def assert_unchanged(module, before):
 
 def test_a_call_gives_the_nearest_codes_and_their_mean_squared_error():
     quantizer = spread_out()
-    x, codes = vectors(), quantizer.codebook
+    x, codes = vectors(40, 50), quantizer.codebook
     out = quantizer(x)
     nearest = torch.cdist(x.double(), codes.double()).argmin(-1)
     assert torch.equal(out.indices, nearest)
@@ -300,6 +300,10 @@ def test_cross_entropy_of_targets(metric, separate):
     torch.testing.assert_close(torch.autograd.grad(found.losses["cross_entropy"], x)[0], torch.autograd.grad(expected, x)[0])
     assert torch.equal(found.indices, quantizer.encode(x))
     torch.testing.assert_close(quantizer(x, targets=targets).loss, sum(found.losses.values()))
+    mask = torch.rand(BATCH, TIME) < 0.5
+    masked = quantizer.quantize(x, mask, targets=targets).losses["cross_entropy"]
+    left_out = quantizer.quantize(x, targets=targets.where(mask.unsqueeze(-1), -1)).losses["cross_entropy"]
+    torch.testing.assert_close(masked, left_out)
 
 
 # Weights
