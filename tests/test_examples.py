@@ -32,6 +32,7 @@ def test_train_from_python_and_sample_from_the_run(
     assert len(written) > len("line\n")
 
 
-def test_every_example_is_run_here() -> None:
+def test_every_example_is_run_by_a_test() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == set(re.findall(r'execute\("(\w+\.py)"', Path(__file__).read_text(encoding="utf-8")))
+    texts = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*example*.py")]
+    assert names == set(re.findall(r'(?:execute|launch)\("(\w+\.py)"', "".join(texts)))

@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from vqkit.ops.nearest_code import nearest_code as nearest_code
     from vqkit.ops.vq_attention import vq_attention as vq_attention
     from vqkit.quantizers import CodebookConfig as CodebookConfig
+    from vqkit.quantizers import GroupedResidualVQ as GroupedResidualVQ
     from vqkit.quantizers import LearnableVQ as LearnableVQ
+    from vqkit.quantizers import ResidualVQ as ResidualVQ
+    from vqkit.quantizers import VectorQuantize as VectorQuantize
     from vqkit.quantizers import add_statistics_ as add_statistics_
+    from vqkit.quantizers import attach as attach
+    from vqkit.quantizers import register_fsdp_methods as register_fsdp_methods
+    from vqkit.quantizers import synchronize_codebooks_ as synchronize_codebooks_
     from vqkit.quantizers import update_codebooks_ as update_codebooks_
     from vqkit.train import RunConfig as RunConfig
 
@@ -32,12 +38,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CodebookConfig",
+    "GroupedResidualVQ",
     "LearnableVQ",
     "ModelConfig",
+    "ResidualVQ",
     "RunConfig",
     "TransformerVQ",
+    "VectorQuantize",
     "__version__",
     "add_statistics_",
+    "attach",
     "data",
     "generate",
     "load",
@@ -46,6 +56,8 @@ __all__ = [
     "ops",
     "quantizers",
     "recipes",
+    "register_fsdp_methods",
+    "synchronize_codebooks_",
     "train",
     "update_codebooks_",
     "vq_attention",
@@ -55,13 +67,19 @@ _ROOMS = ("data", "generate", "models", "ops", "quantizers", "recipes", "train")
 
 _MODULES = {
     "CodebookConfig": "vqkit.quantizers",
+    "GroupedResidualVQ": "vqkit.quantizers",
     "LearnableVQ": "vqkit.quantizers",
     "ModelConfig": "vqkit.models",
+    "ResidualVQ": "vqkit.quantizers",
     "RunConfig": "vqkit.train",
     "TransformerVQ": "vqkit.models",
+    "VectorQuantize": "vqkit.quantizers",
     "add_statistics_": "vqkit.quantizers",
+    "attach": "vqkit.quantizers",
     "load": "vqkit.generate",
     "nearest_code": "vqkit.ops.nearest_code",
+    "register_fsdp_methods": "vqkit.quantizers",
+    "synchronize_codebooks_": "vqkit.quantizers",
     "update_codebooks_": "vqkit.quantizers",
     "vq_attention": "vqkit.ops.vq_attention",
 }

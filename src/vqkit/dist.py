@@ -6,10 +6,11 @@ group, and tests can bring their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch.distributed as torch_dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Reducer(Protocol):
@@ -65,15 +66,29 @@ class ProcessGroupReducer:
         torch_dist.all_reduce(flat.detach(), op=torch_dist.ReduceOp.SUM, group=group)
 
     def _resolve(self) -> torch_dist.ProcessGroup | None:
-        if self.group is None and not _has_default_group():
+        if self.group is None and not has_default_group():
             raise RuntimeError("there is no process group: call torch.distributed.init_process_group first, or use LocalReducer")
         return self.group
 
 
 def default_reducer() -> Reducer:
     """The default process group if there is one now, else this process alone. Ask again rather than keep the answer."""
-    return ProcessGroupReducer() if _has_default_group() else LocalReducer()
+    return ProcessGroupReducer() if has_default_group() else LocalReducer()
 
 
-def _has_default_group() -> bool:
+def has_default_group() -> bool:
+    """Whether there is a default process group now."""
     return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds but a part of `tensor` (a DTensor, as FSDP2 makes of parameters)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def register_forward_methods(module: nn.Module, names: Iterable[str]) -> None:
+    """Let these methods of `module` gather its parameters as its forward does, where FSDP2 has sharded it; else nothing happens."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    for name in names:
+        register_fsdp_forward_method(module, name)

@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 
 import golden_arrays
 from vqkit.ops.codebook import (
+    SUMMED,
     CodebookStatistics,
     assignment_stats,
     codes_from_ema,
     ema_update,
     gather_codes,
+    laplace_codes_from_ema,
     largest_keys,
     merge_statistics,
     replace_dead_codes,
+    zero_statistics,
 )
 
 
@@ -51,16 +54,81 @@ def test_without_a_batch_axis_each_head_has_its_own_vectors():
     assert_equal(assignment_stats(x[0], indices[0], 7), assignment_stats(x, indices, 7))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("axes", ["positions", "heads and positions"])
+def test_weights_enter_count_and_sum_alone(masked, axes):
+    x, indices = draw(dtype=torch.float64)
+    codes = torch.randn(2, 7, 4, dtype=torch.float64)
+    mask = torch.rand(3, 11) < 0.6 if masked else None
+    weights = torch.rand((3, 11) if axes == "positions" else (3, 2, 11), dtype=torch.float64).clamp(min=0.3) - 0.3  # many are 0
+    quantized = gather_codes(codes, indices)
+    found = assignment_stats(x, indices, 7, mask, weights=weights, quantized=quantized, moments=True)
+    each = weights.unsqueeze(1).expand(3, 2, 11) if weights.dim() == 2 else weights
+    kept = (each > 0) if mask is None else (each > 0) & mask.unsqueeze(1)
+    chosen = torch.nn.functional.one_hot(indices.clamp(min=0), 7) * (kept & (indices >= 0)).unsqueeze(-1)
+    coded = chosen.any(-1).double()
+    torch.testing.assert_close(found.count, (chosen * each.unsqueeze(-1)).sum((0, 2)))
+    torch.testing.assert_close(found.sum, torch.einsum("bhn,bhnc,bhnk->hck", each, chosen.double(), x))
+    torch.testing.assert_close(found.vectors, coded.sum((0, 2)))
+    torch.testing.assert_close(found.non_finite, (kept & (indices < 0)).double().sum((0, 2)))
+    torch.testing.assert_close(found.squared_error, ((x - quantized).square().sum(-1) * coded).sum((0, 2)))
+    torch.testing.assert_close(found.moments[:, 0], torch.einsum("bhn,bhnk->hk", coded, x))
+    torch.testing.assert_close(found.moments[:, 1], torch.einsum("bhn,bhnk->hk", coded, x.square()))
+
+
+def test_weights_of_one_are_no_weights():
+    x, indices = draw()
+    assert_equal(assignment_stats(x, indices, 7, weights=torch.ones(3, 11)), assignment_stats(x, indices, 7))
+
+
+def test_a_weight_of_two_is_the_vector_twice():
+    x, indices = draw()
+    twice = assignment_stats(torch.cat([x, x], dim=2), torch.cat([indices, indices], dim=2), 7)
+    found = assignment_stats(x, indices, 7, weights=torch.full((3, 2, 11), 2.0))
+    torch.testing.assert_close(found.count, twice.count)
+    torch.testing.assert_close(found.sum, twice.sum)
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
-def test_masked_vectors_influence_nothing(poison):
+@pytest.mark.parametrize("by", ["mask", "weights", "index"])
+def test_vectors_left_out_influence_nothing(poison, by):
     x, indices = draw()
     mask = torch.rand(3, 11) < 0.5
+    options = {"num_candidates": 30, "moments": True}
+    if by == "index":
+        indices = indices.where(mask[:, None], -1)
+    elif by == "mask":
+        options["mask"] = mask
+    else:
+        options["weights"] = mask.float()
     torch.manual_seed(1)
-    clean = assignment_stats(x, indices, 7, mask, num_candidates=30)
+    clean = assignment_stats(x, indices, 7, quantized=torch.ones_like(x), **options)
     spoiled = torch.where(mask[:, None, :, None], x, poison)
     torch.manual_seed(1)
-    assert_equal(assignment_stats(spoiled, indices, 7, mask, num_candidates=30), clean)
-    assert clean.candidates.isfinite().all()
+    assert_equal(assignment_stats(spoiled, indices, 7, quantized=torch.ones_like(x), **options), clean)
+    assert all(tensor.isfinite().all() for tensor in clean)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 11, 4), (3, 2, 0, 4), (2, 0, 4)])
+def test_the_statistics_of_nothing_are_zero(shape):
+    x, indices = torch.empty(shape), torch.empty(shape[:-1], dtype=torch.int64)
+    found = assignment_stats(x, indices, 7, weights=torch.empty(shape[:-1]), quantized=x, num_candidates=3, moments=True)
+    assert_equal(found, zero_statistics(2, 7, 4, num_candidates=3, moments=True))
+    assert_equal(assignment_stats(x, indices, 7), zero_statistics(2, 7, 4))
+
+
+def test_statistics_compile_to_one_graph_and_ignore_autocast():
+    def run(x, indices, mask, weights):
+        return assignment_stats(x, indices, 7, mask, weights=weights, quantized=x + 1, num_candidates=3, moments=True)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    arguments = (*draw(), torch.rand(3, 11) < 0.5, torch.rand(3, 11))
+    torch.manual_seed(1)
+    expected = run(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for form in (run, compiled):
+            torch.manual_seed(1)
+            assert_equal(form(*arguments), expected)
 
 
 def test_a_mask_of_ones_is_no_mask():
@@ -72,13 +140,17 @@ def test_a_mask_of_ones_is_no_mask():
 def test_merged_parts_are_the_whole(parts, candidates, seed):
     torch.manual_seed(seed)
     x, indices = draw(batch=6)
-    whole = assignment_stats(x, indices, 7, num_candidates=candidates)
-    pieces = [assignment_stats(a, b, 7, num_candidates=candidates) for a, b in zip(x.chunk(parts), indices.chunk(parts), strict=True)]
+
+    def statistics(part, chosen):
+        return assignment_stats(part, chosen, 7, quantized=torch.ones_like(part), num_candidates=candidates, moments=True)
+
+    whole = statistics(x, indices)
+    pieces = [statistics(*part) for part in zip(x.chunk(parts), indices.chunk(parts), strict=True)]
     merged = pieces[0]
     for piece in pieces[1:]:
         merged = merge_statistics(merged, piece)
-    torch.testing.assert_close(merged.count, whole.count)
-    torch.testing.assert_close(merged.sum, whole.sum)
+    for name in SUMMED:
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
     keys = torch.cat([piece.keys for piece in pieces], dim=1)
     assert torch.equal(merged.keys, keys.topk(candidates, dim=1).values)
 
@@ -151,9 +223,22 @@ def test_moving_averages_keep_their_dtype():
     torch.testing.assert_close(count, (0.9 + 0.1 * statistics.count).float())
 
 
+def test_laplace_smoothing_keeps_the_total_and_gives_unused_codes_a_share():
+    total, count = torch.randn(2, 5, 4, dtype=torch.float64), torch.tensor([[3.0, 0.0, 1.0, 6.0, 0.0], [1.0] * 5], dtype=torch.float64)
+    smoothed = (count + 0.1) / (count.sum(-1, keepdim=True) + 0.5) * count.sum(-1, keepdim=True)
+    torch.testing.assert_close(smoothed.sum(-1), count.sum(-1))
+    torch.testing.assert_close(laplace_codes_from_ema(total, count, eps=0.1), total / smoothed.unsqueeze(-1))
+    torch.testing.assert_close(laplace_codes_from_ema(total, count)[1], codes_from_ema(total, count)[1])
+
+
+def test_laplace_smoothing_of_counts_of_zero_divides_by_nothing():
+    total = torch.randn(1, 3, 4)
+    assert torch.equal(laplace_codes_from_ema(total, torch.zeros(1, 3)), total)
+
+
 def test_an_unused_code_stays_where_it_is_at_the_floor():
     total, count = torch.randn(1, 3, 4), torch.tensor([[0.01, 0.02, 5.0]])
-    nothing = CodebookStatistics(torch.zeros(1, 3), torch.zeros(1, 3, 4), torch.zeros(1, 0, 4), torch.zeros(1, 0))
+    nothing = zero_statistics(1, 3, 4)
     before = codes_from_ema(total, count)
     after = codes_from_ema(*ema_update(total, count, nothing, 0.9))
     torch.testing.assert_close(after[:, 1:], before[:, 1:])
@@ -204,3 +289,7 @@ def test_bad_shapes_are_named():
         assignment_stats(x, indices[..., 0], 7)
     with pytest.raises(ValueError, match=r"^mask has shape \(11,\): must be \(3, 11\)"):
         assignment_stats(x, indices, 7, torch.ones(11, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"^weights has shape \(11,\): must be \(3, 11\) or \(3, 2, 11\)"):
+        assignment_stats(x, indices, 7, weights=torch.ones(11))
+    with pytest.raises(ValueError, match=r"^quantized has shape \(3, 2, 11\): must be \(3, 2, 11, 4\)"):
+        assignment_stats(x, indices, 7, quantized=x[..., 0])

@@ -1,10 +1,12 @@
 """Laws of k-means: it ends where Lloyd's rule ends, uses every code it can, and is the same on every rank."""
 
 import itertools
+import threading
 
 import pytest
 import torch
 
+from vqkit.ops.codebook import directions
 from vqkit.ops.kmeans import kmeans
 from vqkit.ops.nearest_code import nearest_code
 
@@ -97,3 +99,123 @@ def test_bad_arguments_are_named():
         kmeans(x, 2, start="best")  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="a head of it holds no finite vector"):
         kmeans(torch.stack([x[0], torch.full((9, 3), torch.nan)]), 2)
+
+
+# Directions
+
+
+def test_directions_are_clustered_whatever_the_lengths():
+    places = directions(torch.randn(2, 5, 16))
+    x = (places.repeat_interleave(30, 1) + 0.01 * torch.randn(2, 150, 16)) * torch.logspace(-6, 6, 150).unsqueeze(-1)
+    codes, count = kmeans(x, 5, metric="cosine", iterations=30, generator=generator())
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(2, 5))
+    for head in range(2):
+        assert ((places[head] @ codes[head].T).amax(1) > 0.999).all()
+    assert torch.equal(count, torch.full((2, 5), 30.0))
+
+
+def test_directions_converge_to_the_mean_directions():
+    x = torch.randn(1, 200, 3)
+    codes, _ = kmeans(x, 4, metric="cosine", iterations=100, generator=generator())
+    indices = nearest_code(x, codes, metric="cosine").indices[0]
+    means = torch.stack([directions(x)[0, indices == c].sum(0) for c in range(4)])
+    torch.testing.assert_close(directions(means), codes[0])
+
+
+def test_vectors_without_direction_take_no_part():
+    x = torch.cat([torch.randn(1, 40, 3), torch.zeros(1, 9, 3), torch.full((1, 2, 3), torch.nan)], dim=1)
+    codes, count = kmeans(x, 4, metric="cosine", generator=generator())
+    assert count.sum() == 40 and codes.isfinite().all()
+    with pytest.raises(ValueError, match="a head of it holds no finite vector"):
+        kmeans(torch.zeros(1, 9, 3), 4, metric="cosine")
+
+
+# A given start, and several ranks
+
+
+def test_a_given_start_is_where_it_starts():
+    x, places = clusters(2, 40)
+    codes, count = kmeans(x, 6, start=places, iterations=1)
+    assert (codes - places).norm(dim=-1).max() < 0.02 and torch.equal(count, torch.full((2, 6), 40.0))
+    with pytest.raises(ValueError, match=r"^start has shape \(2, 6, 2\): must be \(2, 6, 3\)"):
+        kmeans(x, 6, start=places[..., :2])
+
+
+class Together:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, world_size):
+        self.barrier, self.sent = threading.Barrier(world_size), [None] * world_size
+
+    def reducer(self, rank):
+        together = self
+
+        class Reducer:
+            world_size = len(together.sent)
+
+            def all_reduce_(self, flat):
+                together.sent[self.rank] = flat.clone()
+                together.barrier.wait()
+                flat.copy_(sum(together.sent[1:], together.sent[0]))
+                together.barrier.wait()
+
+        Reducer.rank = rank
+        return Reducer()
+
+
+def on_ranks(shards, run):
+    together, results = Together(len(shards)), [None] * len(shards)
+
+    def work(rank):
+        try:
+            results[rank] = run(shards[rank], together.reducer(rank))
+        except Exception as error:
+            results[rank] = error
+            together.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(shards))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("sizes", [(60, 60), (100, 20), (120, 0), (1, 50, 40, 29)])
+def test_from_the_same_start_ranks_find_the_codes_of_one_process(metric, sizes):
+    x = torch.randn(2, 120, 3)
+    start = torch.randn(2, 8, 3)
+    start[:, 3] = 1e3 if metric == "euclidean" else start[:, 2]  # a code that nobody chooses, and must move
+    alone = kmeans(x, 8, start=start, metric=metric, generator=generator())
+    found = on_ranks(
+        x.split(sizes, dim=1),
+        lambda part, reducer: kmeans(part, 8, start=start, metric=metric, generator=generator(), reducer=reducer),
+    )
+    for result in found:
+        torch.testing.assert_close(result.codes, alone.codes, rtol=1e-5, atol=1e-5)
+        assert torch.equal(result.count, alone.count) and torch.equal(result.codes, found[0].codes)
+
+
+@pytest.mark.parametrize("start", ["k-means++", "random"])
+def test_ranks_that_draw_their_start_agree_and_find_the_clusters(start):
+    x, places = clusters(1, 40)
+    found = on_ranks(
+        x[:, torch.randperm(240)].split((200, 40, 0), dim=1),
+        lambda part, reducer: kmeans(part, 6, start=start, iterations=30, generator=generator(), reducer=reducer),
+    )
+    assert all(torch.equal(result.codes, found[0].codes) for result in found)
+    assert found[0].count.sum() == 240
+    if start == "k-means++":
+        assert (torch.cdist(places[0], found[0].codes[0]).amin(1) < 0.02).all()
+
+
+def test_all_ranks_hear_that_there_is_no_vector():
+    for shards in [(torch.empty(1, 0, 3), torch.full((1, 4, 3), torch.nan))]:
+        with pytest.raises(ValueError, match="a head of it holds no finite vector"):
+            on_ranks(shards, lambda part, reducer: kmeans(part, 2, generator=generator(), reducer=reducer))
+    with pytest.raises(ValueError, match=r"^metric = 'l1'"):
+        kmeans(torch.randn(1, 4, 3), 2, metric="l1")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import golden_arrays
-from vqkit.ops.codebook import codes_from_ema, gather_codes
-from vqkit.ops.nearest_code import api, blocked, nearest_code, nearest_index, reference
+from vqkit.ops.codebook import codes_from_ema, directions, gather_codes
+from vqkit.ops.nearest_code import api, blocked, nearest_code, nearest_codes, nearest_index, reference
 
 FAST = {"cpu": blocked._nearest_on_cpu, "elsewhere": blocked._nearest_elsewhere}
 
@@ -192,3 +192,126 @@ def test_shortcodes_equal_the_official_ones(case_id, impl):
         golden.check(f"{case['key']}/shortcodes", indices)
         golden.check(f"{case['key']}/errs2", distance)
         golden.check(f"{case['key']}/codewords", gather_codes(codebook, indices))
+
+
+def explicit(x, codebook):
+    return torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setitem(blocked._SCORES_PER_TILE, "cpu", 512)
+    monkeypatch.setattr(blocked, "_MIN_ROWS_PER_TILE", 8)
+    monkeypatch.setattr(blocked, "_CODES_PER_TILE", 16)
+    monkeypatch.setattr(blocked, "_FEW_DIFFERENCES", 0)
+
+
+RANKINGS = {"cpu": lambda x, c, k: blocked._rank_by_scores(x, blocked._prepare(c.unsqueeze(0)), k), "elsewhere": blocked._rank_by_distance}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", RANKINGS)
+@pytest.mark.parametrize(("codes", "k"), [(1, 1), (5, 5), (50, 3), (50, 40), (200, 8)])
+def test_the_nearest_few_are_as_near_as_by_explicit_differences(kind, form, codes, k, small_tiles):
+    width = 6
+    x, codebook = KINDS[kind](torch.randn(60, width)), KINDS[kind](torch.randn(codes, width))
+    indices, distance = RANKINGS[form](x, codebook, k)
+    exact = explicit(x, codebook)
+    best = exact.sort(-1).values[:, :k]
+    bound = 4 * (width + 4) * torch.finfo(torch.float32).eps
+    assert (indices.sort(-1).values.diff(dim=-1) > 0).all()  # all different
+    assert (exact.gather(1, indices) <= best * (1 + bound)).all()
+    torch.testing.assert_close(distance.double(), best, rtol=bound, atol=0.0)
+    assert (distance.diff(dim=-1) >= 0).all()
+
+
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(1, 6), st.integers(0, 2**31))
+def test_the_nearest_few_put_the_lower_index_first_among_equals(num, distinct, repeats, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (num, 3), generator=generator).float()
+    codebook = torch.randint(-3, 4, (distinct, 3), generator=generator).float().repeat(repeats, 1)
+    k = 1 + seed % len(codebook)
+    expected = explicit(x, codebook).sort(dim=-1, stable=True).indices[:, :k]
+    assert torch.equal(reference.nearest_codes(x[None], codebook[None], k)[0][0], expected)
+    for form in RANKINGS.values():
+        assert torch.equal(form(x, codebook, k)[0], expected)
+
+
+@pytest.mark.parametrize("form", RANKINGS)
+def test_many_equal_codes_are_ranked_by_index(form):
+    x, codebook = torch.randn(40, 4), torch.ones(1200, 4).mul(0.1)
+    assert torch.equal(RANKINGS[form](x, codebook, 5)[0], torch.arange(5).expand(40, 5))
+
+
+def test_the_first_of_the_nearest_few_is_the_nearest():
+    for of_x, of_codes in [((), ()), ((2, 3), (3,)), ((2, 3, 4), (3, 1)), ((), (3,))]:
+        x, codebook = torch.randn(*of_x, 70, 6), torch.randn(*of_codes, 90, 6)
+        few, one = nearest_codes(x, codebook, 4), nearest_code(x, codebook)
+        assert few.indices.shape == (*one.indices.shape, 4)
+        assert torch.equal(few.indices[..., 0], one.indices)
+        torch.testing.assert_close(few.squared_distance[..., 0], one.squared_distance)
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_the_nearest_few_of_what_is_not_finite_are_none(impl):
+    x = torch.randn(40, 4)
+    x[[1, 5, 9], 2] = torch.tensor([torch.nan, torch.inf, 1e30])
+    indices, distance = nearest_codes(x, torch.randn(60, 4), 3, impl=impl)
+    lost = torch.zeros(40, dtype=torch.bool)
+    lost[[1, 5, 9]] = True
+    assert torch.equal((indices == -1).all(-1), lost) and not distance[lost].any() and (indices[~lost] >= 0).all()
+    assert nearest_codes(torch.randn(2, 0, 4), torch.randn(60, 4), 3, impl=impl).indices.shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_cosine_chooses_the_direction_that_fits_best(scale, dtype):
+    x = (torch.randn(2, 300, 6) * scale).to(dtype)
+    codebook = torch.randn(2, 50, 6) * torch.rand(2, 50, 1)
+    similarity = torch.nn.functional.normalize(x.double() / scale, dim=-1) @ torch.nn.functional.normalize(codebook.double(), dim=-1).mT
+    best = similarity.amax(-1)
+    indices, distance = nearest_code(x, codebook, metric="cosine")
+    chosen = similarity.gather(-1, indices.unsqueeze(-1)).squeeze(-1)
+    assert (best - chosen).amax() < 1e-6
+    torch.testing.assert_close(distance.double(), 2 - 2 * best, rtol=1e-5, atol=1e-6)
+    few = nearest_codes(x, codebook, 3, metric="cosine")
+    assert torch.equal(few.indices[..., 0], indices)
+    assert torch.equal(indices, nearest_index(x, codebook, metric="cosine", impl="reference"))
+
+
+def test_cosine_of_zero_and_of_what_is_not_finite():
+    x = torch.tensor([[0.0, 0.0], [torch.nan, 1.0], [torch.inf, 1.0], [1e-40, 0.0], [3e38, 3e38]])
+    indices, distance = nearest_code(x, torch.eye(2).flip(0), metric="cosine")
+    assert indices.tolist() == [0, -1, -1, 1, 0] and distance[0] == 1.0 and distance.isfinite().all()
+
+
+def test_directions_have_length_one_and_the_gradient_of_normalisation():
+    x = torch.randn(20, 5, dtype=torch.float64)
+    torch.testing.assert_close(directions(x), torch.nn.functional.normalize(x, dim=-1))
+    assert torch.autograd.gradcheck(directions, x.requires_grad_())
+    zero = torch.zeros(3, 5, requires_grad=True)
+    directions(zero).sum().backward()
+    assert zero.grad.isfinite().all() and not directions(zero).any()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_nearest_few_compile_to_one_graph_and_ignore_autocast(metric):
+    def run(x, codebook):
+        return nearest_codes(x, codebook, 3, metric=metric)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    x, codebook = torch.randn(2, 3, 40, 8, requires_grad=True), torch.randn(3, 60, 8)
+    expected = run(x, codebook)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for result in (compiled(x, codebook), run(x, codebook)):
+            for found, right in zip(result, expected, strict=True):
+                assert torch.equal(found, right) and not found.requires_grad
+
+
+def test_bad_arguments_of_the_nearest_few_are_named():
+    x, codebook = torch.randn(5, 4), torch.randn(3, 4)
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=f"^k = {k}: must be from 1 to 3"):
+            nearest_codes(x, codebook, k)
+    with pytest.raises(ValueError, match=r"^metric = 'l1'"):
+        nearest_code(x, codebook, metric="l1")  # pyrefly: ignore[bad-argument-type]

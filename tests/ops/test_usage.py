@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import golden_arrays
-from vqkit.ops.usage import active_fraction, perplexity, quantization_metrics
+from vqkit.ops.codebook import assignment_stats
+from vqkit.ops.usage import active_fraction, dead_fraction, perplexity, quantization_metrics, relative_error
 
 
 @pytest.mark.parametrize("case_id", golden_arrays.case_ids("unit", "quantization_metrics"))
@@ -45,3 +46,34 @@ def test_usage_is_per_head_and_knows_the_extremes():
     count = torch.tensor([[5.0, 5.0, 5.0, 5.0], [9.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [39.0, 1.0, 0.0, 0.0]])
     torch.testing.assert_close(perplexity(count)[:3], torch.tensor([4.0, 1.0, 0.0]))
     assert active_fraction(count).tolist() == [1.0, 0.25, 0.0, 0.5]
+
+
+def test_dead_codes_are_those_that_expiry_would_replace():
+    count = torch.tensor([[0.0, 0.5, 1.0, 7.0], [0.0, 0.0, 0.0, 0.0]])
+    assert dead_fraction(count).tolist() == [0.5, 1.0]
+    assert dead_fraction(count, 0.25).tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (30.0, 1.0), (0.0, 1e-12), (0.0, 1e12)])
+def test_the_relative_error_is_the_root_of_the_lost_variance(offset, scale):
+    x = torch.randn(2, 500, 4, dtype=torch.float64) * scale + offset
+    quantized = x + 0.3 * torch.randn_like(x) * scale
+    statistics = assignment_stats(x, torch.zeros(2, 500, dtype=torch.int64), 1, quantized=quantized, moments=True)
+    lost = (x - quantized).square().sum((1, 2))
+    expected = (lost / (x - x.mean(1, keepdim=True)).square().sum((1, 2))).sqrt()
+    torch.testing.assert_close(relative_error(statistics.squared_error, statistics.vectors, statistics.moments), expected)
+
+
+def test_the_relative_error_of_no_code_but_the_mean_is_one_and_of_nothing_zero():
+    x = torch.randn(1, 100, 4)
+    statistics = assignment_stats(
+        x, torch.zeros(1, 100, dtype=torch.int64), 1, quantized=x.mean(1, keepdim=True).expand_as(x), moments=True
+    )
+    torch.testing.assert_close(relative_error(statistics.squared_error, statistics.vectors, statistics.moments), torch.ones(1))
+    assert relative_error(torch.zeros(2), torch.zeros(2), torch.zeros(2, 2, 3)).tolist() == [0.0, 0.0]
+
+
+def test_the_relative_error_of_equal_vectors_is_that_of_their_length():
+    x = torch.full((1, 100, 4), 7.0)
+    statistics = assignment_stats(x, torch.zeros(1, 100, dtype=torch.int64), 1, quantized=1.1 * x, moments=True)
+    torch.testing.assert_close(relative_error(statistics.squared_error, statistics.vectors, statistics.moments), torch.tensor([0.1]))

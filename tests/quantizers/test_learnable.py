@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import golden_arrays
+from thread_ranks import in_ranks
 from vqkit.ops.codebook import CodebookStatistics, assignment_stats, ema_update
 from vqkit.ops.nearest_code import nearest_code
 from vqkit.ops.usage import quantization_metrics
@@ -51,41 +51,6 @@ def assert_same(found, expected, **tolerance):
 
 def assert_statistics(found, expected):
     assert_same(found._asdict(), expected._asdict())
-
-
-def in_ranks(number, work):
-    """`work(reducer)` in as many threads, whose reducers sum over them all; returns the results by rank."""
-    barrier, flats, results = threading.Barrier(number, timeout=20), [None] * number, [None] * number
-
-    class Reducer:
-        world_size = number
-
-        def __init__(self, rank):
-            self.rank = rank
-
-        def all_reduce_(self, flat):
-            flats[self.rank] = flat.clone()
-            barrier.wait()
-            total = sum(flats[1:], flats[0])
-            barrier.wait()
-            flat.copy_(total)
-
-    def run(rank):
-        try:
-            results[rank] = work(Reducer(rank))
-        except BaseException as error:
-            results[rank] = error
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 # The official implementation
@@ -286,6 +251,8 @@ def test_checkpointed_is_not(reentrant):
 @pytest.mark.parametrize("shares", [(2, 2), (1, 3), (0, 4), (1, 1, 2)])
 def test_several_ranks_are_one(config, shares):
     one = Two(config)
+    for quantizer in (one.first, one.second):
+        quantizer.count.fill_(1.0)  # so that some codes are dead at once
     x, mask = vectors(batch=4), torch.rand(4, 9) < 0.8
     ranks = [copy.deepcopy(one) for _ in shares]
     for model, share, share_mask in zip(ranks, x.split(shares), mask.split(shares), strict=True):
@@ -502,3 +469,7 @@ def test_bad_arguments_are_named_and_change_nothing():
         with pytest.raises(error, match=match):
             call()
     assert_same(snapshot(quantizer), before)
+
+
+def test_before_a_kmeans_start_the_codebook_has_its_shape():
+    assert LearnableVQ(HEADS, CODES, DIM, CodebookConfig(init="kmeans")).codebook.shape == (HEADS, CODES, DIM)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import golden_arrays
-from vqkit.ops.codebook import CodebookStatistics, ema_update
+from vqkit.ops.codebook import CodebookStatistics, ema_update, zero_statistics
 from vqkit.train.config import TrainConfig
 from vqkit.train.optimizer import Optimizer, clip_
 
@@ -79,8 +79,7 @@ def test_golden_codebook_group_is_an_ema_step(case_id):
 
 
 def statistics_of(count, total) -> CodebookStatistics:
-    heads, _, dim = total.shape
-    return CodebookStatistics(count=count, sum=total, candidates=total.new_zeros(heads, 0, dim), keys=total.new_zeros(heads, 0))
+    return zero_statistics(*total.shape)._replace(count=count, sum=total)
 
 
 def parameters_of_every_rank() -> dict[str, nn.Parameter]:

@@ -10,16 +10,29 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vqkit.ops import assignment as assignment
     from vqkit.ops import codebook as codebook
     from vqkit.ops import estimators as estimators
     from vqkit.ops import kmeans as kmeans
     from vqkit.ops import losses as losses
     from vqkit.ops import nearest_code as nearest_code
     from vqkit.ops import positions as positions
+    from vqkit.ops import precision as precision
     from vqkit.ops import usage as usage
     from vqkit.ops import vq_attention as vq_attention
 
-__all__ = ["codebook", "estimators", "kmeans", "losses", "nearest_code", "positions", "usage", "vq_attention"]
+__all__ = [
+    "assignment",
+    "codebook",
+    "estimators",
+    "kmeans",
+    "losses",
+    "nearest_code",
+    "positions",
+    "precision",
+    "usage",
+    "vq_attention",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -5,6 +5,7 @@ Shapes: N vectors, H heads with a codebook each, C codes, K width, E candidate r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,16 +17,52 @@ COUNT_FLOOR = 0.01
 
 
 class CodebookStatistics(NamedTuple):
-    """What a codebook's update needs of the vectors that were assigned to it; float32, or float64 for float64 vectors.
+    """What a codebook's update and its metrics need of the vectors that were assigned to it; float32, or float64 for float64 vectors.
 
     `candidates` are a uniform sample without replacement of the vectors of each head, for the expiry of dead codes: the rows with the
     E largest of independent uniform `keys` in (0, 1]; rows of key 0 are absent. So statistics of parts merge into those of the whole.
+    All other fields are sums.
     """
 
-    count: Tensor  # [H, C] vectors per code
-    sum: Tensor  # [H, C, K] their sum
+    count: Tensor  # [H, C] vectors per code, or the sum of their weights
+    sum: Tensor  # [H, C, K] their sum, each times its weight
     candidates: Tensor  # [H, E, K]
     keys: Tensor  # [H, E]
+    vectors: Tensor  # [H] vectors that got a code, whatever their weight
+    squared_error: Tensor  # [H] sum of their squared distances to their codes; 0 where the codes were not given
+    non_finite: Tensor  # [H] vectors that count and got no code
+    moments: Tensor  # [H, 2, K] sum of the vectors that got a code and of their squares; [H, 2, 0] where not asked for
+
+
+SUMMED = tuple(name for name in CodebookStatistics._fields if name not in ("candidates", "keys"))
+"""The fields that are sums over the vectors."""
+
+
+def zero_statistics(
+    heads: int,
+    codebook_size: int,
+    dim: int,
+    *,
+    num_candidates: int = 0,
+    moments: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> CodebookStatistics:
+    """The statistics of no vector, and the shapes of all others."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(heads, *shape, dtype=dtype, device=device)
+
+    return CodebookStatistics(
+        count=zeros(codebook_size),
+        sum=zeros(codebook_size, dim),
+        candidates=zeros(num_candidates, dim),
+        keys=zeros(num_candidates),
+        vectors=zeros(),
+        squared_error=zeros(),
+        non_finite=zeros(),
+        moments=zeros(2, dim if moments else 0),
+    )
 
 
 def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -43,36 +80,137 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     return rows.index_select(0, row.reshape(-1)).reshape(*row.shape, width)
 
 
+def by_codebook(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """x [..., N, K] and codebook [..., C, K], whose leading axes broadcast, with one leading axis: G different codebooks.
+
+    Returns vectors [G, N', K], codes [G, C, K], and what turns a result [G, N', ...] into [leading axes of both, N, ...].
+    """
+    leading = torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2])
+    own = (1,) * (len(leading) - codebook.dim() + 2) + tuple(codebook.shape[:-2])
+    # Axes along which the codebook differs go to the front, all others are one more axis of vectors.
+    groups = [axis for axis, length in enumerate(own) if length > 1]
+    shared = [axis for axis, length in enumerate(own) if length == 1]
+    order = [*groups, *shared, len(leading)]
+    vectors = x.expand(*leading, *x.shape[-2:]).permute(*order, len(leading) + 1)
+    rows = vectors.shape[:-1]
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    num_groups = codebook.shape[:-2].numel()
+
+    def restore(result: Tensor) -> Tensor:
+        tail = range(len(order), len(order) + result.dim() - 2)
+        return result.view(*rows, *result.shape[2:]).permute(*inverse, *tail).contiguous()
+
+    vectors = vectors.reshape(num_groups, rows.numel() // num_groups, x.shape[-1])
+    return vectors, codebook.reshape(num_groups, *codebook.shape[-2:]), restore
+
+
+def directions(x: Tensor) -> Tensor:
+    """x [..., K] scaled to length 1, whatever its length, without overflow or underflow; zero stays zero. Differentiable, also at zero."""
+    return polar(x)[0]
+
+
+def polar(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`directions(x)` [..., K] and the lengths [..., 1]."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    scale = torch.where(scale == 0, 1.0, scale)
+    scaled = x / scale
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / torch.where(length == 0, 1.0, length), length * scale
+
+
 def codes_from_ema(sum: Tensor, count: Tensor, floor: float = COUNT_FLOOR) -> Tensor:
     """Codebook [..., C, K] of the moving averages: sum / max(count, floor) (Lingle, 2024)."""
     return sum / count.clamp(min=floor).unsqueeze(-1)
 
 
-def assignment_stats(
-    x: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None = None, *, num_candidates: int = 0
-) -> CodebookStatistics:
-    """Count and sum of the vectors of each code, by scatter-add.
+def laplace_codes_from_ema(sum: Tensor, count: Tensor, eps: float = 1e-5) -> Tensor:
+    """Codebook [..., C, K] of the moving averages, the counts smoothed after Laplace (van den Oord et al., 2017, appendix A.1).
 
-    x [..., H, N, K], indices [..., H, N] int64, mask [..., N] bool. Masked vectors and those of index -1 enter nothing, whatever they
-    hold. With `num_candidates`, that many rows a head are drawn by the global random generator. No gradient.
+    A count n of the total T becomes (n + eps) / (T + C eps) * T, so that the total stays. Where nothing was ever counted the codes are
+    sum / 1, as after a start with count 1.
     """
-    if indices.shape != x.shape[:-1]:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {tuple(x.shape[:-1])}, that of x without its last axis")
-    if mask is not None and mask.shape != (*x.shape[:-3], x.shape[-2]):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {(*x.shape[:-3], x.shape[-2])}, that of x without heads and width")
+    total = count.sum(-1, keepdim=True)
+    smoothed = (count + eps) / (total + count.shape[-1] * eps) * total
+    return sum / torch.where(total > 0, smoothed, 1.0).unsqueeze(-1)
+
+
+def assignment_stats(
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    mask: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    quantized: Tensor | None = None,
+    num_candidates: int = 0,
+    moments: bool = False,
+) -> CodebookStatistics:
+    """Count and sum of the vectors of each code, by scatter-add, and what else `CodebookStatistics` holds.
+
+    x [..., H, N, K], indices [..., H, N] int64, mask [..., N] bool, weights [..., N] or [..., H, N] floating point, not negative.
+    Masked vectors, those of weight 0 and those of index -1 enter nothing, whatever they hold; of the first two kinds the last counts as
+    `non_finite`. Weights enter count and sum alone. `quantized`, of the shape of x, are the codes for `squared_error`. With
+    `num_candidates`, that many rows a head are drawn by the global random generator. No gradient.
+    """
+    _check_assignment(x, indices, mask, weights, quantized)
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     heads, _, width = x.shape[-3:]
-    dropped = indices < 0
-    if mask is not None:
-        dropped = dropped | ~mask.unsqueeze(-2)
+    if weights is not None:
+        weights = (weights if weights.dim() == indices.dim() else weights.unsqueeze(-2)).detach().to(x.dtype).expand_as(indices)
+    lost = indices < 0
+    ignored = _ignored(indices, mask, weights)
+    dropped = lost if ignored is None else lost | ignored
     head = torch.arange(heads, device=x.device).unsqueeze(-1)
     row = torch.where(dropped, heads * codebook_size, indices + head * codebook_size).reshape(-1)  # one row more, for the dropped
-    rows = x.reshape(-1, width)
+    rows = (x if weights is None else x * weights.unsqueeze(-1)).reshape(-1, width)
+    share = x.new_ones(1).expand(row.shape) if weights is None else weights.reshape(-1)
     total = x.new_zeros(heads * codebook_size + 1, width).index_add_(0, row, rows)[:-1]
-    count = x.new_zeros(heads * codebook_size + 1).index_add_(0, row, x.new_ones(1).expand(row.shape))[:-1]
+    count = x.new_zeros(heads * codebook_size + 1).index_add_(0, row, share)[:-1]
     return CodebookStatistics(
-        count.reshape(heads, codebook_size), total.reshape(heads, codebook_size, width), *_draw_candidates(x, dropped, num_candidates)
+        count.reshape(heads, codebook_size),
+        total.reshape(heads, codebook_size, width),
+        *_draw_candidates(x, dropped, num_candidates),
+        vectors=_per_head(~dropped).to(x.dtype),
+        squared_error=x.new_zeros(heads) if quantized is None else _squared_error(x, quantized, dropped),
+        non_finite=_per_head(lost if ignored is None else lost & ~ignored).to(x.dtype),
+        moments=_moments(x, dropped) if moments else x.new_zeros(heads, 2, 0),
     )
+
+
+def _check_assignment(x: Tensor, indices: Tensor, mask: Tensor | None, weights: Tensor | None, quantized: Tensor | None) -> None:
+    positions = (*x.shape[:-3], x.shape[-2])
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {tuple(x.shape[:-1])}, that of x without its last axis")
+    if mask is not None and mask.shape != positions:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {positions}, that of x without heads and width")
+    if weights is not None and weights.shape not in (positions, indices.shape):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}: must be {positions} or {tuple(indices.shape)}, one a vector")
+    if quantized is not None and quantized.shape != x.shape:
+        raise ValueError(f"quantized has shape {tuple(quantized.shape)}: must be {tuple(x.shape)}, that of x")
+
+
+def _ignored(indices: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """Whether a vector [..., H, N] is not to count, whatever it holds."""
+    masked = None if mask is None else ~mask.unsqueeze(-2).expand_as(indices)
+    weightless = None if weights is None else weights == 0
+    if masked is None or weightless is None:
+        return weightless if masked is None else masked
+    return masked | weightless
+
+
+def _per_head(values: Tensor) -> Tensor:
+    """Sum of values [..., H, N] over all axes but heads: [H]."""
+    return values.sum((*range(values.dim() - 2), -1))
+
+
+def _squared_error(x: Tensor, quantized: Tensor, dropped: Tensor) -> Tensor:
+    error = (x - quantized.detach().to(x.dtype)).square().sum(-1).masked_fill(dropped, 0.0)
+    return _per_head(error)
+
+
+def _moments(x: Tensor, dropped: Tensor) -> Tensor:
+    kept = x.where(~dropped.unsqueeze(-1), 0.0)
+    return torch.stack([kept, kept.square()]).sum((*range(1, x.dim() - 2), -2)).movedim(0, 1)
 
 
 def _draw_candidates(x: Tensor, dropped: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +240,8 @@ def merge_statistics(first: CodebookStatistics, second: CodebookStatistics) -> C
     candidates, keys = first.candidates, first.keys
     if num := keys.shape[-1]:
         candidates, keys = largest_keys(torch.cat([candidates, second.candidates], dim=1), torch.cat([keys, second.keys], dim=1), num)
-    return CodebookStatistics(first.count + second.count, first.sum + second.sum, candidates, keys)
+    summed = {name: getattr(first, name) + getattr(second, name) for name in SUMMED}
+    return CodebookStatistics(**summed, candidates=candidates, keys=keys)
 
 
 def ema_update(sum: Tensor, count: Tensor, statistics: CodebookStatistics, decay: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from vqkit.ops.codebook import polar
+from vqkit.ops.precision import widest
+
+_SMALLEST_RATIO = 0.01
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
@@ -10,8 +16,56 @@ def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
 
     Both have the same shape and dtype; `quantized` gets no gradient. x must be finite.
     """
+    _check_alike(x, quantized)
+    return quantized.detach() + (x - x.detach())  # the usual x + (quantized - x).detach() would round
+
+
+def rotation_trick(x: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized` in value, exactly; the gradient for x is that of the rotation and scaling that takes x to it (Fifty et al., 2024).
+
+    x, quantized [..., K] of the same shape and dtype; `quantized` gets no gradient; x must be finite. With unit vectors e of x, q of
+    the code and r of e + q, the map is |code| / |x| (I - 2 r r' + 2 q e'), a constant of the gradient (section 4.2 there).
+    Where one of the two lengths falls below 1 / 100 of the other, where that map has no meaning or explodes, it passes smoothly into
+    the identity of `straight_through`, which it is when either is zero: no gradient grows by more than a factor of 113.
+    """
+    _check_alike(x, quantized)
+    dtype = widest(x)
+    vector, code = x.to(dtype), quantized.detach().to(dtype)
+    (e, of_x), (q, of_code) = polar(vector.detach()), polar(code)
+    r = polar(e + q)[0]
+    ratio = torch.minimum(of_x, of_code) / torch.maximum(of_x, of_code).clamp(min=torch.finfo(dtype).tiny)
+    place = (ratio / _SMALLEST_RATIO).clamp(max=1.0)
+    rotating = place * place * (3.0 - 2.0 * place)
+    scale = rotating * (of_code / of_x.clamp(min=torch.finfo(dtype).tiny)).clamp(max=_SMALLEST_RATIO**-2)
+    along_r, along_e = ((vector * unit).sum(-1, keepdim=True) for unit in (r, e))
+    rotated = scale * (vector - 2.0 * along_r * r + 2.0 * along_e * q) + (1.0 - rotating) * vector
+    return quantized.detach() + (rotated - rotated.detach()).to(x.dtype)
+
+
+def directional(x: Tensor, quantized: Tensor, *, sigma2: float = 1e-3, noise: Tensor | None = None) -> Tensor:
+    """x moved by the length of its error in a noisy direction towards its code: DiVeQ (Vali et al., 2025), differentiable in both.
+
+    With error d = quantized - x and v = d + sqrt(sigma2) * noise the output is x + |d| * v / |v|, where v / |v| is a constant of the
+    gradient: near the code in value, and equal to it for sigma2 = 0 up to rounding. x, quantized [..., K] of the same shape and dtype;
+    `noise` of that shape, standard normal, drawn by the global random generator where not given. x must be finite.
+    Raises ValueError for a negative sigma2.
+    """
+    _check_alike(x, quantized)
+    if not sigma2 >= 0:
+        raise ValueError(f"sigma2 = {sigma2}: must be 0 or positive")
+    if noise is not None and noise.shape != x.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}: must be {tuple(x.shape)}, that of x")
+    dtype = widest(x)
+    vector = x.to(dtype)
+    error = quantized.to(dtype) - vector
+    if noise is None:
+        noise = torch.randn_like(error)
+    direction = polar(error.detach() + sigma2**0.5 * noise.to(dtype))[0]
+    return (vector + polar(error)[1] * direction).to(x.dtype)
+
+
+def _check_alike(x: Tensor, quantized: Tensor) -> None:
     if x.shape != quantized.shape or x.dtype != quantized.dtype:
         raise ValueError(
             f"quantized is {tuple(quantized.shape)} {quantized.dtype}: must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}"
         )
-    return quantized.detach() + (x - x.detach())  # the usual x + (quantized - x).detach() would round

@@ -1,4 +1,4 @@
-"""K-means (Lloyd, 1982) for several codebooks at once, with k-means++ starts (Arthur and Vassilvitskii, 2007).
+"""K-means (Lloyd, 1982) for several codebooks at once, with k-means++ starts (Arthur and Vassilvitskii, 2007), also of directions.
 
 Shapes: H codebooks, N vectors, S sampled vectors, C codes, K width.
 """
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from vqkit.dist import LocalReducer, Reducer
-from vqkit.ops.codebook import assignment_stats, codes_from_ema, largest_keys, replace_dead_codes
+from vqkit.ops.codebook import assignment_stats, codes_from_ema, directions, largest_keys, replace_dead_codes
 from vqkit.ops.nearest_code import nearest_code, nearest_index
+
+Metric = Literal["euclidean", "cosine"]
 
 _SAMPLED_PER_CODE = 32
 
@@ -31,37 +33,66 @@ def kmeans(
     *,
     mask: Tensor | None = None,
     iterations: int = 10,
-    start: Literal["k-means++", "random"] = "k-means++",
+    start: Literal["k-means++", "random"] | Tensor = "k-means++",
+    metric: Metric = "euclidean",
     generator: torch.Generator | None = None,
     reducer: Reducer | None = None,
 ) -> KMeans:
     """Cluster x [H, N, K] into `codebook_size` codes a head; mask [H, N] bool, True for vectors that count.
 
     Vectors that are not finite take no part. The start, and new places for codes that nobody chose (the vectors furthest from their
-    codes), come from a random sample of up to 32 vectors a code, drawn by `generator` on the device of x. With a reducer, codes and
-    counts are those of the vectors of all ranks and equal on all of them, given generators of equal state.
-    float32 or float64, as x. Raises ValueError for a codebook size or a number of iterations below 1, and when a head has no vector.
+    codes), come from a random sample of up to 32 vectors a code, drawn by `generator` on the device of x; `start` may be codes
+    [H, C, K] instead. With metric "cosine" the directions of the vectors are clustered, those of length 0 take no part either, and codes
+    have length 1 (spherical k-means; Dhillon and Modha, 2001). With a reducer, codes and counts are those of the vectors of all ranks
+    and equal on all of them, given generators of equal state; from a given start they are those of one process, where the sample holds
+    every vector or no code is left empty. A rank may have no vector. float32 or float64, as x.
+    Raises ValueError for a codebook size or a number of iterations below 1, and when a head has no vector.
     """
     for name, value in (("codebook_size", codebook_size), ("iterations", iterations)):
         if value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")
-    if start not in ("k-means++", "random"):
-        raise ValueError(f'start = {start!r}: must be "k-means++" or "random"')
+    if isinstance(start, Tensor):
+        if start.shape != (x.shape[0], codebook_size, x.shape[-1]):
+            raise ValueError(f"start has shape {tuple(start.shape)}: must be {(x.shape[0], codebook_size, x.shape[-1])}")
+    elif start not in ("k-means++", "random"):
+        raise ValueError(f'start = {start!r}: must be "k-means++", "random" or a tensor of codes')
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f'metric = {metric!r}: must be "euclidean" or "cosine"')
     reducer = reducer or LocalReducer()
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     valid = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
     x = x.where(valid.unsqueeze(-1), 0.0)
+    place = _means
+    if metric == "cosine":
+        x, place = directions(x), _mean_directions
+        valid = valid & x.any(-1)
     sample, present = _sample(x, valid, _SAMPLED_PER_CODE * codebook_size, generator, reducer)
     if not present.any(-1).all():
         raise ValueError(f"x has shape {tuple(x.shape)}, and a head of it holds no finite vector that counts: must hold at least one")
-    choose = _spread if start == "k-means++" else _first
-    codes = choose(sample, present, codebook_size, generator)
+    codes = _start(start, metric, sample, present, codebook_size, generator)
     for step in range(iterations):
         count, total = _assign(x, valid, codes, reducer)
-        codes = torch.where(count.unsqueeze(-1) > 0, codes_from_ema(total, count, floor=1.0), codes)
+        codes = place(codes, count, total)
         if step < iterations - 1:
             codes = _reseed(codes, count, sample, present)
     return KMeans(codes, _assign(x, valid, codes, reducer)[0])
+
+
+def _start(start: str | Tensor, metric: str, sample: Tensor, present: Tensor, num: int, generator: torch.Generator | None) -> Tensor:
+    if isinstance(start, Tensor):
+        codes = start.to(sample.dtype)
+        return directions(codes) if metric == "cosine" else codes
+    choose = _spread if start == "k-means++" else _first
+    return choose(sample, present, num, generator)
+
+
+def _means(codes: Tensor, count: Tensor, total: Tensor) -> Tensor:
+    return torch.where(count.unsqueeze(-1) > 0, codes_from_ema(total, count, floor=1.0), codes)
+
+
+def _mean_directions(codes: Tensor, count: Tensor, total: Tensor) -> Tensor:
+    mean = directions(total)
+    return torch.where(mean.any(-1, keepdim=True) & (count.unsqueeze(-1) > 0), mean, codes)
 
 
 def _sample(x: Tensor, valid: Tensor, size: int, generator: torch.Generator | None, reducer: Reducer) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,16 @@
-"""Losses of vector quantization, unweighted."""
+"""Losses of vector quantization, unweighted; each is 0 where no vector counts.
+
+Shapes: B batch, T time, N vectors, H heads with a codebook each, C codes, K width.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from vqkit.ops.assignment import Metric, assignment_cross_entropy, has_scores, mean_assignment
+from vqkit.ops.codebook import directions
+from vqkit.ops.precision import widest
 
 
 def commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -17,3 +25,84 @@ def commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) ->
         difference = difference.where(mask[:, None, :, None], 0.0)
     batch, _, time, _ = x.shape
     return difference.square().sum() / max(batch * time, 1)
+
+
+def mean_commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean squared difference of the vectors and their codes, which are constants here, over the vectors that count.
+
+    x, quantized [..., N, K], mask [..., N] bool that broadcasts. A masked vector gets no gradient, whatever it holds. Returns a scalar,
+    float32 or wider.
+    """
+    dtype = widest(x, quantized)
+    difference = x.to(dtype) - quantized.detach().to(dtype)
+    if mask is None:
+        return difference.square().sum() / max(difference.numel(), 1)
+    mask = mask.expand(x.shape[:-1])
+    squared = difference.where(mask.unsqueeze(-1), 0.0).square().sum()
+    return squared / (mask.sum() * x.shape[-1]).clamp(min=1)
+
+
+def cross_entropy_commitment(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    metric: Metric = "euclidean",
+) -> Tensor:
+    """The mean of -log softmax(score / temperature) of `indices`, a score being minus the distance to a code, or the cosine.
+
+    x [..., N, K], codebook [..., C, K], indices [..., N] int64, mask [..., N] bool that broadcasts to them. Vectors that are masked, of
+    index -1 or not finite take no part. Differentiable in x and codebook; no N x C matrix is made or kept. Returns a scalar, float32
+    or wider.
+    """
+    if mask is not None:
+        indices = torch.where(mask, indices, -1)
+    loss = assignment_cross_entropy(x, codebook, indices, temperature=temperature, metric=metric)
+    return loss.sum() / ((indices >= 0) & has_scores(x, metric)).sum().clamp(min=1)
+
+
+def orthogonality_loss(
+    codebook: Tensor, active: Tensor | None = None, *, max_codes: int | None = None, noise: Tensor | None = None
+) -> Tensor:
+    """The mean squared cosine between different codes of a head, averaged over heads (Shin et al., 2021).
+
+    codebook [..., C, K]; `active` [..., C] bool, the codes that take part. With `max_codes`, at most so many of these, drawn without
+    replacement by `noise` [..., C] uniform in [0, 1), from the global random generator where not given. Of n codes the n (n - 1) pairs of
+    different ones add up and are divided by n^2. No C x C matrix where K < C. Returns a scalar, float32 or wider.
+    """
+    codes = directions(codebook.to(widest(codebook)))
+    chosen = torch.ones_like(codes[..., 0], dtype=torch.bool) if active is None else active
+    if max_codes is not None:
+        chosen = _draw(chosen, max_codes, torch.rand_like(codes[..., 0]) if noise is None else noise)
+    codes = codes * chosen.unsqueeze(-1)
+    size, width = codes.shape[-2:]
+    with torch.autocast(codes.device.type, enabled=False):
+        gram = codes.mT @ codes if width < size else codes @ codes.mT  # both have the same sum of squares
+    with_itself = codes.square().sum(-1).square().sum(-1)
+    pairs = gram.square().sum((-2, -1)) - with_itself
+    return (pairs / chosen.sum(-1).clamp(min=1).square()).mean()
+
+
+def _draw(chosen: Tensor, num: int, noise: Tensor) -> Tensor:
+    """At most `num` of the chosen, those of the largest noise."""
+    if num < 1:
+        raise ValueError(f"max_codes = {num}: must be at least 1")
+    if num >= chosen.shape[-1]:
+        return chosen
+    place = noise.masked_fill(~chosen, -1.0).topk(num, dim=-1).indices
+    return torch.zeros_like(chosen).scatter_(-1, place, True) & chosen
+
+
+def diversity_loss(
+    x: Tensor, codebook: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0, metric: Metric = "euclidean"
+) -> Tensor:
+    """The negative entropy, in nats, of the mean softmax(score / temperature) over all vectors of a codebook; averaged over codebooks.
+
+    Least, -log C, where the vectors share the codes evenly; the same however vectors are arranged over the leading axes. x [..., N, K],
+    codebook [..., C, K], mask [..., N] bool that broadcasts. Vectors that are masked or not finite take no part. Differentiable in x and
+    codebook; no N x C matrix is made or kept. Returns a scalar, float32 or wider.
+    """
+    mean = mean_assignment(x, codebook, mask, temperature=temperature, metric=metric)
+    return torch.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum(-1).mean()

@@ -32,6 +32,26 @@ def active_fraction(count: Tensor) -> Tensor:
     return active.to(count.dtype).mean(-1)
 
 
+def dead_fraction(count: Tensor, threshold: float = 1.0) -> Tensor:
+    """Share of the codes whose count is below `threshold`, as for the expiry of dead codes: count [..., C] -> [...]."""
+    return (count < threshold).to(torch.promote_types(count.dtype, torch.float32)).mean(-1)
+
+
+def relative_error(squared_error: Tensor, vectors: Tensor, moments: Tensor) -> Tensor:
+    """Root of the share of the vectors' variance that quantization loses: 0 is lossless, 1 no better than one code at the mean.
+
+    The sums of `CodebookStatistics`: squared_error [...], vectors [...], moments [..., 2, K] -> [...]; 0 where nothing was counted.
+    Where the vectors do not vary by more than the rounding of their moments, the error is taken relative to their length instead.
+    """
+    total, squares = moments.unbind(-2)
+    length = squares.sum(-1)
+    centre = total.square().sum(-1) / vectors.clamp(min=1.0)
+    variance = length - centre
+    trusted = variance > 64 * torch.finfo(moments.dtype).eps * length
+    scale = torch.where(trusted, variance, length).clamp(min=torch.finfo(moments.dtype).tiny)
+    return (squared_error / scale).sqrt()
+
+
 @torch.no_grad()
 def quantization_metrics(x: Tensor, quantized: Tensor, squared_distance: Tensor, sum: Tensor, count: Tensor) -> dict[str, Tensor]:
     """The metrics that the official Transformer-VQ logs, under its names; each a scalar, no gradient.

@@ -6,29 +6,129 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vqkit.quantizers.base import Quantized as Quantized
+    from vqkit.quantizers.base import Quantizer as Quantizer
+    from vqkit.quantizers.base import QuantizerOutput as QuantizerOutput
+    from vqkit.quantizers.codebook import Codebook as Codebook
+    from vqkit.quantizers.commit import add_statistics_ as add_statistics_
+    from vqkit.quantizers.commit import attach as attach
+    from vqkit.quantizers.commit import register_fsdp_methods as register_fsdp_methods
+    from vqkit.quantizers.commit import synchronize_codebooks_ as synchronize_codebooks_
+    from vqkit.quantizers.commit import update_codebooks_ as update_codebooks_
+    from vqkit.quantizers.config import EMA as EMA
+    from vqkit.quantizers.config import MLP as MLP
+    from vqkit.quantizers.config import Affine as Affine
+    from vqkit.quantizers.config import BeamSearch as BeamSearch
+    from vqkit.quantizers.config import ClipEMA as ClipEMA
     from vqkit.quantizers.config import CodebookConfig as CodebookConfig
+    from vqkit.quantizers.config import Commitment as Commitment
+    from vqkit.quantizers.config import CrossEntropyCommitment as CrossEntropyCommitment
+    from vqkit.quantizers.config import DeadCodes as DeadCodes
+    from vqkit.quantizers.config import DiVeQ as DiVeQ
+    from vqkit.quantizers.config import Diversity as Diversity
+    from vqkit.quantizers.config import Frozen as Frozen
+    from vqkit.quantizers.config import Gradient as Gradient
+    from vqkit.quantizers.config import Gumbel as Gumbel
+    from vqkit.quantizers.config import KMeans as KMeans
+    from vqkit.quantizers.config import Orthogonality as Orthogonality
+    from vqkit.quantizers.config import OwnOptimizer as OwnOptimizer
+    from vqkit.quantizers.config import QuantizeDropout as QuantizeDropout
     from vqkit.quantizers.fixed import SimpleVQ as SimpleVQ
+    from vqkit.quantizers.grouped import Grouped as Grouped
+    from vqkit.quantizers.grouped import GroupedResidualVQ as GroupedResidualVQ
+    from vqkit.quantizers.implicit import ImplicitVQ as ImplicitVQ
     from vqkit.quantizers.learnable import LearnableVQ as LearnableVQ
-    from vqkit.quantizers.learnable import Quantized as Quantized
-    from vqkit.quantizers.learnable import add_statistics_ as add_statistics_
-    from vqkit.quantizers.learnable import update_codebooks_ as update_codebooks_
+    from vqkit.quantizers.packing import pack_indices as pack_indices
+    from vqkit.quantizers.packing import unpack_indices as unpack_indices
+    from vqkit.quantizers.residual import Residual as Residual
+    from vqkit.quantizers.residual import ResidualVQ as ResidualVQ
+    from vqkit.quantizers.vector_quantize import VectorQuantize as VectorQuantize
 
-__all__ = ["CodebookConfig", "LearnableVQ", "Quantized", "SimpleVQ", "add_statistics_", "update_codebooks_"]
+__all__ = [
+    "EMA",
+    "MLP",
+    "Affine",
+    "BeamSearch",
+    "ClipEMA",
+    "Codebook",
+    "CodebookConfig",
+    "Commitment",
+    "CrossEntropyCommitment",
+    "DeadCodes",
+    "DiVeQ",
+    "Diversity",
+    "Frozen",
+    "Gradient",
+    "Grouped",
+    "GroupedResidualVQ",
+    "Gumbel",
+    "ImplicitVQ",
+    "KMeans",
+    "LearnableVQ",
+    "Orthogonality",
+    "OwnOptimizer",
+    "QuantizeDropout",
+    "Quantized",
+    "Quantizer",
+    "QuantizerOutput",
+    "Residual",
+    "ResidualVQ",
+    "SimpleVQ",
+    "VectorQuantize",
+    "add_statistics_",
+    "attach",
+    "pack_indices",
+    "register_fsdp_methods",
+    "synchronize_codebooks_",
+    "unpack_indices",
+    "update_codebooks_",
+]
 
-_HOME = {
+_MODULES = {
+    "Affine": "config",
+    "BeamSearch": "config",
+    "ClipEMA": "config",
+    "Codebook": "codebook",
     "CodebookConfig": "config",
+    "Commitment": "config",
+    "CrossEntropyCommitment": "config",
+    "DeadCodes": "config",
+    "DiVeQ": "config",
+    "Diversity": "config",
+    "EMA": "config",
+    "Frozen": "config",
+    "Gradient": "config",
+    "Grouped": "grouped",
+    "GroupedResidualVQ": "grouped",
+    "Gumbel": "config",
+    "ImplicitVQ": "implicit",
+    "KMeans": "config",
     "LearnableVQ": "learnable",
-    "Quantized": "learnable",
+    "MLP": "config",
+    "Orthogonality": "config",
+    "OwnOptimizer": "config",
+    "QuantizeDropout": "config",
+    "Quantized": "base",
+    "Quantizer": "base",
+    "QuantizerOutput": "base",
+    "Residual": "residual",
+    "ResidualVQ": "residual",
     "SimpleVQ": "fixed",
-    "add_statistics_": "learnable",
-    "update_codebooks_": "learnable",
+    "VectorQuantize": "vector_quantize",
+    "add_statistics_": "commit",
+    "attach": "commit",
+    "pack_indices": "packing",
+    "register_fsdp_methods": "commit",
+    "synchronize_codebooks_": "commit",
+    "unpack_indices": "packing",
+    "update_codebooks_": "commit",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

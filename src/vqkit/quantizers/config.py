@@ -1,9 +1,310 @@
-"""Configuration of codebooks: plain dataclasses, without torch."""
+"""Choices of a quantizer as plain dataclasses, without torch: how a codebook starts, learns and is read, and what is lost on the way.
+
+A choice without parameters is a string, one with parameters a small frozen dataclass; each says here what it does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+Metric = Literal["euclidean", "cosine"]
+Commit = Literal["auto", "manual"]
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the words."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, choices))}")
+
+
+def _check(owner: object, name: str, right: bool, what: str) -> None:
+    if not right:
+        raise ValueError(f"{type(owner).__name__}.{name} = {getattr(owner, name)!r}: must be {what}")
+
+
+def _check_decay(owner: object, name: str = "decay") -> None:
+    _check(owner, name, 0.0 <= getattr(owner, name) < 1.0, "at least 0 and below 1")
+
+
+def _check_positive(owner: object, *names: str) -> None:
+    for name in names:
+        _check(owner, name, getattr(owner, name) > 0, "positive")
+
+
+def _check_not_negative(owner: object, *names: str) -> None:
+    for name in names:
+        _check(owner, name, getattr(owner, name) >= 0, "0 or positive")
+
+
+# How a codebook learns
+
+
+@dataclass(frozen=True)
+class EMA:
+    """Moving averages of count and sum per code, the counts smoothed after Laplace (van den Oord et al., 2017, appendix A.1)."""
+
+    decay: float = 0.99
+    """1 - decay of each new batch enters."""
+    eps: float = 1e-5
+    """What Laplace smoothing adds to each count."""
+
+    def __post_init__(self) -> None:
+        _check_decay(self)
+        _check_not_negative(self, "eps")
+
+
+@dataclass(frozen=True)
+class ClipEMA:
+    """Moving averages whose counts are clipped from below (Transformer-VQ; Lingle, 2024)."""
+
+    decay: float = 0.99
+    floor: float = 0.01
+    """Codes are sum / max(count, floor)."""
+
+    def __post_init__(self) -> None:
+        _check_decay(self)
+        _check_positive(self, "floor")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The codes are a parameter, stepped by the optimizer of the whole model."""
+
+    decay: float = 0.99
+    """Of the moving count per code that the expiry of dead codes looks at."""
+
+    def __post_init__(self) -> None:
+        _check_decay(self)
+
+
+@dataclass(frozen=True)
+class OwnOptimizer:
+    """The codes are stepped at every commit by an optimizer of their own, from the statistics.
+
+    The gradient is that of the mean squared error of the vectors to their codes: 2 (count c - sum) / (N d) for N vectors of width d.
+    """
+
+    name: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's rates."""
+    eps: float = 1e-8
+    """Adam's addend to the denominator."""
+    momentum: float = 0.0
+    """SGD's momentum."""
+    decay: float = 0.99
+    """Of the moving count per code that the expiry of dead codes looks at."""
+
+    def __post_init__(self) -> None:
+        check_choice("OwnOptimizer.name", self.name, ("adam", "sgd"))
+        _check_positive(self, "learning_rate", "eps")
+        _check(self, "betas", len(self.betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.betas), "two rates of at least 0 and below 1")
+        _check(self, "momentum", 0.0 <= self.momentum < 1.0, "at least 0 and below 1")
+        _check_decay(self)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The codes never change; a transform of them may still learn (SimVQ)."""
+
+
+Update = EMA | ClipEMA | Gradient | OwnOptimizer | Frozen
+
+
+# How a codebook starts and stays alive
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """Start at the k-means of the first vectors: by `initialize_`, or by itself in the first eager training forward."""
+
+    iterations: int = 10
+    start: Literal["random", "k-means++"] = "k-means++"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "iterations")
+        check_choice("KMeans.start", self.start, ("random", "k-means++"))
+
+
+Init = Literal["uniform", "normal"] | KMeans
+
+
+@dataclass(frozen=True)
+class DeadCodes:
+    """Codes whose moving count falls below `threshold` start anew at random vectors of the batch.
+
+    Counts start at `reset_count` too, so that a code that was merely not yet used has time: by default about
+    0.7 / (1 - decay) commits.
+    """
+
+    threshold: float
+    reset_count: float | None = None
+    """The count a new code gets; None = twice the threshold."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "threshold")
+        _check(self, "reset_count", self.reset_count is None or self.reset_count >= self.threshold, "None or at least the threshold")
+
+    @property
+    def start_count(self) -> float:
+        return 2 * self.threshold if self.reset_count is None else self.reset_count
+
+
+# How a codebook is read
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Codes scaled and shifted as a whole to follow the moving mean and variance of the vectors (Huh et al., 2023)."""
+
+    batch_decay: float = 0.99
+    """Of the mean and variance of the vectors."""
+    codebook_decay: float = 0.9
+    """Of the mean and variance of the codes."""
+
+    def __post_init__(self) -> None:
+        _check_decay(self, "batch_decay")
+        _check_decay(self, "codebook_decay")
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The codes are the stored vectors after a perceptron with `depth` hidden layers of width `hidden`."""
+
+    hidden: int
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "hidden", "depth")
+
+
+# How codes are chosen, and what gradient passes the choice
+
+
+@dataclass(frozen=True)
+class Gumbel:
+    """Codes drawn from the softmax of the negative squared distances (or the cosines) over `temperature`, by Gumbel noise."""
+
+    temperature: float = 1.0
+    estimator: Literal["straight_through", "reinmax"] = "straight_through"
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "temperature")
+        check_choice("Gumbel.estimator", self.estimator, ("straight_through", "reinmax"))
+
+
+Assignment = Literal["nearest"] | Gumbel
+
+
+@dataclass(frozen=True)
+class DiVeQ:
+    """Directional reparametrisation: the vector moves by the length of its error in a noisy direction towards its code."""
+
+    sigma2: float = 1e-3
+    """Variance of the noise."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "sigma2")
+
+
+Estimator = Literal["straight_through", "rotation", "none"] | DiVeQ
+
+
+# Losses
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """Squared distance of the vectors to their codes, which are constants (van den Oord et al., 2017)."""
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "weight")
+
+
+@dataclass(frozen=True)
+class CrossEntropyCommitment:
+    """Cross-entropy of the choice of a code, with the similarities as logits."""
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "weight")
+
+
+@dataclass(frozen=True)
+class Orthogonality:
+    """Mean squared cosine between different codes (Shin et al., 2021)."""
+
+    weight: float = 1.0
+    active_only: bool = False
+    """Only codes that this batch chose."""
+    max_codes: int | None = None
+    """At most so many codes, drawn at random; None = all."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "weight")
+        _check(self, "max_codes", self.max_codes is None or self.max_codes >= 1, "None or at least 1")
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Negative entropy of the mean softmax over the codes at `temperature`."""
+
+    weight: float = 1.0
+    temperature: float = 100.0
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "weight")
+        _check_positive(self, "temperature")
+
+
+Loss = Commitment | CrossEntropyCommitment | Orthogonality | Diversity
+
+
+# Residual quantizers
+
+
+@dataclass(frozen=True)
+class QuantizeDropout:
+    """In training only the first layers take part, how many is drawn anew for every commit (Zeghidour et al., 2021)."""
+
+    cutoff_index: int = 0
+    """The last layer that always takes part, from 0."""
+    multiple_of: int = 1
+    """The number of layers that take part is rounded up to a multiple of this."""
+    seed: int = 0
+    """The draw is a function of this and the number of commits, so that it is equal on all processes."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "cutoff_index", "seed")
+        _check(self, "multiple_of", self.multiple_of >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Keep the best `size` paths through the layers, by the error of the path; 1 is greedy."""
+
+    size: int
+    eval_size: int | None = None
+    """In eval mode; None = the same."""
+    weights: tuple[float, ...] | None = None
+    """One a layer: paths then compete by the weighted sum of their errors after each layer."""
+
+    def __post_init__(self) -> None:
+        _check(self, "size", self.size >= 1, "at least 1")
+        _check(self, "eval_size", self.eval_size is None or self.eval_size >= 1, "None or at least 1")
+        _check(self, "weights", self.weights is None or all(w > 0 for w in self.weights), "None or positive numbers")
+
+    def size_in(self, training: bool) -> int:
+        """The number of paths in training or in eval mode."""
+        return self.size if training or self.eval_size is None else self.eval_size
+
+
+# Transformer-VQ
 
 
 @dataclass(frozen=True)

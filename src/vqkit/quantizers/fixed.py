@@ -13,7 +13,8 @@ from vqkit.ops.estimators import straight_through
 from vqkit.ops.losses import commitment_loss
 from vqkit.ops.nearest_code import nearest_index
 from vqkit.ops.positions import sinusoids
-from vqkit.quantizers.learnable import Quantized, check_vectors
+from vqkit.quantizers.layout import check_indices
+from vqkit.quantizers.learnable import QuantizedKeys, check_vectors
 
 
 class SimpleVQ(nn.Module):
@@ -46,13 +47,13 @@ class SimpleVQ(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.heads}, codebook_size={self.codebook_size}, dim={self.dim}"
 
-    def quantize(self, x: Tensor, mask: Tensor | None = None) -> Quantized:
+    def quantize(self, x: Tensor, mask: Tensor | None = None) -> QuantizedKeys:
         """As `LearnableVQ.quantize`; there is nothing to learn, so `statistics` is None."""
         check_vectors(x, mask, self.heads, self.dim)
         indices = nearest_index(x, self.codebook)
         x = x.where(indices.unsqueeze(-1) >= 0, 0.0)
         codes = gather_codes(self.codebook.to(torch.promote_types(x.dtype, self.codebook.dtype)), indices)
-        return Quantized(straight_through(x, codes.to(x.dtype)), indices, commitment_loss(x.to(codes.dtype), codes, mask), None)
+        return QuantizedKeys(straight_through(x, codes.to(x.dtype)), indices, commitment_loss(x.to(codes.dtype), codes, mask), None)
 
     forward = quantize
 
@@ -63,4 +64,5 @@ class SimpleVQ(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [B, H, T] -> codes [B, H, T, K]; -1 gives zeros."""
+        check_indices("indices", indices, self.codebook_size)
         return gather_codes(self.codebook, indices)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vqkit.ops.nearest_code.api import NearestCode as NearestCode
     from vqkit.ops.nearest_code.api import nearest_code as nearest_code
+    from vqkit.ops.nearest_code.api import nearest_codes as nearest_codes
     from vqkit.ops.nearest_code.api import nearest_index as nearest_index
 
-__all__ = ["NearestCode", "nearest_code", "nearest_index"]
+__all__ = ["NearestCode", "nearest_code", "nearest_codes", "nearest_index"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,72 +1,93 @@
-"""Which code of a codebook is nearest to each vector."""
+"""Which code, or which few codes, of a codebook are nearest to each vector."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqkit.ops.codebook import gather_codes
+from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.nearest_code import blocked, reference
+from vqkit.ops.precision import full_precision, widest
 
 Impl = Literal["auto", "reference", "blocked"]
+Metric = Literal["euclidean", "cosine"]
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "auto": blocked.nearest_index,
     "blocked": blocked.nearest_index,
     "reference": reference.nearest_index,
 }
+_BACKENDS_K: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
+    "auto": blocked.nearest_codes,
+    "blocked": blocked.nearest_codes,
+    "reference": reference.nearest_codes,
+}
 
 
 class NearestCode(NamedTuple):
     """The code of each vector, and how far it is."""
 
-    indices: Tensor  # [..., N] int64; -1 for a vector that is not finite
-    squared_distance: Tensor  # [..., N] float32, or float64 for float64 inputs; 0 where the index is -1
+    indices: Tensor  # [..., N] int64, or [..., N, k]; -1 for a vector that is not finite
+    squared_distance: Tensor  # the same shape; float32, or float64 for float64 inputs; 0 where the index is -1
 
 
-def nearest_code(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> NearestCode:
-    """The code of least euclidean distance for each vector, the lowest index among equals.
+def nearest_code(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", impl: Impl = "auto") -> NearestCode:
+    """The code of least distance for each vector, the lowest index among equals.
 
     x [..., N, K], codebook [..., C, K]; leading axes broadcast. The arithmetic is float32, or float64 where either input is, whatever
     autocast says. The distance is that of the chosen code by explicit differences. A vector that holds NaN or infinity, or whose
     squared distance overflows, gets index -1 and distance 0, and changes nothing for others. Neither output carries a gradient.
 
-    Implementations: "reference" computes all differences, "blocked" works on tiles of scores and settles close races by explicit
-    differences. Raises TypeError for tensors that are not floating point, ValueError for shapes that do not fit, an empty codebook
-    and an unknown `impl`.
+    Metrics: "euclidean"; "cosine" is the euclidean distance of the directions, of vectors and codes alike, whose square is
+    2 - 2 * cosine; zero has direction zero. Implementations: "reference" computes all differences, "blocked" works on tiles of scores
+    and settles close races by explicit differences. Raises TypeError for tensors that are not floating point, ValueError for shapes
+    that do not fit, an empty codebook and an unknown `metric` or `impl`.
     """
-    indices = nearest_index(x, codebook, impl=impl)
+    _validate(x, codebook, metric, impl)
+    x, codebook = _comparable(x, codebook, metric)
+    indices = _nearest_index(x, codebook, impl)
     with torch.no_grad():
-        dtype = _arithmetic(x, codebook)
-        codes = gather_codes(codebook.to(dtype), indices)
-        error = (x.to(dtype) - codes).square_().sum(-1)
+        error = (x - gather_codes(codebook, indices)).square_().sum(-1)
         return NearestCode(indices, error.masked_fill_(indices < 0, 0.0))
 
 
-def nearest_index(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
-    """`nearest_code(x, codebook, impl=impl).indices`, without the cost of the distance."""
-    _validate(x, codebook, impl)
-    dtype = _arithmetic(x, codebook)
+def nearest_index(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", impl: Impl = "auto") -> Tensor:
+    """`nearest_code(x, codebook, metric=metric, impl=impl).indices`, without the cost of the distance."""
+    _validate(x, codebook, metric, impl)
+    return _nearest_index(*_comparable(x, codebook, metric), impl)
+
+
+def nearest_codes(x: Tensor, codebook: Tensor, k: int, *, metric: Metric = "euclidean", impl: Impl = "auto") -> NearestCode:
+    """The `k` nearest codes of each vector, nearest first, the lower index first among equals: both fields [..., N, k].
+
+    Otherwise as `nearest_code`. Raises ValueError unless 1 <= k <= C.
+    """
+    _validate(x, codebook, metric, impl)
+    if not 1 <= k <= codebook.shape[-2]:
+        raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
+    x, codebook = _comparable(x, codebook, metric)
+    vectors, codes, restore = by_codebook(x, codebook)
+    run = _operator_k if torch.compiler.is_compiling() else _compute_k
+    return NearestCode(*(restore(tensor) for tensor in run(vectors, codes, k, impl)))
+
+
+def _comparable(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the arithmetic, such that the euclidean distance is meant."""
+    dtype = widest(x, codebook)
     x, codebook = x.detach().to(dtype), codebook.detach().to(dtype)
-    leading = torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2])
-    own = (1,) * (len(leading) - codebook.dim() + 2) + tuple(codebook.shape[:-2])
-    # Axes along which the codebook differs go to the front, all others are one more axis of vectors.
-    groups = [axis for axis, length in enumerate(own) if length > 1]
-    shared = [axis for axis, length in enumerate(own) if length == 1]
-    order = [*groups, *shared, len(leading)]
-    vectors = x.expand(*leading, *x.shape[-2:]).permute(*order, len(leading) + 1)
-    rows = vectors.shape[:-1]
-    num_groups = codebook.shape[:-2].numel()
-    index = _run(vectors.reshape(num_groups, -1, x.shape[-1]), codebook.reshape(num_groups, *codebook.shape[-2:]), impl)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return index.view(rows).permute(inverse).contiguous()
+    return (directions(x), directions(codebook)) if metric == "cosine" else (x, codebook)
 
 
-def _validate(x: Tensor, codebook: Tensor, impl: str) -> None:
+def _nearest_index(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
+    vectors, codes, restore = by_codebook(x, codebook)
+    run = _operator if torch.compiler.is_compiling() else _compute  # one opaque node under compile: its loops depend on values
+    return restore(run(vectors, codes, impl))
+
+
+def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str) -> None:
     for name, tensor in (("x", x), ("codebook", codebook)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}: must be floating point")
@@ -76,6 +97,8 @@ def _validate(x: Tensor, codebook: Tensor, impl: str) -> None:
         raise ValueError(f"x has width {x.shape[-1]}: must be {codebook.shape[-1]}, the width of the codebook")
     if codebook.shape[-2] == 0:
         raise ValueError(f"codebook has shape {tuple(codebook.shape)}: must hold at least one code")
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f'metric = {metric!r}: must be "euclidean" or "cosine"')
     if impl not in _BACKENDS:
         raise ValueError(f"impl = {impl!r}: must be one of {', '.join(map(repr, _BACKENDS))}")
     try:
@@ -85,37 +108,14 @@ def _validate(x: Tensor, codebook: Tensor, impl: str) -> None:
         raise ValueError(f"the leading axes {shapes} do not broadcast") from None
 
 
-def _arithmetic(x: Tensor, codebook: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-
-
-def _run(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    """x [G, N, K], codebook [G, C, K] -> [G, N]; one opaque node under compile, whose loops depend on values."""
-    if torch.compiler.is_compiling():
-        return _operator(x, codebook, impl)
-    return _compute(x, codebook, impl)
-
-
 def _compute(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    with torch.no_grad(), _full_precision(x.device.type):
+    with torch.no_grad(), full_precision(x.device.type):
         return _BACKENDS[impl](x, codebook)
 
 
-@contextlib.contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """No autocast, and no matrix product that rounds float32 to something shorter, whatever the user allows elsewhere."""
-    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]
-    allowed = matmul.fp32_precision
-    shorter = allowed in ("bf16", "tf32")
-    off = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
-    with off:
-        if shorter:
-            matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            if shorter:
-                matmul.fp32_precision = allowed
+def _compute_k(x: Tensor, codebook: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), full_precision(x.device.type):
+        return _BACKENDS_K[impl](x, codebook, k)
 
 
 @torch.library.custom_op("vqkit::nearest_index", mutates_args=())
@@ -126,3 +126,14 @@ def _operator(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
 @_operator.register_fake
 def _(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+@torch.library.custom_op("vqkit::nearest_codes", mutates_args=())
+def _operator_k(x: Tensor, codebook: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
+    return _compute_k(x, codebook, k, impl)
+
+
+@_operator_k.register_fake
+def _(x: Tensor, codebook: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], k)
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)

@@ -141,3 +141,63 @@ def _nearest_elsewhere(x: Tensor, prepared: _Prepared) -> Tensor:
         index = torch.where(nearest < smallest, first, index)
         smallest = torch.minimum(smallest, nearest)
     return torch.where(smallest.isfinite(), index, -1)
+
+
+_SPARE = 8
+
+
+def nearest_codes(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`reference.nearest_codes` without its memory: the same up to the rounding of explicit differences."""
+    parts = [_nearest_codes_of_one(x[g], codebook[g], k) for g in range(x.shape[0])]
+    if not parts:
+        return x.new_empty(*x.shape[:-1], k, dtype=torch.int64), x.new_empty(*x.shape[:-1], k)
+    indices, distances = zip(*parts, strict=True)
+    return torch.stack(indices), torch.stack(distances)
+
+
+def _nearest_codes_of_one(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """x [N, K], codebook [C, K] -> [N, k] twice."""
+    on_cpu = x.device.type == "cpu"
+    scores_per_tile = _SCORES_PER_TILE.get(x.device.type, _SCORES_PER_TILE_ELSEWHERE)
+    rows = max(_MIN_ROWS_PER_TILE, scores_per_tile // min(codebook.shape[0], _CODES_PER_TILE))
+    prepared = _prepare(codebook.unsqueeze(0))
+    tiles = [_rank_by_scores(tile, prepared, k) if on_cpu else _rank_by_distance(tile, codebook, k) for tile in x.split(rows)]
+    indices, distances = zip(*tiles, strict=True)
+    return torch.cat(indices), torch.cat(distances)
+
+
+def _rank_by_scores(x: Tensor, prepared: _Prepared, k: int) -> tuple[Tensor, Tensor]:
+    """The codes of the k and some more largest scores by explicit differences; all codes for a row where still more could be meant."""
+    size = prepared.codebook.shape[-2]
+    vectors = (x - prepared.origin).squeeze(0)
+    margin = _rounding(vectors, prepared.radius[0])
+    score, code = x.new_empty(len(x), 0), x.new_empty(len(x), 0, dtype=torch.int64)
+    for codes in _code_slices(size):
+        of_tile = _scores(vectors.unsqueeze(0), prepared, codes).squeeze(0)
+        best, place = of_tile.topk(min(k + _SPARE, of_tile.shape[-1]), dim=-1)
+        score, code = torch.cat([score, best], dim=-1), torch.cat([code, place + codes.start], dim=-1)
+        score, place = score.topk(min(k + _SPARE, score.shape[-1]), dim=-1)
+        code = code.gather(-1, place)
+    index, distance = _rank(x, prepared.codebook[0], code.sort(dim=-1).values, k)
+    if score.shape[-1] < size:
+        doubtful = (~(score[:, -1:] < score[:, k - 1 : k] - margin)).squeeze(-1).nonzero().squeeze(-1)
+        for row in doubtful.split(max(1, _DIFFERENCES_AT_ONCE // prepared.codebook.numel())):
+            settled, settled_distance = reference.nearest_codes(x[row].unsqueeze(0), prepared.codebook, k)
+            index[row], distance[row] = settled.squeeze(0), settled_distance.squeeze(0)
+    return index, distance
+
+
+def _rank(x: Tensor, codebook: Tensor, code: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of the codes [N, E] of each row, in rising order, the k nearest."""
+    distance, place = (x.unsqueeze(1) - codebook[code]).square().sum(-1).sort(dim=-1, stable=True)
+    return reference.known(code.gather(-1, place[:, :k]), distance[:, :k])
+
+
+def _rank_by_distance(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    distance, code = x.new_empty(len(x), 0), x.new_empty(len(x), 0, dtype=torch.int64)
+    for codes in _code_slices(codebook.shape[0]):
+        of_tile = torch.cdist(x, codebook[codes], compute_mode="donot_use_mm_for_euclid_dist")
+        distance, place = torch.cat([distance, of_tile], dim=-1).sort(dim=-1, stable=True)
+        code = torch.cat([code, torch.arange(codes.start, codes.stop, device=x.device).expand(len(x), -1)], dim=-1).gather(-1, place)
+        distance, code = distance[:, :k], code[:, :k]
+    return _rank(x, codebook, code.sort(dim=-1).values, k)

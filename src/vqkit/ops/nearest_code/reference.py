@@ -13,3 +13,15 @@ def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
     code = torch.arange(codebook.shape[-2], device=x.device)
     index = torch.where(distance == smallest, code, code.numel()).amin(-1)  # the lowest among equals
     return torch.where(smallest.squeeze(-1).isfinite(), index, -1)
+
+
+def nearest_codes(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest codes [G, N, k], nearest first, and their squared distances; -1 and 0 where a distance is not finite."""
+    distance, code = (x.unsqueeze(-2) - codebook.unsqueeze(-3)).square().sum(-1).sort(dim=-1, stable=True)
+    return known(code[..., :k], distance[..., :k])
+
+
+def known(code: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """-1 and 0 where the distance is not finite."""
+    finite = distance.isfinite()
+    return torch.where(finite, code, -1), torch.where(finite, distance, 0.0)

@@ -1,0 +1,173 @@
+"""The verbs that every quantizer has, and what its forward does besides quantizing: weigh the losses and feed the codebooks.
+
+`quantize` is pure. `forward` of the outermost quantizer alone hands the statistics to the codebooks and, with `commit="auto"`, commits;
+combinators call the `quantize` of their parts, so that whatever they combine is counted once a call.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqkit.dist import Reducer, has_default_group
+from vqkit.quantizers.codebook import Codebook, Committed, outside_backward
+from vqkit.quantizers.commit import Committing, Statistics, flatten_statistics, reduce_in_forward, synchronize_codebooks_
+
+_COLLAPSED = 0.1
+
+
+class QuantizerOutput(NamedTuple):
+    """What calling a quantizer returns."""
+
+    quantized: Tensor  # shape and dtype of x
+    indices: Tensor  # int64, the positions of x + code_shape; -1: masked, dropped or not finite
+    loss: Tensor  # [] the weighted sum of the losses, float32 or wider; in eval mode without gradient
+
+
+class Quantized(NamedTuple):
+    """What `quantize` returns."""
+
+    quantized: Tensor  # shape and dtype of x
+    indices: Tensor  # int64, the positions of x + code_shape; -1: masked, dropped or not finite
+    losses: dict[str, Tensor]  # [] each, unweighted, by the names of `loss_weights`
+    statistics: Statistics  # aligned with `codebooks()`; None in eval mode and when frozen
+
+
+class Quantizer(Committing):
+    """The interface of all quantizers; a subclass writes `quantize`, `decode`, `decode_codes`, `codebooks`, `code_shape`, `loss_weights`.
+
+    commit="auto": every training forward is one step of the codebooks, as seen from outside. commit="manual": forwards collect
+    statistics, `update_codebooks_(model)` commits them. `reducer` says over which processes an automatic commit sums (None: the default
+    group, if there is one when a forward runs). A subclass ends its `__init__` with `self.commit = commit`.
+    """
+
+    reducer: Reducer | None = None
+    _synchronized = False
+
+    # What a subclass writes
+
+    @abstractmethod
+    def quantize(self, x: Tensor, mask: Tensor | None = None, *, freeze_codebook: bool = False) -> Quantized:
+        """Quantize x; mask [...] bool, True where a position counts. Changes nothing. A subclass may take more keywords."""
+
+    @abstractmethod
+    def decode(self, indices: Tensor) -> Tensor:
+        """indices, positions + code_shape -> vectors as `forward` gives them, after the output projection; -1 gives zeros."""
+
+    @abstractmethod
+    def decode_codes(self, indices: Tensor) -> Tensor:
+        """indices, positions + code_shape -> codes before the output projection; -1 gives zeros."""
+
+    @abstractmethod
+    def codebooks(self) -> list[Codebook]:
+        """All codebooks in order, a shared one once; empty where there is nothing to learn."""
+
+    @property
+    @abstractmethod
+    def code_shape(self) -> tuple[int, ...]:
+        """What a position's indices look like: () one index, (heads,), (Q,) residual, (G, Q) grouped residual."""
+
+    @property
+    @abstractmethod
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """The number of codes behind each index of a position, code_shape flattened."""
+
+    @property
+    @abstractmethod
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each loss that `quantize` returns, by name."""
+
+    # What all have
+
+    @property
+    def bits_per_vector(self) -> float:
+        """log2 of the number of ways to code one position."""
+        return sum(math.log2(size) for size in self.codebook_sizes)
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x -> indices int64, positions + code_shape."""
+        return self.quantize(x, mask, freeze_codebook=True).indices
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, freeze_codebook: bool = False, **options: Any) -> QuantizerOutput:
+        """`quantize`, the weighted loss, and in training mode (unless frozen for this call) the statistics to the codebooks.
+
+        `options` are those of `quantize`.
+        """
+        members = [module for module in self.modules() if isinstance(module, Committed)]
+        learning = self.training and not freeze_codebook
+        outside = outside_backward(x)
+        if self.training and self._commit == "auto":
+            self._begin_(members, outside)
+        for member in members:
+            member.enter_(learning=learning, frozen=freeze_codebook, reducer=self.reducer)
+        try:
+            found = self.quantize(x, mask, freeze_codebook=freeze_codebook, **options)
+        finally:
+            for member in members:
+                member.leave_()
+        if learning:
+            self._learn_(members, found.statistics, outside)
+        loss = self._weigh(found.losses, x)
+        return QuantizerOutput(found.quantized, found.indices, loss if self.training else loss.detach())
+
+    def _begin_(self, members: list[Committed], outside: Tensor | bool) -> None:
+        """Automatic commits: make the codebooks equal on all ranks once, then commit what the last training forward left."""
+        for member in members:
+            if not member.auto:
+                member.auto = True
+        if not self._synchronized and not torch.compiler.is_compiling() and outside is True and has_default_group():
+            synchronize_codebooks_(self, self.reducer)
+            self._synchronized = True
+        for member in members:
+            member.settle_(outside)
+
+    def _learn_(self, members: list[Committed], statistics: Statistics, outside: Tensor | bool) -> None:
+        if outside is False:
+            return
+        codebooks = self.codebooks()
+        entries = flatten_statistics(statistics)
+        if len(entries) != len(codebooks):
+            raise ValueError(f"quantize returned {len(entries)} statistics: must be {len(codebooks)}, one a codebook")
+        pairs = [(codebook, entry) for codebook, entry in zip(codebooks, entries, strict=True) if entry is not None]
+        if self._commit == "manual":
+            for codebook, entry in pairs:
+                codebook.add_statistics_(entry, outside)
+            return
+        for (codebook, _), entry in zip(pairs, reduce_in_forward([entry for _, entry in pairs], self.reducer), strict=True):
+            codebook.replace_statistics_(entry, outside)
+        for member in members:
+            if not isinstance(member, Codebook):
+                member.pend_(outside)
+
+    def _weigh(self, losses: dict[str, Tensor], x: Tensor) -> Tensor:
+        weights = self.loss_weights
+        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        for name, loss in losses.items():
+            total = total + weights[name] * loss
+        return total
+
+    def metrics(self) -> dict[str, float]:
+        """Health by name, of the vectors of the last commit: perplexity, active, dead, relative_error, non_finite.
+
+        Means over heads and codebooks; of several codebooks each alone as "NAME/NUMBER" too. Empty before the first commit. Warns of a
+        codebook that collapses: fewer than 10 % of its codes in use by at least as many vectors as it has codes. Waits for the device.
+        """
+        each = [codebook.metrics() for codebook in self.codebooks()]
+        each = [found for found in each if found]
+        if not each:
+            return {}
+        for number, found in enumerate(each):
+            if found["active"] < _COLLAPSED and found["vectors"] >= found["codes"]:
+                warnings.warn(
+                    f"codebook {number} collapses: {100 * found['active']:.1f} % of its {found['codes']:.0f} codes are in use", stacklevel=2
+                )
+        names = [name for name in each[0] if name not in ("vectors", "codes")]
+        result = {name: sum(found[name] for found in each) / len(each) for name in names}
+        if len(each) > 1:
+            result |= {f"{name}/{number}": found[name] for number, found in enumerate(each) for name in names}
+        return result

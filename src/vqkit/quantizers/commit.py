@@ -1,0 +1,215 @@
+"""Commits: the places where the codebooks of a whole model change, and where the processes that train it meet.
+
+Every rank takes part in every sum, with zeros when it saw nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vqkit.dist import Reducer, default_reducer, is_sharded, register_forward_methods
+from vqkit.ops.codebook import CodebookStatistics, largest_keys
+from vqkit.quantizers.codebook import Codebook, Committed
+from vqkit.quantizers.config import Commit, check_choice
+
+Statistics: TypeAlias = "CodebookStatistics | Sequence[Statistics] | None"
+"""One entry a codebook, nested as the quantizers are; None where nothing was counted."""
+
+
+class Committing(nn.Module):
+    """A module with a choice of when its codebooks change."""
+
+    _commit: Commit = "auto"
+
+    @property
+    def commit(self) -> Commit:
+        """ "auto": after every training forward, as seen from outside; "manual": by `update_codebooks_`. Setting it reaches all parts."""
+        return self._commit
+
+    @commit.setter
+    def commit(self, commit: Commit) -> None:
+        check_choice("commit", commit, ("auto", "manual"))
+        for module in self.modules():
+            if isinstance(module, Committing):
+                module._commit = commit
+            if isinstance(module, Committed) and module.auto != (commit == "auto"):
+                module.settle_()
+                module.discard_pending_()
+                module.auto = commit == "auto"
+
+
+def flatten_statistics(statistics: Statistics) -> list[CodebookStatistics | None]:
+    """The entries of nested statistics, in order."""
+    if statistics is None or isinstance(statistics, CodebookStatistics):
+        return [statistics]
+    return [entry for part in statistics for entry in flatten_statistics(part)]
+
+
+def add_statistics_(model: nn.Module, statistics: Statistics) -> None:
+    """Add one micro-batch's statistics, one entry a codebook in the order of `model.modules()`; an entry None adds nothing.
+
+    For models that return statistics as outputs. A quantizer that is called adds its own.
+    """
+    codebooks = [module for module in model.modules() if isinstance(module, Codebook)]
+    entries = flatten_statistics(statistics)
+    if len(entries) != len(codebooks):
+        raise ValueError(f"statistics has {len(entries)} entries: must be {len(codebooks)}, one a quantizer of the model")
+    pairs = [(codebook, entry) for codebook, entry in zip(codebooks, entries, strict=True) if entry is not None]
+    for codebook, entry in pairs:
+        codebook.check_statistics(entry)
+    for codebook, entry in pairs:
+        codebook.add_statistics_(entry)
+
+
+def update_codebooks_(model: nn.Module, reducer: Reducer | None = None) -> None:
+    """The one place where codebooks change: call it once per optimizer step, on every rank.
+
+    Sums what is pending over the ranks of `reducer` (one all-reduce for all codebooks; None: the default process group if there is one
+    now, else this process alone), makes one step of each codebook, replaces dead codes where the configuration says so, counts the
+    update and empties what is pending. Raises ValueError for quantizers that commit by themselves (commit="auto").
+    """
+    _update_(model, reducer, None)
+
+
+@torch.no_grad()
+def _update_(model: nn.Module, reducer: Reducer | None, refused: Tensor | None) -> None:
+    """As `update_codebooks_`; where any rank's `refused` is not 0, what is pending is dropped instead."""
+    members = [module for module in model.modules() if isinstance(module, Committed)]
+    codebooks = [member for member in members if isinstance(member, Codebook)]
+    for member in members:
+        if member.auto:
+            raise ValueError('commit = "auto": these quantizers commit by themselves; make them with commit="manual", or call attach first')
+    for codebook in codebooks:
+        codebook.check_commit()
+    reducer = default_reducer() if reducer is None else reducer
+    flags = [] if refused is None or not members else [refused.detach().reshape(1).to(members[0].updates.device)]
+    reduced, flags = _reduce([codebook.pending for codebook in codebooks], flags, reducer)
+    applied = flags[0].squeeze(0) == 0 if flags else None
+    for codebook, statistics in zip(codebooks, reduced, strict=True):
+        if statistics is not codebook.pending:
+            codebook.replace_statistics_(statistics, True)
+        codebook.commit_pending_(applied)
+    for member in members:
+        if not isinstance(member, Codebook):
+            member.commit_pending_(applied)
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, reducer: Reducer | None = None) -> RemovableHandle:
+    """Commit the codebooks of `model` after every step of `optimizer`, by a hook; call it on every rank, once a model.
+
+    Switches the quantizers of the model to commit="manual" and makes the codebooks equal on all ranks. When a GradScaler found gradients
+    that are not finite, nothing is committed: an optimizer that takes the scale itself (fused) drops what is pending; one that is not
+    called at all keeps it for the next step. Remove the handle to end it. `reducer` as for `update_codebooks_`, asked at every step.
+    """
+    for module in model.modules():
+        if isinstance(module, Committing):
+            module.commit = "manual"
+    synchronize_codebooks_(model, reducer)
+    known = weakref.ref(model)
+
+    def commit(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (model := known()) is not None:
+            found = getattr(optimizer, "found_inf", None)  # set by a GradScaler around a step that takes the scale itself
+            _update_(model, reducer, torch.zeros(()) if found is None else found)
+
+    return optimizer.register_step_post_hook(commit)
+
+
+@torch.no_grad()
+def synchronize_codebooks_(model: nn.Module, reducer: Reducer | None = None) -> None:
+    """Give all ranks the codebooks of the first one: once at the start, where nothing else does it (DDP does, FSDP2 does not).
+
+    Parameters that are sharded are equal by nature and left alone. What is pending stays with its rank.
+    """
+    reducer = default_reducer() if reducer is None else reducer
+    members = [module for module in model.modules() if isinstance(module, Committed)]
+    if reducer.world_size == 1 or not members:
+        return
+    for member in members:
+        member.settle_()
+    tensors = [tensor for member in members for tensor in member.committed_state().values() if not is_sharded(tensor)]
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+        if reducer.rank != 0:
+            flat.zero_()
+        reducer.all_reduce_(flat)
+        for tensor, value in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(value.view(tensor.shape))
+    codebooks = [member for member in members if isinstance(member, Codebook)]
+    flags = torch.tensor([float(codebook.initialized and reducer.rank == 0) for codebook in codebooks], device=tensors[0].device)
+    reducer.all_reduce_(flags)
+    for codebook, flag in zip(codebooks, flags.tolist(), strict=True):
+        codebook.initialized = flag > 0
+
+
+def register_fsdp_methods(model: nn.Module) -> None:
+    """Let `encode`, `decode`, `decode_codes` and `quantize` work on the quantizers of `model` that `fully_shard` has wrapped."""
+    for module in model.modules():
+        names = [name for name in ("encode", "decode", "decode_codes", "quantize") if callable(getattr(type(module), name, None))]
+        if names and any(isinstance(part, Committed) for part in module.modules()):
+            register_forward_methods(module, names)
+
+
+# Sums over the ranks
+
+
+def reduce_in_forward(entries: list[CodebookStatistics], reducer: Reducer | None) -> list[CodebookStatistics]:
+    """The statistics of all ranks, summed inside a forward: one all-reduce over `reducer`, or over the default group of this moment."""
+    if not entries or (reducer is not None and reducer.world_size == 1):
+        return entries
+    if reducer is None and torch.compiler.is_compiling():
+        fields = len(CodebookStatistics._fields)
+        flat = torch.ops.vqkit.reduce_statistics([tensor for entry in entries for tensor in entry])
+        return [CodebookStatistics(*flat[i : i + fields]) for i in range(0, len(flat), fields)]
+    return _reduce(entries, [], default_reducer() if reducer is None else reducer)[0]
+
+
+@torch.library.custom_op("vqkit::reduce_statistics", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _reduce_statistics(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One opaque step of a compiled graph, so that the process group is asked for at every run; nothing is sent in a recomputation."""
+    reducer = default_reducer()
+    if reducer.world_size == 1 or torch._C._current_graph_task_id() != -1:
+        return [tensor.clone() for tensor in tensors]
+    fields = len(CodebookStatistics._fields)
+    entries = [CodebookStatistics(*tensors[i : i + fields]) for i in range(0, len(tensors), fields)]
+    return [tensor.clone() for entry in _reduce(entries, [], reducer)[0] for tensor in entry]
+
+
+@_reduce_statistics.register_fake
+def _(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in tensors]
+
+
+def _reduce(entries: list[CodebookStatistics], flags: list[Tensor], reducer: Reducer) -> tuple[list[CodebookStatistics], list[Tensor]]:
+    """What all ranks have: flags and statistics summed, the candidates of each rank in a slot of its own, then the best of all."""
+    if reducer.world_size == 1 or not (entries or flags):
+        return entries, flags
+    dtype = torch.float64 if any(entry.sum.dtype == torch.float64 for entry in entries) else torch.float32
+    slots = [entry._replace(candidates=_in_slot(entry.candidates, reducer), keys=_in_slot(entry.keys, reducer)) for entry in entries]
+    parts = [*flags, *(tensor for entry in slots for tensor in entry)]
+    flat = torch.cat([part.reshape(-1).to(dtype) for part in parts])
+    reducer.all_reduce_(flat)
+    summed = [piece.view(part.shape) for piece, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
+    flags, summed = summed[: len(flags)], summed[len(flags) :]
+    fields = len(CodebookStatistics._fields)
+    return [_merge_slots(CodebookStatistics(*summed[i : i + fields])) for i in range(0, len(summed), fields)], flags
+
+
+def _in_slot(rows: Tensor, reducer: Reducer) -> Tensor:
+    slots = rows.new_zeros((reducer.world_size, *rows.shape))
+    slots[reducer.rank] = rows
+    return slots
+
+
+def _merge_slots(summed: CodebookStatistics) -> CodebookStatistics:
+    """Of statistics whose candidates and keys have an axis of ranks in front: one choice of candidates."""
+    candidates, keys = (slots.movedim(0, 1).flatten(1, 2) for slots in (summed.candidates, summed.keys))
+    candidates, keys = largest_keys(candidates, keys, summed.keys.shape[-1])
+    return summed._replace(candidates=candidates, keys=keys)

@@ -1,0 +1,573 @@
+"""Residual quantization: each layer quantizes what the layers before it left over (Juang and Gray, 1982; Zeghidour et al., 2021).
+
+`Residual` combines any quantizers; the output is the sum of theirs. It calls their pure `quantize` alone, so that statistics are added
+and committed once a call, and of the chosen path. `ResidualVQ` is the combination of `VectorQuantize`.
+
+Shapes: P positions of the input, N of them flattened, D width of the input, d width of the layers, C codes, Q layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqkit.dist import Reducer
+from vqkit.ops.codebook import CodebookStatistics, merge_statistics
+from vqkit.quantizers.base import Quantized, Quantizer, Statistics
+from vqkit.quantizers.beam import beam_search
+from vqkit.quantizers.codebook import Codebook, Committed
+from vqkit.quantizers.commit import flatten_statistics
+from vqkit.quantizers.config import MLP, BeamSearch, Commit, DiVeQ, Estimator, Gradient, QuantizeDropout, check_choice
+from vqkit.quantizers.implicit import ImplicitVQ, check_estimator, conditions, pass_gradient
+from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, width_back, width_last
+from vqkit.quantizers.vector_quantize import VectorQuantize
+
+
+class _Path(NamedTuple):
+    outputs: list[Tensor]  # [P..., d] of each layer; 0 where it has no code
+    indices: Tensor  # [P..., Q, ...]
+    losses: dict[str, Tensor]
+    statistics: Statistics
+
+
+class Residual(Quantizer):
+    """The sum of `layers`, each applied to what is left by those before it; one that stands several times is shared.
+
+    Layers are quantizers of one width d and one `code_shape`, with the width last. A shared layer is stored once; its statistics are the
+    sum over its uses. `dim` is the width of the input: where it is not d, linear projections stand around the whole.
+
+    `estimator` says what gradient the input gets through the sum of the codes: one of those of `VectorQuantize`, or "layers", the sum of
+    what the layers give it. `gradient_fraction` of the gradient that later layers (their losses, or with "layers" their outputs) send
+    back into what they are left with goes on into the outputs of earlier layers, and so into their codes where these are differentiable.
+
+    `quantize_dropout` cuts the later layers off in training, `beam` looks for better paths than the greedy one; both may be set for a
+    call. Masked vectors give zeros, or with masked="input" themselves.
+
+    Raises ValueError for no layers, layers of different width or code_shape, and choices that do not fit.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Quantizer],
+        *,
+        dim: int | None = None,
+        estimator: Estimator | Literal["layers"] = "straight_through",
+        gradient_fraction: float = 0.0,
+        quantize_dropout: QuantizeDropout | None = None,
+        beam: BeamSearch | None = None,
+        layout: Layout = "last",
+        masked: Literal["zero", "input"] = "zero",
+        commit: Commit = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        layers = [*layers]
+        check_parts("layers", layers, alike=("dim", "code_shape"))
+        _check_choices(len(layers), estimator, gradient_fraction, quantize_dropout, beam, masked)
+        if beam is not None:
+            _check_beam(layers)
+        check_layout(layout)
+        self.layers = nn.ModuleList(dict.fromkeys(layers))
+        self._order = [list(self.layers).index(layer) for layer in layers]
+        self._slots = codebook_slots(layers)
+        first: Any = layers[0]
+        self.inner_dim: int = first.dim
+        self.dim: int = self.inner_dim if dim is None else dim
+        projected = self.dim != self.inner_dim
+        self.project_in = nn.Linear(self.dim, self.inner_dim, device=device) if projected else nn.Identity()
+        self.project_out = nn.Linear(self.inner_dim, self.dim, device=device) if projected else nn.Identity()
+        self.estimator, self.gradient_fraction = estimator, gradient_fraction
+        self.quantize_dropout, self.beam = quantize_dropout, beam
+        self.layout, self.masked = layout, masked
+        self.clock = Committed(device=device) if quantize_dropout else None
+        self.commit = commit
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_quantizers={self.num_quantizers}, estimator={self.estimator!r}"
+
+    @property
+    def num_quantizers(self) -> int:
+        """Q, shared layers as often as they are used."""
+        return len(self._order)
+
+    def _each(self) -> Iterator[Any]:
+        return (self.layers[number] for number in self._order)
+
+    # What every quantizer says of itself
+
+    def codebooks(self) -> list[Codebook]:
+        return unique_codebooks(self.layers)
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        first: Any = self.layers[0]
+        return (self.num_quantizers, *first.code_shape)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return tuple(size for layer in self._each() for size in layer.codebook_sizes)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {numbered(name, i): weight for i, layer in enumerate(self._each()) for name, weight in layer.loss_weights.items()}
+
+    @property
+    def codebook(self) -> Tensor:
+        """[Q, ...], the codebooks of the layers; without the first axis that of one layer shared by all.
+
+        Raises ValueError where they have different shapes; then see `layers[i].codebook`.
+        """
+        return joined_codebook(self.layers)
+
+    @codebook.setter
+    def codebook(self, codes: Tensor) -> None:
+        set_joined_codebook(self.layers, codes)
+
+    # Quantizing
+
+    def quantize(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        freeze_codebook: bool = False,
+        depth: int | None = None,
+        beam_size: int | None = None,
+        indices: Tensor | None = None,
+        targets: Tensor | None = None,
+        **options: Any,
+    ) -> Quantized:
+        """x [B, ..., D] or, with layout "first", [B, D, ...]; mask [P...] bool or lengths [B].
+
+        Only the first `depth` layers take part, if given, else all but those that quantize dropout cuts off. `beam_size` stands for that
+        of the configuration. `indices` [P..., Q, ...] are taken instead of the nearest codes; for `targets` of that shape the
+        cross-entropy is among the losses. Other options go to the layers, which must know them. The losses of layer i are named
+        "NAME/i".
+        """
+        rows = width_last(x, self.dim, self.layout)
+        positions = rows.shape[:-1]
+        counted = position_mask(positions, mask, lengths)
+        for name, given in (("indices", indices), ("targets", targets)):
+            self._check_path(name, given, positions)
+        used = self._used_layers(depth, x.device)
+        size = self._beam_size(beam_size)
+        vectors, finite = self._project_in(rows, counted)
+        if indices is None and size > 1 and all(codebook.initialized for codebook in self.codebooks()):
+            indices = self._search(vectors, finite, used, size)
+        path = self._walk(vectors, counted, used, _split(indices, positions), _split(targets, positions), freeze_codebook, options)
+        output = self._project_out(self._estimate(vectors, finite, path), path.indices).to(x.dtype)
+        if counted is not None and self.masked == "input":
+            output = output.where(counted.unsqueeze(-1), rows)
+        return Quantized(width_back(output, self.layout), path.indices, path.losses, path.statistics)
+
+    def encode(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        depth: int | None = None,
+        beam_size: int | None = None,
+    ) -> Tensor:
+        """x -> indices [P..., Q, ...] int64 of all layers, or of the first `depth` with -1 behind; never dropped at random."""
+        rows = width_last(x, self.dim, self.layout)
+        counted = position_mask(rows.shape[:-1], mask, lengths)
+        used = self._used_layers(self.num_quantizers if depth is None else depth, x.device)
+        size = self._beam_size(beam_size)
+        vectors, finite = self._project_in(rows, counted)
+        if size > 1:
+            kept = finite if counted is None else finite & counted
+            return self._search(vectors, finite, used, size).where(kept.reshape(*kept.shape, *(1 for _ in self.code_shape)), -1)
+        residual, partial = vectors, torch.zeros_like(vectors)
+        found = []
+        for number, layer in enumerate(self._each()):
+            given = conditions(layer, partial)
+            kept = counted if used is None else _and(number < used, counted, rows.shape[:-1])
+            found.append(layer.encode(residual, kept, **given))
+            codes = layer.decode(found[-1], **given).to(residual.dtype)
+            residual, partial = residual - codes, partial + codes
+        return torch.stack(found, dim=rows.dim() - 1)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """indices [P..., L, ...] of the first L <= Q layers -> vectors of the layout and width of the input."""
+        return width_back(self._project_out(self.decode_codes(indices), indices), self.layout)
+
+    def decode_codes(self, indices: Tensor) -> Tensor:
+        """indices [P..., L, ...] of the first L <= Q layers -> the sum of their codes [P..., d]."""
+        return _add(self._decode_each(indices))
+
+    def decode_layers(self, indices: Tensor) -> Tensor:
+        """indices [P..., L, ...] of the first L <= Q layers -> the codes of each layer [L, P..., d], before the output projection."""
+        return torch.stack(self._decode_each(indices))
+
+    def _decode_each(self, indices: Tensor) -> list[Tensor]:
+        axis = indices.dim() - len(self.code_shape)
+        if not is_integer(indices):
+            raise TypeError(f"indices is {indices.dtype}: must be an integer type")
+        if axis < 0 or not 1 <= indices.shape[axis] <= self.num_quantizers or indices.shape[axis + 1 :] != self.code_shape[1:]:
+            shape = ", ".join(map(str, ("positions", f"1 to {self.num_quantizers}", *self.code_shape[1:])))
+            raise ValueError(f"indices has shape {tuple(indices.shape)}: must be [{shape}]")
+        found: list[Tensor] = []
+        partial = None
+        for layer, chosen in zip(self._each(), indices.unbind(axis), strict=False):
+            codes = layer.decode(chosen, **conditions(layer, partial))
+            partial = codes if partial is None else partial + codes
+            found.append(codes)
+        return found
+
+    # The start
+
+    @torch.no_grad()
+    def initialize_(
+        self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None, seed: int = 0, reducer: Reducer | None = None
+    ) -> None:
+        """k-means of each layer on what the layers before it leave of x; a shared layer then once more, on what all its uses see.
+
+        Arguments as for `quantize`; with several ranks `reducer` makes the result that of all their vectors. Raises ValueError when there
+        is no vector to start from.
+        """
+        rows = width_last(x, self.dim, self.layout)
+        counted = position_mask(rows.shape[:-1], mask, lengths)
+        vectors, finite = self._project_in(rows, counted)
+        kept = (finite if counted is None else finite & counted).reshape(-1)
+        residual = vectors.reshape(kept.numel(), self.inner_dim)
+        partial = torch.zeros_like(residual)
+        inputs: dict[Any, list[Tensor]] = {layer: [] for layer in self.layers}
+        for number, layer in enumerate(self._each()):
+            if not inputs[layer] and layer.codebooks():
+                layer.initialize_(residual, kept, seed=seed + number, reducer=reducer)
+            inputs[layer].append(residual)
+            given = conditions(layer, partial)
+            codes = layer.decode(layer.encode(residual, **given), **given).to(residual.dtype)
+            residual, partial = residual - codes, partial + codes
+        for layer, seen in inputs.items():
+            if len(seen) > 1 and layer.codebooks():
+                layer.initialize_(torch.cat(seen), kept.repeat(len(seen)), seed=seed, reducer=reducer)
+
+    # Steps of `quantize`
+
+    def _check_path(self, name: str, path: Tensor | None, positions: torch.Size) -> None:
+        if path is None:
+            return
+        if not is_integer(path):
+            raise TypeError(f"{name} is {path.dtype}: must be an integer type")
+        if path.shape != (*positions, *self.code_shape):
+            raise ValueError(f"{name} has shape {tuple(path.shape)}: must be {(*positions, *self.code_shape)}")
+
+    def _used_layers(self, depth: int | None, device: torch.device) -> Tensor | None:
+        """How many layers take part, [] int64; None for all."""
+        if depth is not None:
+            if not 1 <= depth <= self.num_quantizers:
+                raise ValueError(f"depth = {depth}: must be from 1 to {self.num_quantizers}, the number of layers")
+            return None if depth == self.num_quantizers else torch.full((), depth, device=device)
+        if self.clock is None or self.quantize_dropout is None or not self.training:
+            return None
+        return dropout_depth(self.quantize_dropout, self.clock.commits, self.num_quantizers)
+
+    def _beam_size(self, size: int | None) -> int:
+        if size is None:
+            return 1 if self.beam is None else self.beam.size_in(self.training)
+        if size < 1:
+            raise ValueError(f"beam_size = {size}: must be at least 1")
+        if size > 1:
+            _check_beam(list(self._each()))
+        return size
+
+    def _project_in(self, rows: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The vectors [P..., d] that the layers see, float32 or wider, and which of them are finite; all others are NaN."""
+        finite = rows.isfinite().all(-1)
+        clean = finite if counted is None else finite & counted
+        rows = rows.where(clean.unsqueeze(-1), 0.0)  # before the projection, whose weights shall see nothing else
+        vectors = _linear(self.project_in, rows)
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        finite = finite & vectors.detach().isfinite().all(-1)
+        return vectors.where(finite.unsqueeze(-1), torch.nan), finite
+
+    def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
+        known = has_code(indices, codes.dim() - 1).unsqueeze(-1)
+        return _linear(self.project_out, codes).where(known, 0.0)
+
+    def _search(self, vectors: Tensor, finite: Tensor, used: Tensor | None, size: int) -> Tensor:
+        """The indices of the best paths, [P..., Q, ...]; those of vectors that are not finite mean nothing."""
+        layers = list(self._each())
+
+        def propose(layer: int, residual: Tensor, partial: Tensor, num: int) -> tuple[Tensor, Tensor]:
+            part: Any = layers[layer]
+            return part.nearest(residual, num, **conditions(part, partial))
+
+        weights = None if self.beam is None else self.beam.weights
+        flat = vectors.detach().where(finite.unsqueeze(-1), 0.0).reshape(finite.numel(), self.inner_dim)
+        found = beam_search(flat, self.num_quantizers, propose, size, weights=weights, depth=used)
+        return found.reshape(*finite.shape, *self.code_shape)
+
+    def _walk(
+        self,
+        vectors: Tensor,
+        counted: Tensor | None,
+        used: Tensor | None,
+        indices: Sequence[Tensor] | None,
+        targets: Sequence[Tensor] | None,
+        freeze_codebook: bool,
+        options: dict[str, Any],
+    ) -> _Path:
+        """Every layer in turn, on what is left by those before it."""
+        residual, partial = vectors, torch.zeros_like(vectors)
+        outputs: list[Tensor] = []
+        found: list[Quantized] = []
+        for number, layer in enumerate(self._each()):
+            own = conditions(layer, partial)
+            if indices is not None:
+                own["indices"] = indices[number]
+            if targets is not None:
+                own["targets"] = targets[number]
+            mask = counted if used is None else _and(number < used, counted, vectors.shape[:-1])
+            part = layer.quantize(residual, mask, freeze_codebook=freeze_codebook, **own, **options)
+            output = part.quantized.where(has_code(part.indices, vectors.dim() - 1).unsqueeze(-1), 0.0)
+            passed = _scale_gradient(output, self.gradient_fraction)
+            residual, partial = residual - passed, partial + passed
+            outputs.append(output)
+            found.append(part)
+        return _Path(
+            outputs,
+            torch.stack([part.indices for part in found], dim=vectors.dim() - 1),
+            {numbered(name, i): loss for i, part in enumerate(found) for name, loss in part.losses.items()},
+            gather_statistics(self._slots, [part.statistics for part in found]),
+        )
+
+    def _estimate(self, vectors: Tensor, finite: Tensor, path: _Path) -> Tensor:
+        """The sum of the codes with the gradient that `estimator` says; vectors without a code are left to the projection behind."""
+        if self.estimator == "layers":
+            return _add(path.outputs)
+        x = vectors.where(finite.unsqueeze(-1), 0.0)
+        own = isinstance(self.estimator, DiVeQ) or self.estimator == "none"  # then the codes have a gradient, whatever that of the layers
+        codes = self.decode_codes(path.indices).to(x.dtype) if own else _add(path.outputs)
+        return pass_gradient(self.estimator, x, codes, self.training)
+
+
+class ResidualVQ(Residual):
+    """`num_quantizers` layers of `VectorQuantize`, or one for each of the codebook sizes given.
+
+    The layers work at width `codebook_dim`; the projections, where it is not `dim`, stand around the whole. With `shared_codebook` all
+    layers are one. `estimate` says where `estimator` stands: over the "sum" of the codes, or in each of the "layers", whose gradients add
+    up. With `implicit` the layers behind the first have implicit neural codebooks (see `ImplicitVQ`) of such networks, and codebooks
+    learn by gradient. All other options are those of `VectorQuantize` and `Residual`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int | Sequence[int],
+        num_quantizers: int | None = None,
+        *,
+        codebook_dim: int | None = None,
+        shared_codebook: bool = False,
+        estimator: Estimator = "rotation",
+        estimate: Literal["sum", "layers"] = "sum",
+        gradient_fraction: float = 0.0,
+        quantize_dropout: QuantizeDropout | None = None,
+        beam: BeamSearch | None = None,
+        implicit: MLP | None = None,
+        layout: Layout = "last",
+        masked: Literal["zero", "input"] = "zero",
+        commit: Commit = "auto",
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> None:
+        sizes = _layer_sizes(codebook_size, num_quantizers)
+        check_choice("estimate", estimate, ("sum", "layers"))
+        width = dim if codebook_dim is None else codebook_dim
+        options["estimator"] = estimator if estimate == "layers" else "none"
+        layers: list[Quantizer]
+        if shared_codebook:
+            if len(set(sizes)) > 1:
+                raise ValueError(f"codebook_size = {sizes}: must be one size where shared_codebook = True")
+            if implicit is not None:
+                raise ValueError("shared_codebook = True: must be False with implicit codebooks, which belong to a place in the order")
+            layers = [VectorQuantize(width, sizes[0], device=device, **options)] * len(sizes)
+        elif implicit is not None:
+            options.setdefault("update", Gradient())
+            first = VectorQuantize(width, sizes[0], device=device, **options)
+            layers = [first, *(ImplicitVQ(width, size, implicit, device=device, **options) for size in sizes[1:])]
+        else:
+            layers = [VectorQuantize(width, size, device=device, **options) for size in sizes]
+        super().__init__(
+            layers,
+            dim=dim,
+            estimator="layers" if estimate == "layers" else estimator,
+            gradient_fraction=gradient_fraction,
+            quantize_dropout=quantize_dropout,
+            beam=beam,
+            layout=layout,
+            masked=masked,
+            commit=commit,
+            device=device,
+        )
+
+
+def _layer_sizes(codebook_size: int | Sequence[int], num_quantizers: int | None) -> tuple[int, ...]:
+    if isinstance(codebook_size, int):
+        if num_quantizers is None or num_quantizers < 1:
+            raise ValueError(f"num_quantizers = {num_quantizers}: must be at least 1 where codebook_size is one number")
+        return (codebook_size,) * num_quantizers
+    sizes = tuple(codebook_size)
+    if not sizes:
+        raise ValueError("codebook_size = (): must hold one size a layer")
+    if num_quantizers not in (None, len(sizes)):
+        raise ValueError(f"num_quantizers = {num_quantizers}: must be {len(sizes)} or left out, as codebook_size = {sizes} says")
+    return sizes
+
+
+# Depth
+
+
+def dropout_depth(dropout: QuantizeDropout, commits: Tensor | int, num_quantizers: int) -> Any:
+    """How many layers take part after `commits` commits, cutoff_index + 1 ... Q; the same on every rank, tensor or int as `commits`.
+
+    Uniform over the numbers of layers above the cutoff, then rounded up to a multiple.
+    """
+    choices = num_quantizers - dropout.cutoff_index
+    depth = dropout.cutoff_index + 1 + _scramble(commits ^ _scramble(dropout.seed)) % choices
+    multiple = dropout.multiple_of
+    depth = (depth + multiple - 1) // multiple * multiple
+    return depth.clamp(max=num_quantizers) if isinstance(depth, Tensor) else min(depth, num_quantizers)
+
+
+def _scramble(value: Any) -> Any:
+    """A hash of 32 bits to 32 bits, within what int64 holds."""
+    value = value & 0xFFFFFFFF
+    for multiplier in (0x7FEB352D, 0x45D9F3B, 0x2C1B3C6D):
+        value = ((value ^ (value >> 16)) * multiplier) & 0xFFFFFFFF
+    return value ^ (value >> 16)
+
+
+# Paths
+
+
+def has_code(indices: Tensor, num_positions: int) -> Tensor:
+    """Whether any index of a position is not -1: indices [P..., ...] with so many axes of positions -> [P...] bool."""
+    known = indices >= 0
+    return known.flatten(num_positions).any(-1) if known.dim() > num_positions else known
+
+
+def _split(path: Tensor | None, positions: torch.Size) -> Sequence[Tensor] | None:
+    return None if path is None else path.unbind(len(positions))
+
+
+def _and(used: Tensor, counted: Tensor | None, positions: torch.Size) -> Tensor:
+    return used.expand(positions) if counted is None else used & counted
+
+
+def _add(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum in order, so that a prefix is a partial sum of the whole."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _scale_gradient(x: Tensor, fraction: float) -> Tensor:
+    """x, through which `fraction` of the gradient passes."""
+    if fraction == 0.0:
+        return x.detach()
+    return x if fraction == 1.0 else x.detach() + fraction * (x - x.detach())
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x.to(layer.weight.dtype)) if isinstance(layer, nn.Linear) else layer(x)
+
+
+# Combinators, also grouped ones
+
+
+def numbered(name: str, number: int) -> str:
+    """The name of a part's loss in the whole: "commitment" -> "commitment/2", "commitment/0" -> "commitment/2/0"."""
+    first, *rest = name.split("/")
+    return "/".join([first, str(number), *rest])
+
+
+def unique_codebooks(parts: Iterable[Any]) -> list[Codebook]:
+    """Those of all parts, in order, each once."""
+    return list(dict.fromkeys(codebook for part in parts for codebook in part.codebooks()))
+
+
+def codebook_slots(parts: Iterable[Any]) -> list[list[int]]:
+    """For each part, where its codebooks stand in `unique_codebooks`."""
+    parts = list(parts)
+    slot = {codebook: number for number, codebook in enumerate(unique_codebooks(parts))}
+    return [[slot[codebook] for codebook in part.codebooks()] for part in parts]
+
+
+def gather_statistics(slots: Sequence[Sequence[int]], found: Sequence[Statistics]) -> Statistics:
+    """One entry a codebook, that of a shared one the sum over its uses; None where nothing was counted."""
+    merged: dict[int, CodebookStatistics] = {}
+    for own, statistics in zip(slots, found, strict=True):
+        if statistics is None:
+            continue
+        for slot, entry in zip(own, flatten_statistics(statistics), strict=True):
+            if entry is not None:
+                merged[slot] = merge_statistics(merged[slot], entry) if slot in merged else entry
+    number = len({slot for own in slots for slot in own})
+    return tuple(merged.get(slot) for slot in range(number)) if merged or number == 0 else None
+
+
+def joined_codebook(parts: Iterable[Any]) -> Tensor:
+    """The codebooks of several parts, one behind the other; that of a single part as it is."""
+    codebooks = [part.codebook for part in parts]
+    if len(codebooks) == 1:
+        return codebooks[0]
+    shapes = {tuple(codebook.shape) for codebook in codebooks}
+    if len(shapes) > 1:
+        raise ValueError(f"the codebooks have different shapes, {sorted(shapes)}: read and set those of the parts")
+    return torch.stack(codebooks)
+
+
+def set_joined_codebook(parts: Iterable[Any], codes: Tensor) -> None:
+    """Set what `joined_codebook` reads."""
+    parts = list(parts)
+    shape = joined_codebook(parts).shape
+    if codes.shape != shape:
+        raise ValueError(f"codebook has shape {tuple(codes.shape)}: must be {tuple(shape)}")
+    for part, own in zip(parts, [codes] if len(parts) == 1 else codes, strict=True):
+        part.codebook = own
+
+
+# Checks
+
+
+def check_parts(name: str, parts: Sequence[Any], alike: Sequence[str]) -> None:
+    """Raise unless parts are quantizers with the width last that agree in the attributes named."""
+    if not parts:
+        raise ValueError(f"{name} is empty: must hold at least one quantizer")
+    for number, part in enumerate(parts):
+        if not isinstance(part, Quantizer):
+            raise TypeError(f"{name}[{number}] is a {type(part).__name__}: must be a Quantizer")
+        for attribute in alike:
+            own, first = getattr(part, attribute), getattr(parts[0], attribute)
+            if own != first:
+                raise ValueError(f"{name}[{number}].{attribute} = {own}: must be {first}, as that of the first")
+        if getattr(part, "layout", "last") != "last":
+            raise ValueError(f'{name}[{number}].layout = {part.layout!r}: must be "last"; the layout is that of the whole')
+
+
+def _check_choices(
+    num_quantizers: int, estimator: object, gradient_fraction: float, dropout: QuantizeDropout | None, beam: BeamSearch | None, masked: str
+) -> None:
+    check_estimator(estimator, "layers")
+    check_choice("masked", masked, ("zero", "input"))
+    if not 0.0 <= gradient_fraction <= 1.0:
+        raise ValueError(f"gradient_fraction = {gradient_fraction}: must be from 0 to 1")
+    if dropout is not None and dropout.cutoff_index >= num_quantizers:
+        raise ValueError(f"QuantizeDropout.cutoff_index = {dropout.cutoff_index}: must be below {num_quantizers}, the number of layers")
+    if beam is not None and beam.weights is not None and len(beam.weights) != num_quantizers:
+        raise ValueError(f"BeamSearch.weights has {len(beam.weights)} entries: must be {num_quantizers}, one a layer")
+
+
+def _check_beam(layers: Iterable[Any]) -> None:
+    for number, layer in enumerate(layers):
+        if not hasattr(layer, "nearest") or layer.code_shape:
+            what = f"{type(layer).__name__} of code_shape {layer.code_shape}"
+            raise ValueError(f"layers[{number}] is a {what}: must be able to name the nearest few codes of a vector for a beam search")

@@ -1,0 +1,95 @@
+"""How the stored vectors of a codebook follow from its state, and what one commit makes of the state: a function for each rule.
+
+The state is a dict of tensors by name: `sum` and `count` for moving averages; `weight` and `count` for codes that an optimizer steps, with
+what the optimizer remembers; `weight` for frozen codes. Nothing here changes a tensor. Shapes: H heads, C codes, K width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqkit.ops.codebook import CodebookStatistics, codes_from_ema, ema_update, laplace_codes_from_ema, replace_dead_codes
+from vqkit.quantizers.config import EMA, ClipEMA, DeadCodes, Frozen, OwnOptimizer, Update
+
+State = dict[str, Tensor]
+
+
+def start_state(rule: Update, codes: Tensor, count: Tensor) -> State:
+    """The state whose codes are `codes` [H, C, K], chosen `count` [H, C] times."""
+    if isinstance(rule, EMA | ClipEMA):
+        return {"sum": codes * _weights(rule, count).unsqueeze(-1), "count": count}
+    if isinstance(rule, Frozen):
+        return {"weight": codes}
+    state = {"weight": codes, "count": count}
+    if isinstance(rule, OwnOptimizer):
+        state |= {"first_moment": torch.zeros_like(codes), "steps": torch.zeros((), dtype=torch.int64, device=codes.device)}
+        if rule.name == "adam":
+            state["second_moment"] = torch.zeros_like(codes)
+    return state
+
+
+def stored_codes(rule: Update, state: State) -> Tensor:
+    """Codes [H, C, K], before any transform."""
+    if isinstance(rule, EMA):
+        return laplace_codes_from_ema(state["sum"], state["count"], rule.eps)
+    if isinstance(rule, ClipEMA):
+        return codes_from_ema(state["sum"], state["count"], rule.floor)
+    return state["weight"]
+
+
+def advance(rule: Update, dead_codes: DeadCodes | None, state: State, statistics: CodebookStatistics) -> State:
+    """The state after one commit."""
+    if isinstance(rule, Frozen):
+        return state
+    if isinstance(rule, EMA | ClipEMA):
+        total, count = ema_update(state["sum"], state["count"], statistics, rule.decay)
+        state = {"sum": total, "count": count}
+    else:
+        state = {**state, "count": torch.lerp(statistics.count.to(state["count"].dtype), state["count"], rule.decay)}
+        if isinstance(rule, OwnOptimizer):
+            state |= _step(rule, state, statistics)
+    if dead_codes is None:
+        return state
+    return expire(rule, state, statistics.candidates, statistics.keys, dead_codes.threshold, dead_codes.start_count)
+
+
+def expire(rule: Update, state: State, candidates: Tensor, keys: Tensor, threshold: float, reset_count: float) -> State:
+    """The state in which codes of a count below `threshold` stand at candidates [H, E, K] (keys [H, E]; 0 = absent) with `reset_count`."""
+    rows = state["sum"] if "sum" in state else state["weight"]
+    rows, count = replace_dead_codes(rows, state["count"], candidates, keys, threshold, reset_count)
+    replaced = (count != state["count"]).unsqueeze(-1)
+    if isinstance(rule, ClipEMA):
+        return {"sum": rows, "count": count}
+    if isinstance(rule, EMA):  # smoothing counts a new code a little more or less than reset_count
+        return {"sum": torch.where(replaced, rows / reset_count * _weights(rule, count).unsqueeze(-1), rows), "count": count}
+    state = {**state, "weight": torch.where(replaced, rows / reset_count, state["weight"]), "count": count}
+    for name in ("first_moment", "second_moment"):
+        if name in state:
+            state[name] = torch.where(replaced, 0.0, state[name])
+    return state
+
+
+def _weights(rule: EMA | ClipEMA, count: Tensor) -> Tensor:
+    """What `stored_codes` divides the sums by."""
+    if isinstance(rule, ClipEMA):
+        return count.clamp(min=rule.floor)
+    total = count.sum(-1, keepdim=True)
+    return torch.where(total > 0, (count + rule.eps) / (total + count.shape[-1] * rule.eps) * total, 1.0)
+
+
+def _step(rule: OwnOptimizer, state: State, statistics: CodebookStatistics) -> State:
+    """One step of SGD or Adam (Kingma and Ba, 2015) on the mean squared error of the vectors to their codes."""
+    weight = state["weight"]
+    vectors = statistics.vectors.clamp(min=1).to(weight.dtype)[:, None, None]
+    gradient = 2 * (statistics.count.to(weight.dtype).unsqueeze(-1) * weight - statistics.sum) / (vectors * weight.shape[-1])
+    steps = state["steps"] + 1
+    if rule.name == "sgd":
+        first = rule.momentum * state["first_moment"] + gradient
+        return {"weight": weight - rule.learning_rate * first, "first_moment": first, "steps": steps}
+    beta1, beta2 = rule.betas
+    first = torch.lerp(gradient, state["first_moment"], beta1)
+    second = torch.lerp(gradient.square(), state["second_moment"], beta2)
+    number = steps.to(weight.dtype)
+    step = first / (1 - beta1**number) / ((second / (1 - beta2**number)).sqrt() + rule.eps)
+    return {"weight": weight - rule.learning_rate * step, "first_moment": first, "second_moment": second, "steps": steps}

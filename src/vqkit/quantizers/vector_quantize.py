@@ -1,0 +1,512 @@
+"""Vector quantization (van den Oord et al., 2017): each vector becomes the nearest code of a table that learns to stand where vectors are.
+
+Every choice of `VectorQuantize` is one value; what computes is in `ops`, the table and how it learns in `codebook.py`. Here an input of
+any layout is brought into one vector a head, has codes assigned, and is put back.
+
+Shapes: P... positions of the input, N of them flattened, D width of the input, K width of a code, H codebooks, M vectors that each of
+them sees (N with separate heads, else N times heads), C codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqkit.dist import Reducer
+from vqkit.ops.assignment import has_scores, sample_codes
+from vqkit.ops.codebook import CodebookStatistics, directions, gather_codes
+from vqkit.ops.estimators import directional, rotation_trick, straight_through
+from vqkit.ops.losses import cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
+from vqkit.ops.nearest_code import nearest_codes, nearest_index
+from vqkit.quantizers.base import Quantized, Quantizer
+from vqkit.quantizers.codebook import Codebook
+from vqkit.quantizers.config import (
+    MLP,
+    Affine,
+    Assignment,
+    Commit,
+    Commitment,
+    CrossEntropyCommitment,
+    DeadCodes,
+    DiVeQ,
+    Diversity,
+    Estimator,
+    Gradient,
+    Gumbel,
+    Init,
+    Loss,
+    Metric,
+    Orthogonality,
+    Update,
+    check_choice,
+)
+from vqkit.quantizers.layout import Layout, check_indices, check_layout, check_range, position_mask, require, width_back, width_last
+
+Weights = Tensor | Callable[[Tensor, Tensor], Tensor]
+"""What each vector weighs in the statistics, not negative: [P...] or [P..., heads] floating point, or a function of the vectors [P..., D]
+and their indices that returns it."""
+
+_LOSS_NAMES: dict[type, str] = {
+    Commitment: "commitment",
+    CrossEntropyCommitment: "cross_entropy_commitment",
+    Orthogonality: "orthogonality",
+    Diversity: "diversity",
+}
+
+
+class _Vectors(NamedTuple):
+    """An input, ready to have codes assigned."""
+
+    rows: Tensor  # [P..., D] the input with its width last
+    vectors: Tensor  # [H, M, K] float32 or wider; of length 1 for cosine; 0 where not kept
+    mask: Tensor | None  # [P...] bool, the positions that count
+    kept: Tensor  # [P...] bool, those of them that are finite
+    dtype: torch.dtype  # of the projected input
+
+
+class _Chosen(NamedTuple):
+    """The code of each vector."""
+
+    indices: Tensor  # [H, M] int64; -1: none
+    codes: Tensor  # [H, M, K], 0 where there is none; differentiable where the codes learn by gradient
+    soft: bool  # whether the gradient of the choice is in `codes` already
+
+
+class VectorQuantize(Quantizer):
+    """`codebook_size` codes for vectors of width `dim`.
+
+    Heads: `heads` vectors of width `codebook_dim` (None: dim / heads) are made of each input, and quantized by one codebook or, with
+    `separate_heads`, each by its own. Where heads * codebook_dim is not dim, linear projections stand before and behind, with
+    `projection_norm` a layer norm after the first. Inputs are [B, ..., D] or, with layout="first", [B, D, ...].
+
+    Choices: `metric` "euclidean" or "cosine" (codes and what is compared with them have length 1); `assignment` "nearest" or
+    `Gumbel(...)`, which draws in training and brings a gradient of its own; `estimator`, the gradient of the output for the input:
+    "rotation", "straight_through", "none" (there is none; the losses have theirs) or `DiVeQ(...)`; how the codebook learns (`update`),
+    starts (`init`), stays alive (`dead_codes`) and is read (`transform`, `affine`): see `Codebook`; `losses`, at most one of each kind.
+    Where the codes learn by gradient, the commitment loss pulls them to the vectors, too. `sync_update` of the gradient of the output
+    then also goes to the codes (Huh et al., 2023). With input_gradient=False nothing at all reaches the input.
+
+    Masked positions get index -1 and zeros, or with masked="input" themselves. Vectors that are not finite get index -1, zeros, no loss
+    and no gradient, and are counted in `metrics()`; with on_nonfinite="raise" they are an error (a ValueError; where the program is
+    compiled or not on CPU a RuntimeError of the device).
+
+    Raises ValueError for sizes that do not fit, unknown choices, and choices that contradict each other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        codebook_dim: int | None = None,
+        heads: int = 1,
+        separate_heads: bool = False,
+        metric: Metric = "euclidean",
+        assignment: Assignment = "nearest",
+        estimator: Estimator = "rotation",
+        update: Update | None = None,
+        init: Init = "uniform",
+        dead_codes: DeadCodes | None = None,
+        transform: str | MLP | nn.Module | None = None,
+        affine: Affine | None = None,
+        losses: Sequence[Loss] = (Commitment(),),
+        layout: Layout = "last",
+        projection_norm: bool = False,
+        masked: Literal["zero", "input"] = "zero",
+        on_nonfinite: Literal["drop", "raise"] = "drop",
+        input_gradient: bool = True,
+        sync_update: float = 0.0,
+        commit: Commit = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("heads", heads)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        if codebook_dim is None and dim % heads:
+            raise ValueError(f"heads = {heads}: must divide dim = {dim} where codebook_dim is not given")
+        if not isinstance(assignment, Gumbel):
+            check_choice("assignment", assignment, ("nearest",))
+        if not isinstance(estimator, DiVeQ):
+            check_choice("estimator", estimator, ("rotation", "straight_through", "none"))
+        check_layout(layout)
+        check_choice("masked", masked, ("zero", "input"))
+        check_choice("on_nonfinite", on_nonfinite, ("drop", "raise"))
+        self.dim, self.codebook_size, self.heads, self.separate_heads = dim, codebook_size, heads, separate_heads
+        self.codebook_dim = dim // heads if codebook_dim is None else codebook_dim
+        self.metric, self.assignment, self.estimator, self.losses = metric, assignment, estimator, tuple(losses)
+        self.layout, self.masked, self.on_nonfinite, self.input_gradient = layout, masked, on_nonfinite, input_gradient
+        self.sync_update = sync_update
+        self.table = Codebook(
+            heads if separate_heads else 1,
+            codebook_size,
+            self.codebook_dim,
+            metric=metric,
+            update=update,
+            init=init,
+            dead_codes=dead_codes,
+            transform=transform,
+            affine=affine,
+            device=device,
+        )
+        learns_by_gradient = isinstance(update, Gradient) or transform is not None
+        _check_losses(self.losses, learns_by_gradient)
+        if not 0.0 <= sync_update <= 1.0:
+            raise ValueError(f"sync_update = {sync_update}: must be from 0 to 1")
+        if sync_update > 0 and not learns_by_gradient:
+            raise ValueError(
+                f"sync_update = {sync_update}: must be 0 unless the codes learn by gradient (update=Gradient() or a transform)"
+            )
+        inner = heads * self.codebook_dim
+        if projection_norm and inner == dim:
+            raise ValueError(f"projection_norm = True: must be False where heads * codebook_dim is dim = {dim}: nothing is projected")
+        self.project_in = nn.Linear(dim, inner, device=device) if inner != dim else None
+        self.norm = nn.LayerNorm(inner, device=device) if projection_norm else None
+        self.project_out = nn.Linear(inner, dim, device=device) if inner != dim else None
+        self.commit = commit
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, heads={self.heads}, assignment={self.assignment!r}, estimator={self.estimator!r}, losses={self.losses}"
+
+    # What every quantizer says of itself
+
+    def codebooks(self) -> list[Codebook]:
+        return [self.table]
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        return () if self.heads == 1 else (self.heads,)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return (self.codebook_size,) * self.heads
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {_LOSS_NAMES[type(loss)]: loss.weight for loss in self.losses} | {"cross_entropy": 1.0}
+
+    @property
+    def codebook(self) -> Tensor:
+        """[C, K], with separate heads [heads, C, K]. Setting it forgets how often each code was used, and what is pending."""
+        codes = self.table.codebook
+        return codes if self.separate_heads else codes.squeeze(0)
+
+    @codebook.setter
+    def codebook(self, codes: Tensor) -> None:
+        shape = self.table.pending.sum.shape[0 if self.separate_heads else 1 :]
+        if codes.shape != shape:
+            raise ValueError(f"codebook has shape {tuple(codes.shape)}: must be {tuple(shape)}")
+        self.table.codebook = codes if self.separate_heads else codes.unsqueeze(0)
+
+    # Quantizing
+
+    def quantize(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        freeze_codebook: bool = False,
+        indices: Tensor | None = None,
+        targets: Tensor | None = None,
+        weights: Weights | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+    ) -> Quantized:
+        """x [B, ..., D] or, with layout "first", [B, D, ...]; mask [P...] bool, or lengths [B] of sequences.
+
+        `indices` [P..., heads?] are taken instead of choosing (-1: none), also for the statistics. For `targets` of that shape the mean
+        cross-entropy of a softmax over minus the distances, or the cosines, is among the losses as "cross_entropy" (-1: left out).
+        `weights` of the vectors in the statistics. `temperature` stands for that of `Gumbel`; 0 is the nearest code. With `top_k` the k
+        nearest codes of each vector: the output is [P..., k, D] (layout "first": [B, D, ..., k]), indices are [P..., k], losses are
+        means over all k; nothing enters the codebook.
+
+        Raises ValueError or TypeError for what does not fit, and ValueError before a k-means start.
+        """
+        self._check_options(indices, targets, weights, temperature, top_k)
+        given = self._read(x, mask, lengths)
+        positions = given.rows.shape[:-1]
+        own, labels = (self._split_indices(*named, positions) for named in (("indices", indices), ("targets", targets)))
+        self._refuse_nonfinite(given)
+        kept = self._spread(given.kept)
+        self.table.start_(given.vectors, kept)
+        codes = self.table.codes()
+        codes = codes.detach() if freeze_codebook else codes
+        vectors = given.vectors
+        if top_k is not None:
+            own = self._nearest_few(vectors, codes, top_k)
+            vectors, kept = vectors.repeat_interleave(top_k, dim=1), kept.repeat_interleave(top_k, dim=1)
+        chosen = self._choose(vectors, codes, kept, own, temperature)
+        losses = self._losses(vectors, codes, chosen, labels)
+        counted = self.training and not freeze_codebook and top_k is None
+        statistics = self._statistics(given, chosen, own, weights) if counted else None
+        several = () if top_k is None else (top_k,)
+        found = self._join_indices(chosen.indices, positions, several)
+        return Quantized(self._write(given, self._estimate(vectors, chosen), found, several), found, losses, statistics)
+
+    def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
+        """x -> indices int64 of the nearest codes, [P...] or [P..., heads]; -1: masked or not finite."""
+        given = self._read(x, mask, lengths)
+        self._refuse_nonfinite(given)
+        indices = self._nearest(given.vectors, self.table.codes()).where(self._spread(given.kept), -1)
+        return self._join_indices(indices, given.rows.shape[:-1], ())
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """indices [P...] or [P..., heads] -> vectors in the layout and width of the input; zeros where all heads are -1."""
+        codes = self._look_up(indices)
+        return width_back(self._project_out(codes, self._has_code(indices, codes.dim() - 1)), self.layout)
+
+    def decode_codes(self, indices: Tensor) -> Tensor:
+        """As `decode`, without the output projection: of width heads * codebook_dim."""
+        return width_back(self._look_up(indices), self.layout)
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """The `num` nearest codes of vectors x [N, D], or all if there are fewer: indices [N, k], nearest first, and what they decode to,
+        [N, k, D]. For one head. Raises ValueError for more heads.
+        """
+        found = self.quantize(x.movedim(-1, 1), freeze_codebook=True, top_k=min(num, self.codebook_size))
+        return found.indices, found.quantized if self.layout == "last" else found.quantized.movedim(1, -1)
+
+    # Setting
+
+    def initialize_(
+        self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None, seed: int = 0, reducer: Reducer | None = None
+    ) -> None:
+        """Set the codebook to the k-means of x, which is as for `quantize`; with `reducer` of the vectors of all ranks."""
+        with torch.no_grad():
+            given = self._read(x, mask, lengths)
+        self.table.initialize_(given.vectors, self._spread(given.kept), seed=seed, reducer=reducer)
+
+    def replace_dead_codes_(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        threshold: float | None = None,
+        seed: int = 0,
+        reducer: Reducer | None = None,
+    ) -> None:
+        """Codes of a moving count below `threshold` (None: that of `dead_codes`) start anew at vectors of x, which is as for `quantize`."""
+        with torch.no_grad():
+            given = self._read(x, mask, lengths)
+        self.table.expire_(given.vectors, self._spread(given.kept), threshold=threshold, seed=seed, reducer=reducer)
+
+    # From an input to vectors and back
+
+    def _read(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> _Vectors:
+        rows = width_last(x, self.dim, self.layout)
+        mask = position_mask(rows.shape[:-1], mask, lengths)
+        if not self.input_gradient:
+            rows = rows.detach()
+        kept = rows.isfinite().all(-1)
+        if mask is not None:
+            kept = kept & mask
+        # Before the projections, whose gradients what is not finite would reach even with weight 0.
+        projected = rows.where(kept.unsqueeze(-1), 0.0)
+        if self.project_in is not None:
+            projected = self.project_in(projected.to(self.project_in.weight.dtype))
+            kept = kept & projected.detach().isfinite().all(-1)
+            projected = projected.where(kept.unsqueeze(-1), 0.0)
+        if self.norm is not None:
+            projected = self.norm(projected)
+        vectors = projected.to(torch.promote_types(projected.dtype, self.table.dtype))
+        vectors = vectors.reshape(kept.numel(), self.heads, self.codebook_dim)
+        kept = kept & has_scores(vectors, self.metric).all(-1).reshape(kept.shape)
+        vectors = self._to_heads(vectors.where(kept.reshape(-1, 1, 1), 0.0))
+        return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
+
+    def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor, several: tuple[int, ...]) -> Tensor:
+        """Vectors [H, M, K], or k times as many, to the layout, width and dtype of the input."""
+        positions = given.rows.shape[:-1]
+        codes = self._from_heads(quantized).reshape(*positions, *several, self.heads * self.codebook_dim)
+        valid = self._has_code(indices, codes.dim() - 1)
+        output = self._project_out(codes.to(given.dtype), valid).to(given.rows.dtype)
+        if given.mask is not None and self.masked == "input":
+            mask = given.mask.reshape(*positions, *(1 for _ in several), 1)
+            output = output.where(mask, given.rows.unsqueeze(-2) if several else given.rows)
+        return width_back(output, self.layout)
+
+    def _project_out(self, codes: Tensor, valid: Tensor) -> Tensor:
+        if self.project_out is not None:
+            codes = self.project_out(codes.to(self.project_out.weight.dtype))
+        return codes.where(valid.unsqueeze(-1), 0.0)
+
+    def _look_up(self, indices: Tensor) -> Tensor:
+        """[P...] or [P..., heads] -> codes [P..., heads * K]."""
+        if indices.dim() <= len(self.code_shape) or indices.shape[indices.dim() - len(self.code_shape) :] != self.code_shape:
+            shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
+            raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
+        check_indices("indices", indices, self.codebook_size)
+        positions = indices.shape[: indices.dim() - len(self.code_shape)]
+        chosen = self._to_heads(indices.to(torch.int64).reshape(positions.numel(), self.heads))
+        codes = self._from_heads(gather_codes(self.table.codes(), chosen))
+        return codes.reshape(*positions, self.heads * self.codebook_dim)
+
+    def _has_code(self, indices: Tensor, num_axes: int) -> Tensor:
+        """Whether any head of a position has a code."""
+        return indices >= 0 if indices.dim() == num_axes else (indices >= 0).any(-1)
+
+    def _to_heads(self, values: Tensor) -> Tensor:
+        """[N, heads, ...] -> [H, M, ...]."""
+        return values.transpose(0, 1) if self.separate_heads else values.flatten(0, 1).unsqueeze(0)
+
+    def _from_heads(self, values: Tensor) -> Tensor:
+        """[H, M, ...] -> [N, heads, ...]."""
+        if self.separate_heads:
+            return values.transpose(0, 1)
+        return values.reshape(values.shape[1] // self.heads, self.heads, *values.shape[2:])
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """One value a position [P...] -> one a vector [H, M]."""
+        return self._to_heads(values.reshape(-1, 1).expand(-1, self.heads))
+
+    def _split_indices(self, name: str, indices: Tensor | None, positions: torch.Size) -> Tensor | None:
+        """[P..., heads?] -> [H, M]."""
+        if indices is None:
+            return None
+        check_indices(name, indices, self.codebook_size, torch.Size((*positions, *self.code_shape)))
+        return self._to_heads(indices.to(torch.int64).reshape(positions.numel(), self.heads))
+
+    def _join_indices(self, indices: Tensor, positions: torch.Size, several: tuple[int, ...]) -> Tensor:
+        """[H, M] -> [P..., heads?], or [P..., k]."""
+        return self._from_heads(indices).reshape(*positions, *several, *self.code_shape)
+
+    # Choosing codes
+
+    def _nearest(self, vectors: Tensor, codes: Tensor) -> Tensor:
+        return nearest_index(vectors, codes, metric=self.metric)
+
+    def _nearest_few(self, vectors: Tensor, codes: Tensor, num: int) -> Tensor:
+        """[H, M * num], those of each vector side by side."""
+        return nearest_codes(vectors, codes, num, metric=self.metric).indices.flatten(1)
+
+    def _choose(self, vectors: Tensor, codes: Tensor, kept: Tensor, indices: Tensor | None, temperature: float | None) -> _Chosen:
+        if isinstance(self.assignment, Gumbel) and self.training and indices is None:
+            temperature = self.assignment.temperature if temperature is None else temperature
+            if temperature > 0:
+                drawn = sample_codes(vectors, codes, temperature=temperature, estimator=self.assignment.estimator, metric=self.metric)
+                return _Chosen(drawn.indices.where(kept, -1), drawn.quantized.where(kept.unsqueeze(-1), 0.0), soft=True)
+        indices = self._nearest(vectors, codes) if indices is None else indices
+        indices = indices.where(kept, -1)
+        return _Chosen(indices, gather_codes(codes, indices), soft=False)
+
+    def _estimate(self, vectors: Tensor, chosen: _Chosen) -> Tensor:
+        """The codes in value, or near them, with the gradient that `estimator` says."""
+        codes = chosen.codes.to(vectors.dtype)
+        if chosen.soft or self.estimator == "none":
+            output = codes
+        elif self.estimator == "rotation":
+            output = rotation_trick(vectors, codes)
+        elif isinstance(self.estimator, DiVeQ) and self.training:
+            output = directional(vectors, codes, sigma2=self.estimator.sigma2)
+        else:
+            output = straight_through(vectors, codes)
+        return output + self.sync_update * (codes - codes.detach()) if self.sync_update > 0 else output
+
+    # Losses and statistics
+
+    def _losses(self, vectors: Tensor, codes: Tensor, chosen: _Chosen, targets: Tensor | None) -> dict[str, Tensor]:
+        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, vectors, codes, chosen) for loss in self.losses}
+        if targets is not None:
+            targets = targets.where(chosen.indices >= 0, -1)
+            losses["cross_entropy"] = cross_entropy_commitment(vectors, codes, targets, metric=self.metric)
+        return losses
+
+    def _loss(self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen) -> Tensor:
+        counted = chosen.indices >= 0
+        if isinstance(loss, Commitment):
+            own = gather_codes(codes, chosen.indices)
+            value = mean_commitment_loss(vectors, own, counted)
+            if not own.requires_grad:
+                return value
+            pull = mean_commitment_loss(own, vectors, counted)
+            return value + (pull - pull.detach())
+        if isinstance(loss, CrossEntropyCommitment):
+            return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self.metric)
+        if isinstance(loss, Diversity):
+            return diversity_loss(vectors, codes, counted, temperature=loss.temperature, metric=self.metric)
+        noise = None if self.training else torch.zeros_like(codes[..., 0])  # evaluation draws nothing
+        active = _active(chosen.indices, self.codebook_size) if loss.active_only else None
+        return orthogonality_loss(codes, active, max_codes=loss.max_codes, noise=noise)
+
+    @torch.no_grad()
+    def _statistics(self, given: _Vectors, chosen: _Chosen, indices: Tensor | None, weights: Weights | None) -> CodebookStatistics:
+        share = None if given.mask is None else self._spread(given.mask)
+        if indices is not None:
+            share = indices >= 0 if share is None else share & (indices >= 0)
+        if share is not None:
+            share = share.to(given.vectors.dtype)
+        if weights is not None:
+            own = self._weigh_vectors(weights, given.rows, chosen.indices)
+            share = own if share is None else share * own
+        return self.table.statistics(given.vectors, chosen.indices, share, quantized=chosen.codes.to(given.vectors.dtype))
+
+    def _weigh_vectors(self, weights: Weights, rows: Tensor, indices: Tensor) -> Tensor:
+        """[H, M]."""
+        positions = rows.shape[:-1]
+        if not isinstance(weights, Tensor):
+            weights = weights(rows.detach(), self._join_indices(indices, positions, ()))
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"weights is {kind}: must be a floating point tensor")
+        if weights.shape not in (positions, (*positions, *self.code_shape)):
+            raise ValueError(f"weights has shape {tuple(weights.shape)}: must be {(*positions, *self.code_shape)}, one a vector")
+        check_range("weights", weights, 0.0, torch.finfo(weights.dtype).max)
+        if weights.shape == positions:
+            return self._spread(weights)
+        return self._to_heads(weights.reshape(positions.numel(), self.heads))
+
+    # Checks
+
+    def _check_options(
+        self, indices: Tensor | None, targets: Tensor | None, weights: Weights | None, temperature: float | None, top_k: int | None
+    ) -> None:
+        if temperature is not None:
+            if not isinstance(self.assignment, Gumbel):
+                raise ValueError(f'temperature = {temperature}: must be None with assignment = "nearest", which draws nothing')
+            if not temperature >= 0:
+                raise ValueError(f"temperature = {temperature}: must be 0 (the nearest code) or positive")
+        if indices is not None and temperature is not None:
+            raise ValueError(f"temperature = {temperature}: must be None where indices are given, as nothing is drawn")
+        if top_k is None:
+            return
+        for name, value in (("indices", indices), ("targets", targets), ("weights", weights), ("temperature", temperature)):
+            if value is not None:
+                raise ValueError(f"{name} is given together with top_k = {top_k}: must be one of them")
+        if self.heads > 1:
+            raise ValueError(f"top_k = {top_k}: must be None with heads = {self.heads}, whose nearest codes do not combine")
+        if not 1 <= top_k <= self.codebook_size:
+            raise ValueError(f"top_k = {top_k}: must be from 1 to {self.codebook_size}, the size of the codebook")
+
+    def _refuse_nonfinite(self, given: _Vectors) -> None:
+        if self.on_nonfinite == "drop":
+            return
+        lost = ~given.kept if given.mask is None else given.mask & ~given.kept
+        what = 'must be finite, as on_nonfinite = "raise" says'
+        require(
+            ~lost.any(), f"x holds vectors that are not finite: {what}", lambda: f"x holds {int(lost.sum())} vectors not finite: {what}"
+        )
+
+
+def _check_losses(losses: tuple[Loss, ...], learns_by_gradient: bool) -> None:
+    kinds = [type(loss) for loss in losses]
+    for loss in losses:
+        if type(loss) not in _LOSS_NAMES:
+            raise TypeError(f"losses holds {loss!r}: must be of {', '.join(kind.__name__ for kind in _LOSS_NAMES)}")
+        if kinds.count(type(loss)) > 1:
+            raise ValueError(f"losses holds several of {type(loss).__name__}: must be at most one of each kind")
+    if Orthogonality in kinds and not learns_by_gradient:
+        raise ValueError(
+            "losses holds Orthogonality, which moves nothing unless the codes learn by gradient (update=Gradient() or a transform)"
+        )
+
+
+def _active(indices: Tensor, codebook_size: int) -> Tensor:
+    """[H, C] bool: the codes that any of indices [H, M] chose."""
+    chosen = torch.zeros(len(indices), codebook_size + 1, dtype=torch.bool, device=indices.device)
+    return chosen.scatter_(1, indices.where(indices >= 0, codebook_size), True)[:, :-1]

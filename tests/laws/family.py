@@ -1,0 +1,335 @@
+"""Every quantizer with every option: the cases on which the laws are tried.
+
+A case is a class and its arguments, so that a test can ask whether any argument, choice or field of a choice stands in no case. Each case
+changes one thing of the class's defaults, or a few that meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqkit.quantizers import (
+    EMA,
+    MLP,
+    Affine,
+    BeamSearch,
+    ClipEMA,
+    CodebookConfig,
+    Commitment,
+    CrossEntropyCommitment,
+    DeadCodes,
+    DiVeQ,
+    Diversity,
+    Frozen,
+    Gradient,
+    Grouped,
+    GroupedResidualVQ,
+    Gumbel,
+    KMeans,
+    LearnableVQ,
+    Orthogonality,
+    OwnOptimizer,
+    QuantizeDropout,
+    Residual,
+    ResidualVQ,
+    SimpleVQ,
+    VectorQuantize,
+)
+
+DIM, CODES, BATCH, TIME, HEADS = 8, 16, 4, 8, 2
+_SIZES = {"dim", "num_quantizers", "groups"}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """`kind(**arguments)` on inputs that have `positions` behind the batch; `remark` says what is special about the input."""
+
+    kind: type[nn.Module]
+    arguments: Mapping[str, Any]
+    positions: tuple[int, ...] = (TIME,)
+    remark: str = ""
+    represents: bool = False
+    inductor: bool = False
+
+    @cached_property
+    def options(self) -> tuple[str, ...]:
+        """`name=value` for each argument but the sizes, and the remark."""
+        words = [f"{name}={label(value)}" for name, value in self.arguments.items() if name not in _SIZES and value != CODES]
+        return (*words, *([self.remark] if self.remark else []))
+
+    @cached_property
+    def name(self) -> str:
+        return f"{self.kind.__name__}({', '.join(self.options)})"
+
+    def build(self, seed: int = 0, **changes: Any) -> Any:
+        """A new module."""
+        torch.manual_seed(seed)
+        arguments = {name: value() if name in _BUILT and callable(value) else value for name, value in self.arguments.items()}
+        return self.kind(**{**arguments, **changes})
+
+    # What it can do
+
+    @property
+    def in_heads(self) -> bool:
+        """Whether inputs are [B, H, T, K], as Transformer-VQ hands them."""
+        return self.kind in (LearnableVQ, SimpleVQ)
+
+    @property
+    def commits(self) -> bool:
+        """Whether there is a choice of commit."""
+        return not self.in_heads
+
+    @property
+    def learns(self) -> bool:
+        """Whether any code can change."""
+        frozen = "update=Frozen" in self.options and "transform" not in self.arguments
+        return self.kind is not SimpleVQ and not frozen
+
+    @property
+    def waits(self) -> bool:
+        """Whether the codebook waits for data."""
+        return any("KMeans" in option or "init=kmeans" in option for option in self.options)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether dead codes are replaced."""
+        return any("DeadCodes" in option or "dead_code_threshold" in option for option in self.options)
+
+    @cached_property
+    def projects(self) -> bool:
+        """Whether linear layers stand around the codebooks."""
+        return any(isinstance(m, nn.Linear) for name, m in self._example.named_modules() if name.endswith("project_in"))
+
+    @cached_property
+    def _example(self) -> Any:
+        with torch.random.fork_rng():
+            return self.build()
+
+    # What goes in
+
+    @property
+    def first(self) -> bool:
+        return self.arguments.get("layout") == "first"
+
+    def input(self, batch: int = BATCH, *, seed: int = 1) -> Tensor:
+        """Normal vectors, float32."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.unrows(torch.randn(batch, *self.positions, self.width, generator=generator))
+
+    @cached_property
+    def width(self) -> int:
+        return HEADS * DIM if self.in_heads else self._example.dim
+
+    def rows(self, x: Tensor) -> Tensor:
+        """An input as [B, *positions, width]."""
+        if self.in_heads:
+            return x.transpose(1, 2).flatten(-2)
+        return x.movedim(1, -1) if self.first else x
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        if self.in_heads:
+            return rows.unflatten(-1, (HEADS, DIM)).transpose(1, 2).contiguous()
+        return rows.movedim(-1, 1).contiguous() if self.first else rows
+
+    def mask_shape(self, batch: int = BATCH) -> tuple[int, ...]:
+        return (batch, *self.positions)
+
+    def some_mask(self, batch: int = BATCH, *, seed: int = 3) -> Tensor:
+        return torch.rand(self.mask_shape(batch), generator=torch.Generator().manual_seed(seed)) < 0.6
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """One value a position -> one value an entry of the input."""
+        return self.unrows(mask.unsqueeze(-1).expand(*mask.shape, self.width))
+
+    def index_rows(self, indices: Tensor) -> Tensor:
+        """Indices with their positions first: [B, *positions, ...]."""
+        return indices.transpose(1, 2) if self.in_heads else indices
+
+    def kept(self, indices: Tensor, mask: Tensor) -> Tensor:
+        """The indices of the positions that count."""
+        return self.index_rows(indices)[mask]
+
+    def reorder(self, x: Tensor, order: Tensor) -> Tensor:
+        rows = self.rows(x)
+        return self.unrows(rows.reshape(-1, self.width)[order].reshape(rows.shape))
+
+    def reorder_indices(self, indices: Tensor, order: Tensor) -> Tensor:
+        rows = self.index_rows(indices)
+        moved = rows.reshape(len(order), -1)[order].reshape(rows.shape)
+        return moved.transpose(1, 2) if self.in_heads else moved
+
+    def as_one_batch(self, x: Tensor) -> Tensor:
+        """The same vectors with another batch size: half the batch, twice the length, or another batch where there is no length."""
+        rows = self.rows(x)
+        return self.unrows(rows.reshape(len(rows) // 2, 2 * self.positions[0], *rows.shape[2:]))
+
+
+def label(value: Any) -> str:
+    """A short word for a choice: the class and the fields that are not default."""
+    if is_dataclass(value):
+        changed = [f"{f.name}={label(v)}" for f in fields(value) if (v := getattr(value, f.name)) != f.default]
+        return type(value).__name__ + (f"({', '.join(changed)})" if changed else "")
+    if isinstance(value, (tuple, list)):
+        return "+".join(map(label, value)) or "none"
+    if callable(value):
+        return value.__name__
+    return str(value)
+
+
+def _vq(
+    *, positions: tuple[int, ...] = (TIME,), remark: str = "", represents: bool = False, inductor: bool = False, **arguments: Any
+) -> Case:
+    return Case(VectorQuantize, {"dim": DIM, "codebook_size": CODES, **arguments}, positions, remark, represents, inductor)
+
+
+def _rvq(
+    *, positions: tuple[int, ...] = (TIME,), remark: str = "", represents: bool = False, inductor: bool = False, **arguments: Any
+) -> Case:
+    sizes = {"dim": DIM, "codebook_size": CODES, "num_quantizers": 3}
+    return Case(ResidualVQ, {**sizes, **arguments}, positions, remark, represents, inductor)
+
+
+def _grouped(*, positions: tuple[int, ...] = (TIME,), remark: str = "", **arguments: Any) -> Case:
+    sizes = {"dim": 2 * DIM, "codebook_size": CODES, "num_quantizers": 2, "groups": 2}
+    return Case(GroupedResidualVQ, {**sizes, **arguments}, positions, remark)
+
+
+def tanh_of_linear() -> nn.Module:
+    """A transform of the user's own."""
+    return nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())
+
+
+def two_kinds() -> list[nn.Module]:
+    """Layers of different kinds."""
+    return [VectorQuantize(DIM, CODES, metric="cosine"), VectorQuantize(DIM, 4, update=Gradient(), codebook_dim=3)]
+
+
+def two_heads() -> list[nn.Module]:
+    """Layers with a code shape of their own."""
+    return [VectorQuantize(DIM, CODES, heads=2), VectorQuantize(DIM, CODES, heads=2, separate_heads=True)]
+
+
+def unequal_widths() -> list[nn.Module]:
+    """Parts of different width, one of them twice."""
+    narrow = VectorQuantize(3, CODES)
+    return [narrow, VectorQuantize(DIM, 4, estimator="straight_through"), narrow]
+
+
+def groups_of_residuals() -> list[nn.Module]:
+    """Combinators within a combinator."""
+    return [Residual([VectorQuantize(DIM, CODES), VectorQuantize(DIM, CODES)]) for _ in range(2)]
+
+
+_BUILT = {"transform", "layers", "parts"}  # modules are made anew for each case
+_QUICK = EMA(decay=0.3)
+"""Forgets so fast that codes die within a step."""
+_HEALTHY = DeadCodes(threshold=1.0)
+
+_VECTOR_QUANTIZE = [
+    _vq(represents=True, inductor=True),
+    # What is near
+    _vq(metric="cosine"),
+    _vq(metric="cosine", update=Gradient()),
+    # How codes are chosen and gradients pass
+    _vq(assignment=Gumbel(temperature=0.5)),
+    _vq(assignment=Gumbel(estimator="reinmax"), update=Gradient(), represents=True),
+    _vq(estimator="straight_through"),
+    _vq(estimator="none"),
+    _vq(estimator="none", update=Gradient()),
+    _vq(estimator=DiVeQ(sigma2=1e-2), update=Gradient(), represents=True),
+    _vq(input_gradient=False),
+    _vq(sync_update=0.2, update=Gradient()),
+    # How the codebook learns
+    _vq(update=EMA(decay=0.5, eps=1e-3)),
+    _vq(update=ClipEMA(decay=0.9, floor=0.1)),
+    _vq(update=Gradient(decay=0.9), represents=True),
+    _vq(update=OwnOptimizer(learning_rate=0.01, betas=(0.8, 0.9), eps=1e-6, decay=0.9), represents=True),
+    _vq(update=OwnOptimizer(name="sgd", learning_rate=0.1, momentum=0.5)),
+    _vq(update=Frozen()),
+    _vq(commit="manual", represents=True),
+    # How it starts and stays alive
+    _vq(init="normal"),
+    _vq(init=KMeans()),
+    _vq(init=KMeans(iterations=3, start="random"), metric="cosine"),
+    _vq(dead_codes=_HEALTHY, update=_QUICK),
+    _vq(dead_codes=DeadCodes(threshold=1.0, reset_count=1.5), update=OwnOptimizer(decay=0.3)),
+    _vq(dead_codes=_HEALTHY, update=Gradient(decay=0.3)),
+    # What the codes are made of
+    _vq(transform="linear", update=Frozen(), represents=True),
+    _vq(transform=MLP(hidden=12, depth=2), update=Gradient()),
+    _vq(transform=tanh_of_linear, update=Gradient()),
+    _vq(affine=Affine(batch_decay=0.5, codebook_decay=0.5), represents=True),
+    # Losses
+    _vq(losses=()),
+    _vq(losses=(Commitment(weight=0.25), Diversity(weight=0.1, temperature=2.0))),
+    _vq(losses=(CrossEntropyCommitment(weight=0.5),)),
+    _vq(losses=(Commitment(), Orthogonality(weight=0.5)), update=Gradient()),
+    _vq(losses=(Commitment(), Orthogonality(active_only=True)), update=Gradient()),
+    _vq(losses=(Commitment(), Orthogonality(max_codes=8)), update=Gradient()),
+    # Heads and widths
+    _vq(heads=2),
+    _vq(heads=2, separate_heads=True),
+    _vq(codebook_dim=4),
+    _vq(codebook_dim=4, projection_norm=True),
+    _vq(heads=2, separate_heads=True, codebook_dim=3, metric="cosine", dead_codes=_HEALTHY, update=_QUICK, init=KMeans()),
+    # Layouts, masks, what is not finite
+    _vq(layout="first"),
+    _vq(layout="first", positions=(3, 4), remark="image"),
+    _vq(positions=(3, 4), remark="image"),
+    _vq(layout="first", heads=2, positions=(2, 2, 2), remark="volume"),
+    _vq(positions=(), remark="single token"),
+    _vq(masked="input"),
+    _vq(on_nonfinite="raise"),
+]
+
+_RESIDUAL = [
+    _rvq(represents=True, inductor=True),
+    _rvq(codebook_size=(16, 8, 4), num_quantizers=None),
+    _rvq(codebook_dim=4),
+    _rvq(shared_codebook=True, represents=True),
+    _rvq(shared_codebook=True, dead_codes=DeadCodes(threshold=4.0), update=_QUICK),
+    _rvq(shared_codebook=True, update=OwnOptimizer()),
+    _rvq(estimator="straight_through"),
+    _rvq(estimator="none", update=Gradient()),
+    _rvq(estimator=DiVeQ(), update=Gradient(), represents=True),
+    _rvq(estimate="layers"),
+    _rvq(assignment=Gumbel(temperature=0.5)),
+    _rvq(gradient_fraction=0.5, update=Gradient()),
+    _rvq(quantize_dropout=QuantizeDropout(seed=5), represents=True),
+    _rvq(quantize_dropout=QuantizeDropout(cutoff_index=1, multiple_of=2, seed=5), codebook_size=8, num_quantizers=4),
+    _rvq(beam=BeamSearch(size=3, eval_size=4, weights=(1.0, 0.8, 0.6)), represents=True),
+    _rvq(implicit=MLP(hidden=12, depth=1), represents=True),
+    _rvq(implicit=MLP(hidden=12), beam=BeamSearch(size=2)),
+    _rvq(init=KMeans(), metric="cosine"),
+    _rvq(heads=2, separate_heads=True),
+    _rvq(layout="first", positions=(3, 4), remark="image", codebook_dim=4),
+    _rvq(layout="first"),
+    _rvq(masked="input"),
+    _rvq(commit="manual"),
+    Case(Residual, {"layers": two_kinds, "estimator": "rotation"}),
+    Case(Residual, {"layers": two_heads, "dim": 6, "estimator": "layers"}),
+]
+
+_GROUPED = [
+    _grouped(),
+    _grouped(layout="first", positions=(3, 4), remark="image"),
+    _grouped(shared_codebook=True, quantize_dropout=QuantizeDropout()),
+    _grouped(masked="input", commit="manual"),
+    Case(Grouped, {"parts": unequal_widths}),
+    Case(Grouped, {"parts": groups_of_residuals, "layout": "first", "commit": "manual"}),
+]
+
+_TRANSFORMER = [
+    Case(LearnableVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM}),
+    Case(LearnableVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM, "config": CodebookConfig(decay=0.3, dead_code_threshold=1.0)}),
+    Case(LearnableVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM, "config": CodebookConfig(init="kmeans")}),
+    Case(SimpleVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM}),
+]
+
+CASES = [*_VECTOR_QUANTIZE, *_RESIDUAL, *_GROUPED, *_TRANSFORMER]

@@ -1,0 +1,283 @@
+"""Laws of a codebook alone: its start, its rules of learning against their definitions, expiry, transforms, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from vqkit.ops.codebook import assignment_stats
+from vqkit.ops.nearest_code import nearest_index
+from vqkit.quantizers import (
+    EMA,
+    MLP,
+    Affine,
+    ClipEMA,
+    Codebook,
+    DeadCodes,
+    Frozen,
+    Gradient,
+    KMeans,
+    OwnOptimizer,
+    update_codebooks_,
+)
+
+HEADS, SIZE, DIM = 2, 6, 3
+RULES = [EMA(0.8), ClipEMA(0.8), Gradient(0.8), OwnOptimizer(), OwnOptimizer("sgd"), Frozen()]
+
+
+def vectors(number=30, seed=0, dtype=torch.float32):
+    return torch.randn(HEADS, number, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def see_(codebook, x):
+    """One commit of x; the indices."""
+    indices = nearest_index(x, codebook.codes().detach())
+    codebook.add_statistics_(codebook.statistics(x, indices))
+    update_codebooks_(codebook)
+    return indices
+
+
+# Rules
+
+
+def test_the_moving_average_is_one_step_of_gradient_descent_on_its_codebook_loss():
+    for rule in (EMA(0.8), ClipEMA(0.8)):
+        codebook, x = Codebook(HEADS, SIZE, DIM, update=rule, dtype=torch.float64), vectors(dtype=torch.float64)
+        total, count = (tensor.clone().requires_grad_() for tensor in (codebook.sum, codebook.count))
+        indices = see_(codebook, x)
+        seen = assignment_stats(x, indices, SIZE)
+        loss = 0.1 * ((total - seen.sum).square().sum() + (count - seen.count).square().sum())
+        loss.backward()
+        torch.optim.SGD([total, count], lr=1.0).step()
+        torch.testing.assert_close(codebook.sum, total.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(codebook.count, count.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "optimizer"),
+    [
+        (OwnOptimizer(learning_rate=0.05, betas=(0.8, 0.9)), lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.8, 0.9))),
+        (OwnOptimizer("sgd", learning_rate=0.5, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)),
+    ],
+)
+def test_an_optimizer_of_its_own_is_that_of_torch_on_the_mean_squared_error(rule, optimizer):
+    codebook = Codebook(HEADS, SIZE, DIM, update=rule, dtype=torch.float64)
+    weight = nn.Parameter(codebook.weight.clone())
+    stepped = optimizer([weight])
+    for step in range(4):
+        x = vectors(seed=step, dtype=torch.float64)
+        indices = see_(codebook, x)
+        chosen = weight.gather(1, indices.unsqueeze(-1).expand(-1, -1, DIM))
+        loss = sum(nn.functional.mse_loss(chosen[head], x[head]) for head in range(HEADS))
+        stepped.zero_grad()
+        loss.backward()
+        stepped.step()
+        torch.testing.assert_close(codebook.codebook, weight.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_weights_count_as_copies():
+    x = vectors()
+    one = Codebook(HEADS, SIZE, DIM)
+    other = copy.deepcopy(one)
+    indices = nearest_index(x, one.codes())
+    weights = torch.randint(0, 3, (HEADS, 30)).float()
+    one.add_statistics_(one.statistics(x, indices, weights))
+    for weight in (1, 2):
+        kept = torch.where(weights >= weight, indices, -1)
+        other.add_statistics_(other.statistics(x, kept))
+    for codebook in (one, other):
+        update_codebooks_(codebook)
+    torch.testing.assert_close(one.sum, other.sum)
+    torch.testing.assert_close(one.count, other.count)
+
+
+# Start
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_what_is_set_is_read_and_stays(rule, metric):
+    codebook = Codebook(HEADS, SIZE, DIM, update=rule, metric=metric)
+    codes = torch.randn(HEADS, SIZE, DIM)
+    if metric == "cosine":
+        codes = nn.functional.normalize(codes, dim=-1)
+    codebook.add_statistics_(codebook.statistics(vectors(), torch.zeros(HEADS, 30, dtype=torch.int64)))
+    codebook.codebook = codes
+    torch.testing.assert_close(codebook.codebook, codes, rtol=1e-6, atol=1e-7)
+    update_codebooks_(codebook)  # of nothing: what was pending went with the old codes
+    torch.testing.assert_close(codebook.codebook, codes, rtol=1e-5, atol=1e-6)
+    see_(codebook, codes)
+    torch.testing.assert_close(codebook.codebook, codes, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_kmeans_starts_every_rule_alike(metric):
+    found = []
+    for rule in RULES:
+        codebook = Codebook(HEADS, SIZE, DIM, update=rule, init=KMeans(), metric=metric)
+        with pytest.raises(ValueError, match=r"call initialize_\(x\)"):
+            codebook.codes()
+        codebook.initialize_(vectors(), seed=3)
+        found.append(codebook.codebook.detach())
+    for codes in found[1:]:
+        torch.testing.assert_close(codes, found[0], rtol=1e-6, atol=1e-6)
+    if metric == "cosine":
+        torch.testing.assert_close(found[0].norm(dim=-1), torch.ones(HEADS, SIZE))
+
+
+# Expiry
+
+
+@pytest.mark.parametrize("rule", [EMA(0.9), ClipEMA(0.9), Gradient(0.9), OwnOptimizer(learning_rate=1e-30, decay=0.9)])
+def test_dead_codes_become_vectors_of_the_batch_after_their_time(rule):
+    codebook = Codebook(HEADS, SIZE, DIM, update=rule, dead_codes=DeadCodes(0.5))
+    codes = torch.randn(HEADS, SIZE, DIM)
+    codes[:, :2] = 50.0  # nobody will choose them
+    codebook.codebook = codes
+    x, commits = vectors(), 0
+    while (codebook.codebook[:, :2] > 20).all():
+        assert commits < 20
+        see_(codebook, x)
+        commits += 1
+    assert commits > 5  # 0.9 ** 6 is above a half
+    for head in range(HEADS):
+        distance = (codebook.codebook[head, :2, None] - x[head]).abs().amax(-1)
+        assert (distance.amin(1) < 1e-5).all() and len(distance.argmin(1).unique()) == 2
+    assert (codebook.count[:, :2] == 1.0).all()
+
+
+def test_expiry_by_hand():
+    codebook = Codebook(HEADS, SIZE, DIM)
+    codebook.count[0, 1] = codebook.count[1, 4] = 0.1
+    before, x = codebook.codebook.clone(), vectors()
+    codebook.expire_(x, threshold=0.5)
+    changed = (codebook.codebook - before).abs().amax(-1) > 1e-3
+    assert changed.nonzero().tolist() == [[0, 1], [1, 4]]
+    for head, code in ((0, 1), (1, 4)):
+        assert (codebook.codebook[head, code] - x[head]).abs().amax(-1).min() < 1e-5
+    with pytest.raises(ValueError, match="threshold = None"):
+        codebook.expire_(x)
+
+
+# What stands between the stored vectors and the codes
+
+
+@pytest.mark.parametrize("transform", ["linear", MLP(5, 2), nn.Linear(DIM, DIM)])
+@pytest.mark.parametrize("rule", [Frozen(), Gradient()])
+def test_a_transform_learns_and_stays_wide(rule, transform):
+    codebook = Codebook(HEADS, SIZE, DIM, update=rule, transform=copy.deepcopy(transform))
+    codebook.codes().sum().backward()
+    assert all(parameter.grad is not None for parameter in codebook.parameters())
+    assert len(list(codebook.parameters())) == len(list(codebook.transform.parameters())) + isinstance(rule, Gradient)
+    before = codebook.half().codebook
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(codebook.codebook, before) and before.dtype == torch.float32
+
+
+def test_affine_codes_follow_the_vectors_as_a_whole():
+    codebook = Codebook(HEADS, SIZE, DIM, affine=Affine(0.5, 0.5))
+    start = codebook.codebook.clone()
+    torch.testing.assert_close(start, codebook.sum)  # nothing is moved before there were vectors
+    x = 5 + 2 * vectors(400)
+    for _ in range(3):
+        see_(codebook, x)
+    torch.testing.assert_close(codebook.batch_mean, x.mean(1))
+    torch.testing.assert_close(codebook.batch_variance, x.var(1, correction=0), rtol=1e-4, atol=1e-4)
+    distance = (x.unsqueeze(2) - codebook.codebook.unsqueeze(1)).norm(dim=-1).amin(-1).mean()
+    still = (x.unsqueeze(2) - start.unsqueeze(1)).norm(dim=-1).amin(-1).mean()
+    assert distance < 0.5 * still
+    codes = torch.randn(HEADS, SIZE, DIM)
+    codebook.codebook = codes
+    torch.testing.assert_close(codebook.codebook, codes)
+
+
+@pytest.mark.parametrize("rule", [EMA(0.8), OwnOptimizer("sgd", learning_rate=0.1)])
+def test_under_an_affine_map_the_rules_see_the_vectors_mapped_back(rule):
+    codebook, x = Codebook(HEADS, SIZE, DIM, affine=Affine(0.9, 0.9), update=rule), vectors()
+    see_(codebook, x)
+    plain = Codebook(HEADS, SIZE, DIM, update=rule)
+    for name in codebook._rule_names:
+        getattr(plain, name).copy_(getattr(codebook, name))
+    scale = (codebook.batch_variance / codebook.code_variance).sqrt().unsqueeze(1)
+    back = (x - codebook.batch_mean.unsqueeze(1)) / scale + codebook.code_mean.unsqueeze(1)
+    indices = see_(codebook, x)
+    plain.add_statistics_(plain.statistics(back, indices))
+    update_codebooks_(plain)
+    for name in codebook._rule_names:
+        torch.testing.assert_close(getattr(codebook, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+# Bad input
+
+
+def test_contradictions_are_refused():
+    for message, choices in [
+        ("transform with update", {"transform": "linear"}),
+        ("transform: what is stored", {"transform": "linear", "update": Frozen(), "init": KMeans()}),
+        ("transform: what is stored", {"transform": "linear", "update": Gradient(), "dead_codes": DeadCodes(1.0)}),
+        ("transform = 'cubic'", {"transform": "cubic", "update": Frozen()}),
+        (r"update = Frozen\(\)", {"update": Frozen(), "dead_codes": DeadCodes(1.0)}),
+        ("affine with metric", {"affine": Affine(), "metric": "cosine"}),
+        ("metric = 'l1'", {"metric": "l1"}),
+        ("init = 'zeros'", {"init": "zeros"}),
+        ("dtype = torch.float16", {"dtype": torch.float16}),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            Codebook(HEADS, SIZE, DIM, **choices)
+    with pytest.raises(ValueError, match=r"^codebook_size = 0"):
+        Codebook(HEADS, 0, DIM)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EMA(1.0), "EMA.decay = 1.0: must be at least 0 and below 1"),
+        (lambda: EMA(eps=-1.0), "EMA.eps = -1.0"),
+        (lambda: ClipEMA(floor=0.0), "ClipEMA.floor = 0.0: must be positive"),
+        (lambda: OwnOptimizer("lbfgs"), "OwnOptimizer.name = 'lbfgs': must be one of 'adam', 'sgd'"),
+        (lambda: OwnOptimizer(learning_rate=0.0), "OwnOptimizer.learning_rate = 0.0"),
+        (lambda: KMeans(0), "KMeans.iterations = 0"),
+        (lambda: DeadCodes(0.0), "DeadCodes.threshold = 0.0"),
+        (lambda: DeadCodes(2.0, 1.0), "DeadCodes.reset_count = 1.0: must be None or at least the threshold"),
+        (lambda: MLP(0), "MLP.hidden = 0"),
+        (lambda: Affine(1.5), "Affine.batch_decay = 1.5"),
+    ],
+)
+def test_choices_name_what_is_wrong(make, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        make()
+
+
+def test_calls_that_raise_change_nothing():
+    codebook, x = Codebook(HEADS, SIZE, DIM, update=Gradient(), transform="linear"), vectors()
+    before, statistics = snapshot(codebook), codebook.statistics(x, nearest_index(x, codebook.codebook.detach()))
+    for message, call in [
+        ("codebook is the transform", lambda: setattr(codebook, "codebook", torch.zeros(HEADS, SIZE, DIM))),
+        (r"codebook has shape \(3,\)", lambda: setattr(codebook, "codebook", torch.zeros(3))),
+        ("initialize_: the codes are a transform", lambda: codebook.initialize_(x)),
+        ("statistics.keys has shape", lambda: codebook.add_statistics_(statistics._replace(keys=torch.zeros(3)))),
+        ("expire_: needs", lambda: codebook.expire_(x, threshold=1.0)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
+    with pytest.raises(ValueError, match="frozen = False"):
+        Codebook(HEADS, SIZE, DIM, update=Frozen()).frozen = False
+    after = snapshot(codebook)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_frozen_parameter_gets_no_gradient_and_a_live_one_keeps_it_beside_replaced_codes():
+    codebook, x = Codebook(HEADS, SIZE, DIM, update=Gradient(0.5), dead_codes=DeadCodes(0.9, reset_count=1.0)), vectors()
+    codebook.auto = True
+    indices = nearest_index(x, codebook.codes().detach())
+    used = torch.zeros(HEADS, SIZE, dtype=torch.bool).scatter(1, indices.where(indices < 3, 0), True)
+    codebook.replace_statistics_(codebook.statistics(x, indices.where(indices < 3, 0)))
+    codebook.codes().sum().backward()  # of the value after the commit
+    assert not used.all() and torch.equal(codebook.weight.grad.any(-1), used)
+    codebook.frozen = True
+    assert not codebook.codes().requires_grad

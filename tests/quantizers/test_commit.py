@@ -1,0 +1,279 @@
+"""Laws of the places where codebooks change: every rank takes part, in one sum, and a refused step changes nothing."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from plain_quantizer import Plain
+from thread_ranks import in_ranks
+from vqkit.quantizers import (
+    EMA,
+    Affine,
+    Codebook,
+    DeadCodes,
+    Gradient,
+    OwnOptimizer,
+    add_statistics_,
+    attach,
+    register_fsdp_methods,
+    synchronize_codebooks_,
+    update_codebooks_,
+)
+from vqkit.quantizers.codebook import Committed
+
+CHOICES = {
+    "ema": {"update": EMA(0.5)},
+    "expiry": {"update": EMA(0.5), "dead_codes": DeadCodes(1.0)},
+    "adam": {"update": OwnOptimizer(learning_rate=0.1)},
+    "affine": {"affine": Affine()},
+    "gradient": {"update": Gradient()},
+}
+
+
+class Pair(nn.Module):
+    """Two quantizers behind a layer."""
+
+    def __init__(self, commit="manual", **choices):
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+        self.first = Plain(commit=commit, **choices)
+        self.second = Plain(size=11, commit=commit, **choices)
+
+    def forward(self, x, mask=None):
+        one = self.first(self.layer(x), mask)
+        two = self.second(one.quantized + x, mask)
+        return two.quantized, one.loss + two.loss
+
+
+def batch(step, rows=12):
+    return torch.randn(rows, 4, generator=torch.Generator().manual_seed(step))
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Counting:
+    """A reducer of one of two ranks, the other of which saw nothing; counts its sums."""
+
+    world_size = 2
+
+    def __init__(self, rank):
+        self.rank, self.sums = rank, 0
+
+    def all_reduce_(self, flat):
+        assert flat.dim() == 1 and flat.is_contiguous()
+        self.sums += 1
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("shares", [(12, 12), (0, 24), (5, 1, 18)])
+def test_several_ranks_are_one(name, shares):
+    torch.manual_seed(1)
+    one = Pair(**CHOICES[name])
+    ranks = [copy.deepcopy(one) for _ in shares]
+    for step in range(2):
+        x = batch(step, 24)
+        one(x)
+        for rank, share in zip(ranks, x.split(shares), strict=True):
+            rank(share[: len(share) // 2])
+            rank(share[len(share) // 2 :], torch.ones(len(share) - len(share) // 2, dtype=torch.bool))
+        update_codebooks_(one)
+        in_ranks(len(shares), lambda reducer: update_codebooks_(ranks[reducer.rank], reducer))
+        for rank in ranks[1:]:
+            assert_same(snapshot(rank), snapshot(ranks[0]))
+        if name == "expiry":
+            torch.testing.assert_close(ranks[0].first.table.count, one.first.table.count)
+            break  # other vectors of the batch in the place of dead codes
+        assert_same(snapshot(ranks[0]), snapshot(one), rtol=1e-5, atol=1e-5)
+        assert ranks[1].second.metrics() == pytest.approx(one.second.metrics(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_automatic_commits_sum_over_the_ranks_in_the_forward(name):
+    torch.manual_seed(1)
+    one = Plain(**CHOICES[name])
+    ranks = [copy.deepcopy(one) for _ in range(3)]
+
+    def work(reducer):
+        module = ranks[reducer.rank]
+        module.reducer = reducer
+        for step in range(3):
+            if reducer.rank == 1 and step == 1:
+                module.eval().train()  # committing early, on one rank alone
+            module(batch(step, 24).split([4, 0, 20])[reducer.rank])
+        return snapshot(module)
+
+    states = in_ranks(3, work)
+    for state in states[1:]:
+        assert_same(state, states[0])
+    for step in range(3):
+        one(batch(step, 24))
+    found, expected = states[0], snapshot(one)
+    if name == "expiry":
+        for state in (found, expected):
+            state.pop("table.sum"), state.pop("table.count")
+    assert_same(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_sum_for_the_codebooks_of_a_model_whatever_a_rank_saw():
+    model = Pair(dead_codes=DeadCodes(1.0))
+    for _ in range(2):
+        reducer = Counting(0)
+        update_codebooks_(model, reducer)
+        assert reducer.sums == 1
+        model(batch(0))
+
+
+def test_ranks_start_from_the_first():
+    ranks = [Pair(**CHOICES["adam"]) for _ in range(3)]
+    expected = snapshot(ranks[0].first)
+    ranks[0].first.table.updates.fill_(2**40)
+    in_ranks(3, lambda reducer: synchronize_codebooks_(ranks[reducer.rank], reducer))
+    for rank in ranks:
+        found = snapshot(rank.first)
+        assert found.pop("table.updates") == 2**40
+        assert_same(found, {name: value for name, value in expected.items() if name != "table.updates"})
+
+
+# Other people's loops
+
+
+def step_(model, optimizer, x, scaler=None):
+    optimizer.zero_grad()
+    quantized, loss = model(x)
+    total = quantized.square().sum() + loss
+    if scaler is None:
+        total.backward()
+        optimizer.step()
+    else:
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def test_attached_is_committed_after_every_step():
+    for micro_batches in (1, 3):
+        torch.manual_seed(1)
+        attached = Pair(commit="auto")
+        attached.first(batch(9))  # what an automatic commit left counts
+        by_hand = copy.deepcopy(attached)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (attached, by_hand)]
+        handle = attach(attached, optimizers[0])
+        assert attached.first.commit == attached.second.commit == "manual" and not attached.first.table.auto
+        by_hand.first.commit = by_hand.second.commit = "manual"
+        for step in range(3):
+            for number in range(micro_batches - 1):
+                for model in (attached, by_hand):
+                    model(batch(100 + number))
+            for model, optimizer in zip((attached, by_hand), optimizers, strict=True):
+                step_(model, optimizer, batch(step))
+            update_codebooks_(by_hand)
+            assert_same(snapshot(attached), snapshot(by_hand))
+        assert attached.second.table.updates == 3
+        handle.remove()
+        step_(attached, optimizers[0], batch(5))
+        assert attached.second.table.updates == 3 and attached.second.table.pending.count.any()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_commits_nothing(fused):
+    model = Pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    step_(model, optimizer, batch(0), scaler)
+    assert model.first.table.updates == 1
+    before = {name: value for name, value in snapshot(model).items() if "pending" not in name}
+    hook = model.layer.weight.register_hook(lambda gradient: gradient * torch.inf)
+    step_(model, optimizer, batch(1), scaler)
+    hook.remove()
+    assert_same({name: value for name, value in snapshot(model).items() if "pending" not in name}, before)
+    assert model.first.table.pending.count.any() != fused  # an optimizer that is not called cannot say that it dropped a step
+    step_(model, optimizer, batch(2), scaler)
+    assert model.first.table.updates == 2 and model.first.clock.updates == 2
+
+
+def test_one_rank_whose_gradients_overflowed_refuses_for_all():
+    models = [Pair() for _ in range(2)]
+    before = [snapshot(model.first) for model in models]
+
+    def work(reducer):
+        model = models[reducer.rank]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+        attach(model, optimizer, reducer=reducer)
+        model(batch(0))
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.tensor(float(reducer.rank))
+        optimizer.step()
+        return snapshot(model.first)
+
+    for state in in_ranks(2, work):
+        assert_same(state, before[0])
+
+
+def test_the_hook_does_not_keep_the_model():
+    model = Pair()
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    attach(model, optimizer)
+    del model
+    gc.collect()
+    optimizer.step()
+
+
+def test_registering_for_fsdp_leaves_a_model_that_is_not_sharded_alone():
+    model = Pair()
+    register_fsdp_methods(model)
+    assert "encode" not in vars(model.first)
+
+
+# A clock without codes
+
+
+def test_a_clock_counts_the_commits():
+    module = Plain()
+    for step in range(3):
+        assert module.clock.commits == step
+        module(batch(step))
+    assert module.eval().clock.updates == 3
+    alone = Committed()
+    update_codebooks_(alone)
+    assert alone.commits == alone.updates == 1
+
+
+# Bad input
+
+
+def test_statistics_that_do_not_fit_are_refused_whole():
+    model = Pair()
+    out = [part.quantize(batch(0)).statistics for part in (model.first, model.second)]
+    before = snapshot(model)
+    for message, entries in [
+        ("statistics has 1 entries: must be 2", out[:1]),
+        (r"statistics.count has shape \(1, 11\)", [out[0], out[1]][::-1]),
+        (r"statistics.count has shape \(1, 8\)", [out[0], [out[0]]]),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            add_statistics_(model, entries)
+    assert_same(snapshot(model), before)
+    add_statistics_(model, [None, [out[1]]])
+    assert not model.first.table.pending.count.any() and model.second.table.pending.count.any()
+
+
+def test_codebooks_that_commit_by_themselves_are_not_committed_by_hand():
+    model = Pair(commit="auto")
+    model(batch(0))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match='commit = "auto"'):
+        update_codebooks_(model)
+    assert_same(snapshot(model), before)
+    assert isinstance(model.first.table, Codebook)

@@ -1,0 +1,778 @@
+"""What each choice of VectorQuantize does; the laws that all quantizers share are in tests/laws."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vqkit.quantizers.codebook import Codebook
+from vqkit.quantizers.commit import update_codebooks_
+from vqkit.quantizers.config import (
+    EMA,
+    MLP,
+    Affine,
+    Commitment,
+    CrossEntropyCommitment,
+    DeadCodes,
+    DiVeQ,
+    Diversity,
+    Frozen,
+    Gradient,
+    Gumbel,
+    KMeans,
+    Orthogonality,
+    OwnOptimizer,
+)
+from vqkit.quantizers.vector_quantize import VectorQuantize
+
+DIM, CODES, BATCH, TIME = 6, 8, 3, 7
+
+
+def vectors(*positions, dim=DIM, dtype=torch.float32):
+    return torch.randn(*(positions or (BATCH, TIME)), dim, dtype=dtype)
+
+
+def spread_out(**options):
+    """A quantizer whose codes are standard normal, as the vectors here."""
+    quantizer = VectorQuantize(DIM, CODES, **options)
+    if quantizer.table.transform is None:
+        quantizer.codebook = torch.randn_like(quantizer.codebook)
+    return quantizer
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_unchanged(module, before):
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+# What comes out
+
+
+def test_a_call_gives_the_nearest_codes_and_their_mean_squared_error():
+    quantizer = spread_out()
+    x, codes = vectors(40, 50), quantizer.codebook
+    out = quantizer(x)
+    nearest = torch.cdist(x.double(), codes.double()).argmin(-1)
+    assert torch.equal(out.indices, nearest)
+    assert torch.equal(out.quantized, codes[nearest])
+    torch.testing.assert_close(out.loss, F.mse_loss(codes[nearest], x))
+
+
+@pytest.mark.parametrize("update", [EMA(0.5), Gradient(), OwnOptimizer()])
+def test_one_call_has_one_codebook(update):
+    quantizer = spread_out(update=update, dead_codes=DeadCodes(1.0))
+    for _ in range(3):
+        x, codes = vectors(), quantizer.codebook.clone()
+        out = quantizer(x)
+        assert torch.equal(out.quantized, codes[out.indices])
+        torch.testing.assert_close(out.loss, F.mse_loss(codes[out.indices], x))
+
+
+@pytest.mark.parametrize("heads, code_shape", [(1, ()), (2, (2,))])
+@pytest.mark.parametrize("positions", [(5,), (2, 5), (2, 3, 4), (2, 2, 3, 2)])
+@pytest.mark.parametrize("layout", ["last", "first"])
+def test_shapes_and_layouts(positions, layout, heads, code_shape):
+    quantizer = spread_out(layout=layout, heads=heads)
+    reference = VectorQuantize(DIM, CODES, heads=heads)
+    reference.codebook = quantizer.codebook
+    rows = vectors(*positions)
+    x = rows.movedim(-1, 1) if layout == "first" else rows
+    out, expected = quantizer(x), reference(rows)
+    assert out.quantized.shape == x.shape and out.indices.shape == (*positions, *code_shape) and out.loss.shape == ()
+    assert torch.equal(out.quantized, expected.quantized.movedim(-1, 1) if layout == "first" else expected.quantized)
+    assert torch.equal(out.indices, expected.indices) and torch.equal(out.loss, expected.loss)
+    quantizer.codebook = reference.codebook
+    assert torch.equal(quantizer.decode(quantizer.encode(x)), quantizer.eval()(x).quantized)
+    assert quantizer.code_shape == code_shape and quantizer.bits_per_vector == 3 * heads
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_heads_are_quantizers_of_slices(separate):
+    heads, width = 3, DIM // 3
+    quantizer = spread_out(heads=heads, separate_heads=separate, update=EMA(0.5))
+    assert quantizer.codebook.shape == ((heads, CODES, width) if separate else (CODES, width))
+    x, book = vectors(), quantizer.codebook
+    out = quantizer(x)
+    slices = x.unflatten(-1, (heads, width)).unbind(-2)
+    alone = []
+    for head, part in enumerate(slices):
+        one = VectorQuantize(width, CODES, update=EMA(0.5))
+        one.codebook = book[head] if separate else book
+        alone.append((one, one(part)))
+        assert torch.equal(out.indices[..., head], alone[-1][1].indices)
+    assert torch.equal(out.quantized, torch.cat([found.quantized for _, found in alone], dim=-1))
+    torch.testing.assert_close(out.loss, torch.stack([found.loss for _, found in alone]).mean())
+    if separate:
+        torch.testing.assert_close(quantizer.codebook, torch.stack([one.codebook for one, _ in alone]))
+    else:
+        together = VectorQuantize(width, CODES, update=EMA(0.5))
+        together.codebook = book
+        together(torch.stack(slices))
+        torch.testing.assert_close(quantizer.codebook, together.codebook)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_projections_stand_around_the_codebook(norm):
+    quantizer = VectorQuantize(DIM, CODES, codebook_dim=4, heads=2, projection_norm=norm, estimator="straight_through")
+    quantizer.codebook = torch.randn(CODES, 4)
+    inner = VectorQuantize(8, CODES, heads=2, estimator="straight_through")
+    inner.codebook = quantizer.codebook
+    x = vectors()
+    projected = quantizer.project_in(x)
+    projected = F.layer_norm(projected, (8,)) if norm else projected
+    out, expected = quantizer(x), inner(projected)
+    assert torch.equal(out.indices, expected.indices)
+    torch.testing.assert_close(out.quantized, quantizer.project_out(expected.quantized))
+    torch.testing.assert_close(out.loss, expected.loss)
+    codes = quantizer.decode_codes(out.indices)
+    assert codes.shape == (BATCH, TIME, 8) and quantizer.decode(out.indices).shape == x.shape
+    torch.testing.assert_close(quantizer.project_out(codes), quantizer.decode(out.indices))
+    (out.quantized.sum() + out.loss).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in quantizer.parameters())
+
+
+def test_cosine_compares_directions():
+    quantizer = spread_out(metric="cosine")
+    x, codes = vectors(), quantizer.codebook
+    direction = F.normalize(x, dim=-1)
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(CODES))
+    out = quantizer.quantize(x)
+    assert torch.equal(out.indices, (direction @ codes.T).argmax(-1))
+    assert torch.equal(out.indices, quantizer.encode(7 * x))
+    torch.testing.assert_close(out.quantized, codes[out.indices])
+    torch.testing.assert_close(out.losses["commitment"], F.mse_loss(codes[out.indices], direction))
+
+
+@pytest.mark.parametrize(
+    "options", [{"affine": Affine()}, {"transform": "linear", "update": Gradient()}, {"transform": MLP(8), "update": Frozen()}]
+)
+def test_what_is_decoded_is_what_came_out(options):
+    quantizer = spread_out(**options)
+    for _ in range(3):
+        quantizer(3 + 2 * vectors())
+    x = vectors()
+    out = quantizer.eval()(x)
+    assert torch.equal(quantizer.decode(out.indices), out.quantized)
+    assert torch.equal(quantizer.codebook[out.indices], out.quantized)
+
+
+# Masks, lengths, what does not count
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("masked", ["zero", "input"])
+def test_masked_positions(masked, layout):
+    quantizer = spread_out(masked=masked, layout=layout, heads=2, codebook_dim=4)
+    rows, lengths = vectors(), torch.tensor([TIME, 2, 0])
+    mask = torch.arange(TIME) < lengths[:, None]
+    x = (rows if layout == "last" else rows.movedim(-1, 1)).requires_grad_()
+    out, same = quantizer.quantize(x, mask), quantizer.quantize(x, lengths=lengths)
+    assert torch.equal(out.quantized, same.quantized) and torch.equal(out.indices, same.indices)
+    quantized = out.quantized if layout == "last" else out.quantized.movedim(1, -1)
+    assert (out.indices[mask] >= 0).all() and (out.indices[~mask] == -1).all()
+    assert torch.equal(quantized[~mask], rows[~mask] if masked == "input" else torch.zeros_like(rows[~mask]))
+    assert torch.equal(quantizer.encode(x, mask), out.indices) and torch.equal(quantizer.encode(x, lengths=lengths), out.indices)
+    (gradient,) = torch.autograd.grad(out.quantized.sum() + sum(out.losses.values()), x)
+    gradient = gradient if layout == "last" else gradient.movedim(1, -1)
+    assert torch.equal(gradient[~mask], torch.full_like(gradient[~mask], float(masked == "input")))
+    kept = quantizer.quantize(rows[mask] if layout == "last" else rows[mask].requires_grad_())
+    torch.testing.assert_close(out.losses["commitment"], kept.losses["commitment"])
+    torch.testing.assert_close(out.statistics.sum, kept.statistics.sum)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "options", [{}, {"codebook_dim": 4, "heads": 2, "projection_norm": True}, {"metric": "cosine"}, {"heads": 2, "separate_heads": True}]
+)
+def test_what_is_not_finite_is_dropped(options, bad):
+    quantizer = spread_out(**options)
+    x = vectors()
+    x[1, 3, 2] = bad
+    x.requires_grad_()
+    out = quantizer(x)
+    (out.quantized.sum() + out.loss).backward()
+    lost = torch.zeros(BATCH, TIME, dtype=torch.bool)
+    lost[1, 3] = True
+    assert (out.indices[lost] == -1).all() and (out.indices[~lost] >= 0).all()
+    assert not out.quantized[lost].any() and out.quantized.isfinite().all() and not x.grad[lost].any()
+    for tensor in (x.grad, out.loss, quantizer.codebook, *(p.grad for p in quantizer.parameters() if p.grad is not None)):
+        assert tensor.isfinite().all()
+    clean = spread_out(**options)
+    clean.load_state_dict(quantizer.state_dict())
+    torch.testing.assert_close(clean.quantize(x).losses["commitment"], clean.quantize(x[~lost]).losses["commitment"])
+    assert quantizer.eval().metrics()["non_finite"] >= 1
+
+
+def test_a_projection_that_overflows_is_not_finite():
+    quantizer = VectorQuantize(DIM, CODES, codebook_dim=4, projection_norm=True)
+    x = vectors()
+    x[0, 0] = 3e38
+    x.requires_grad_()
+    out = quantizer(x)
+    (out.quantized.sum() + out.loss).backward()
+    assert out.indices[0, 0] == -1 and (out.indices >= 0).sum() == BATCH * TIME - 1
+    assert all(p.grad.isfinite().all() for p in quantizer.parameters()) and x.grad.isfinite().all() and out.loss.isfinite()
+
+
+def test_what_is_not_finite_can_be_an_error():
+    quantizer = spread_out(on_nonfinite="raise")
+    x = vectors()
+    x[0, 1] = torch.nan
+    before = snapshot(quantizer)
+    for call in (quantizer, quantizer.encode, quantizer.quantize):
+        with pytest.raises(ValueError, match=r"^x holds 1 vectors not finite: must be finite"):
+            call(x)
+    assert_unchanged(quantizer, before)
+    mask = torch.ones(BATCH, TIME, dtype=torch.bool)
+    mask[0, 1] = False
+    assert quantizer(x, mask).loss.isfinite()  # what is masked may hold anything
+    compiled = torch.compile(quantizer.encode, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="x holds vectors that are not finite"):
+        compiled(x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": 2, "codebook_dim": 4},
+        {"assignment": Gumbel(), "losses": (Commitment(), Diversity(), CrossEntropyCommitment())},
+        {"update": Gradient(), "losses": (Orthogonality(active_only=True, max_codes=3),)},
+        {"update": OwnOptimizer(), "dead_codes": DeadCodes(0.5)},
+        {"affine": Affine()},
+    ],
+)
+def test_nothing_to_quantize_is_no_trouble(options, train):
+    quantizer = spread_out(**options).train(train)
+    for x, mask in ((vectors(0, TIME), None), (vectors(BATCH, 0), None), (vectors(), torch.zeros(BATCH, TIME, dtype=torch.bool))):
+        x.requires_grad_()
+        out = quantizer(x, mask)
+        assert out.loss == 0 and out.quantized.shape == x.shape and not out.quantized.any()
+        (gradient,) = torch.autograd.grad(out.quantized.sum() + out.loss, x, allow_unused=True)
+        assert gradient is None or not gradient.any()
+    assert quantizer.codebook.isfinite().all()
+
+
+# Indices that are given
+
+
+def test_given_indices_are_taken_instead():
+    quantizer = spread_out(update=EMA(0.5), heads=2)
+    x, codes = vectors(), quantizer.codebook
+    indices = torch.randint(CODES, (BATCH, TIME, 2))
+    indices[0, 0], indices[0, 1, 0] = -1, -1
+    found = quantizer.quantize(x, indices=indices)
+    assert torch.equal(found.indices, indices)
+    assert torch.equal(found.quantized, quantizer.decode(indices)) and not found.quantized[0, 0].any()
+    rows, chosen = x.reshape(-1, DIM // 2), indices.reshape(-1)
+    expected = torch.stack([rows[chosen == code].sum(0) for code in range(CODES)])
+    torch.testing.assert_close(found.statistics.sum[0], expected)
+    assert torch.equal(found.statistics.count[0], torch.bincount(chosen[chosen >= 0], minlength=CODES).float())
+    assert not found.statistics.non_finite.any()
+    own = codes[chosen[chosen >= 0]]
+    torch.testing.assert_close(found.losses["commitment"], F.mse_loss(own, rows[chosen >= 0]))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("separate", [True, False])
+def test_cross_entropy_of_targets(metric, separate):
+    quantizer = spread_out(heads=2, separate_heads=separate, metric=metric)
+    x, codes = vectors().requires_grad_(), quantizer.codebook.expand(2, -1, -1)
+    targets = torch.randint(-1, CODES, (BATCH, TIME, 2))
+    found = quantizer.quantize(x, targets=targets)
+    heads = x.unflatten(-1, (2, DIM // 2))
+    if metric == "cosine":
+        scores = torch.einsum("bthk,hck->bthc", F.normalize(heads, dim=-1), codes)
+    else:
+        scores = -(heads.unsqueeze(-2) - codes).norm(dim=-1)
+    expected = F.cross_entropy(scores.reshape(-1, CODES), targets.reshape(-1), ignore_index=-1)
+    torch.testing.assert_close(found.losses["cross_entropy"], expected)
+    torch.testing.assert_close(torch.autograd.grad(found.losses["cross_entropy"], x)[0], torch.autograd.grad(expected, x)[0])
+    assert torch.equal(found.indices, quantizer.encode(x))
+    torch.testing.assert_close(quantizer(x, targets=targets).loss, sum(found.losses.values()))
+    mask = torch.rand(BATCH, TIME) < 0.5
+    masked = quantizer.quantize(x, mask, targets=targets).losses["cross_entropy"]
+    left_out = quantizer.quantize(x, targets=targets.where(mask.unsqueeze(-1), -1)).losses["cross_entropy"]
+    torch.testing.assert_close(masked, left_out)
+
+
+# Weights
+
+
+def test_a_weight_of_two_is_a_vector_that_comes_twice():
+    quantizer = spread_out()
+    x, repeats = vectors(1, TIME), torch.tensor([[0, 1, 2, 3, 1, 0, 2]])
+    weighted = quantizer.quantize(x, weights=repeats.float()).statistics
+    repeated = quantizer.quantize(x[0].repeat_interleave(repeats[0], dim=0).unsqueeze(0)).statistics
+    torch.testing.assert_close(weighted.count, repeated.count)
+    torch.testing.assert_close(weighted.sum, repeated.sum)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_weights_of_heads_masks_and_functions(separate):
+    quantizer = spread_out(heads=2, separate_heads=separate, codebook_dim=4)
+    x, weights, mask = vectors(), torch.rand(BATCH, TIME, 2), torch.rand(BATCH, TIME) < 0.5
+
+    def weigh(rows, indices):
+        assert torch.equal(rows, x) and indices.shape == (BATCH, TIME, 2)
+        return weights
+
+    for given in (weights, weigh):
+        found = quantizer.quantize(x, mask, weights=given).statistics
+        kept = weights * mask.unsqueeze(-1)
+        torch.testing.assert_close(found.count.sum(-1), kept.sum((0, 1)) if separate else kept.sum().reshape(1))
+        assert not found.non_finite.any()
+    torch.testing.assert_close(quantizer.quantize(x, weights=mask.float()).statistics.sum, quantizer.quantize(x, mask).statistics.sum)
+
+
+# Gradients
+
+
+def test_estimators():
+    x, direction = vectors(), vectors()
+
+    def gradient(**options):
+        quantizer = spread_out(losses=(), **options)
+        quantizer.codebook = codes
+        given = x.clone().requires_grad_()
+        out = quantizer(given).quantized
+        assert torch.equal(out, codes[quantizer.encode(x)])
+        return torch.autograd.grad((out * direction).sum(), given)[0] if out.requires_grad else None
+
+    codes = torch.randn(CODES, DIM)
+    frozen = {"update": Frozen()}
+    assert torch.equal(gradient(estimator="straight_through", **frozen), direction)
+    rotated = gradient(estimator="rotation", **frozen)
+    nearest = codes[torch.cdist(x, codes).argmin(-1)]
+    ratio = (nearest.norm(dim=-1) / x.norm(dim=-1)).unsqueeze(-1)
+    torch.testing.assert_close(rotated.norm(dim=-1), (ratio * direction).norm(dim=-1))
+    assert gradient(estimator="none", **frozen) is None
+
+
+def test_no_gradient_for_the_input():
+    quantizer = VectorQuantize(DIM, CODES, codebook_dim=4, input_gradient=False)
+    x = vectors().requires_grad_()
+    out = quantizer(x)
+    (out.quantized.sum() + out.loss).backward()
+    assert x.grad is None and quantizer.project_in.weight.grad.any()
+    commitment = VectorQuantize(DIM, CODES, estimator="none")(x)
+    assert not commitment.quantized.requires_grad and torch.autograd.grad(commitment.loss, x)[0].any()
+
+
+def test_codes_that_learn_by_gradient_are_pulled_to_the_vectors():
+    quantizer = spread_out(update=Gradient(), losses=(Commitment(0.5),))
+    x = vectors().requires_grad_()
+    out = quantizer(x)
+    out.loss.backward()
+    codes = quantizer.codebook.detach().requires_grad_()
+    given = x.detach().requires_grad_()
+    expected = 0.5 * F.mse_loss(codes[out.indices], given)
+    torch.testing.assert_close(out.loss, expected)
+    expected.backward()
+    torch.testing.assert_close(x.grad, given.grad)
+    torch.testing.assert_close(quantizer.table.weight.grad[0], codes.grad)
+
+
+def test_sync_update_sends_a_share_of_the_gradient_to_the_codes():
+    quantizer = spread_out(update=Gradient(), sync_update=0.25, losses=(), estimator="straight_through")
+    x, direction = vectors().requires_grad_(), vectors()
+    out = quantizer(x)
+    assert torch.equal(out.quantized, quantizer.codebook[out.indices])
+    (out.quantized * direction).sum().backward()
+    expected = torch.zeros(CODES, DIM).index_add_(0, out.indices.flatten(), 0.25 * direction.flatten(0, 1))
+    torch.testing.assert_close(quantizer.table.weight.grad[0], expected)
+    assert torch.equal(x.grad, direction)
+
+
+def test_directional_reparametrisation_is_near_the_code_and_teaches_it():
+    quantizer = spread_out(update=Gradient(), estimator=DiVeQ(1e-6), losses=())
+    x = vectors().requires_grad_()
+    out = quantizer(x)
+    torch.testing.assert_close(out.quantized, quantizer.codebook[out.indices], rtol=0, atol=0.02)
+    assert not torch.equal(out.quantized, quantizer.codebook[out.indices])
+    out.quantized.square().sum().backward()
+    assert quantizer.table.weight.grad.any() and x.grad.any()
+    out = quantizer.eval()(x)
+    assert torch.equal(out.quantized, quantizer.codebook[out.indices])
+
+
+# Drawing
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])
+def test_codes_are_drawn_in_training_alone(estimator):
+    quantizer = spread_out(assignment=Gumbel(50.0, estimator), update=Frozen())
+    x = vectors().requires_grad_()
+    nearest = quantizer.encode(x)
+    out = quantizer(x)
+    assert (out.indices != nearest).any() and torch.equal(out.quantized, quantizer.codebook[out.indices])
+    torch.testing.assert_close(out.loss, F.mse_loss(quantizer.codebook[out.indices], x))
+    assert torch.autograd.grad(out.quantized.sum(), x)[0].any()
+    assert torch.equal(quantizer(x, temperature=0.0).indices, nearest)
+    assert torch.equal(quantizer(x, temperature=1e-4).indices, nearest)
+    assert torch.equal(quantizer.eval()(x).indices, nearest)
+
+
+# Several codes
+
+
+def test_the_few_nearest_codes():
+    quantizer = spread_out()
+    x, mask = vectors(), torch.rand(BATCH, TIME) < 0.7
+    before = snapshot(quantizer)
+    out = quantizer(x, mask, top_k=3)
+    expected = torch.cdist(x, quantizer.codebook).topk(3, largest=False).indices
+    assert torch.equal(out.indices, expected.where(mask.unsqueeze(-1), -1))
+    assert torch.equal(out.quantized, quantizer.codebook[expected].where(mask[..., None, None], 0.0))
+    error = (quantizer.codebook[expected] - x.unsqueeze(-2)).square()[mask]
+    torch.testing.assert_close(out.loss, error.mean())
+    assert_unchanged(quantizer, before)
+    first = spread_out(layout="first")
+    first.codebook = quantizer.codebook
+    turned = first(x.movedim(-1, 1), mask, top_k=3)
+    assert torch.equal(turned.quantized, out.quantized.movedim(-1, 1))
+    indices, codes = quantizer.nearest(x[0], 2)
+    assert torch.equal(indices, expected[0, :, :2]) and torch.equal(codes, quantizer.codebook[indices])
+    assert quantizer.nearest(x[0], 99)[0].shape == (TIME, CODES)
+
+
+# Losses
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    losses = (Commitment(0.5), CrossEntropyCommitment(0.25), Orthogonality(2.0), Diversity(0.1, temperature=0.5))
+    quantizer = spread_out(losses=losses, update=Gradient())
+    x = vectors()
+    parts = quantizer.quantize(x).losses
+    assert list(parts) == ["commitment", "cross_entropy_commitment", "orthogonality", "diversity"]
+    assert all(part.shape == () and part != 0 for part in parts.values())
+    expected = sum(quantizer.loss_weights[name] * part for name, part in parts.items())
+    torch.testing.assert_close(quantizer(x).loss, expected)
+    codes = quantizer.codebook
+    nearest = torch.cdist(x, codes).argmin(-1)
+    scores = -(x.unsqueeze(-2) - codes).norm(dim=-1)
+    torch.testing.assert_close(parts["cross_entropy_commitment"], F.cross_entropy(scores.flatten(0, 1), nearest.flatten()))
+    mean = (scores / 0.5).softmax(-1).mean((0, 1))
+    torch.testing.assert_close(parts["diversity"], (mean * mean.log()).sum())
+
+
+def test_orthogonality_of_active_codes():
+    quantizer = spread_out(losses=(Orthogonality(active_only=True),), update=Gradient())
+    x = quantizer.codebook[torch.tensor([[1, 4, 4]])].detach()
+    cosine = F.cosine_similarity(*quantizer.codebook[[1, 4]], dim=0)
+    torch.testing.assert_close(quantizer.quantize(x).losses["orthogonality"], 2 * cosine**2 / 4)
+
+
+# The codebook
+
+
+def test_frozen_for_one_call():
+    quantizer = spread_out(update=Gradient(), dead_codes=DeadCodes(1.0))
+    quantizer(vectors())
+    before = snapshot(quantizer)
+    out = quantizer(vectors(), freeze_codebook=True)
+    found = quantizer.quantize(vectors(), freeze_codebook=True)
+    assert found.statistics is None and not any(loss.requires_grad for loss in (out.loss, *found.losses.values()))
+    assert_unchanged(quantizer, before)
+
+
+def test_the_codebook_can_be_set():
+    quantizer = VectorQuantize(DIM, CODES, heads=2, separate_heads=True)
+    codes = torch.randn(2, CODES, DIM // 2)
+    quantizer.codebook = codes
+    torch.testing.assert_close(quantizer.codebook, codes)
+    with pytest.raises(ValueError, match=r"^codebook has shape \(8, 3\): must be \(2, 8, 3\)"):
+        quantizer.codebook = codes[0]
+    with pytest.raises(ValueError, match=r"^codebook has shape \(2, 8, 3\): must be \(8, 6\)"):
+        VectorQuantize(DIM, CODES).codebook = codes
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "separate_heads": True}, {"codebook_dim": 4}, {"metric": "cosine"}])
+def test_a_k_means_start(options):
+    quantizer = VectorQuantize(DIM, CODES, init=KMeans(), **options)
+    x = vectors(4, 20)
+    for call in (quantizer.encode, quantizer.eval(), lambda x: quantizer.train()(x, freeze_codebook=True)):
+        with pytest.raises(ValueError, match=r"^the codebook waits for its k-means start"):
+            call(x)
+    by_name = VectorQuantize(DIM, CODES, init=KMeans(), **options)
+    by_name.load_state_dict({name: value for name, value in quantizer.state_dict().items() if "initialized" not in name}, strict=False)
+    by_name.initialize_(x)
+    random = spread_out(**options)
+    assert by_name.quantize(x).losses["commitment"] < 0.8 * random.quantize(x).losses["commitment"]
+    out = quantizer.train()(x)
+    assert out.indices.unique().numel() == CODES
+    if not options.get("codebook_dim"):
+        torch.testing.assert_close(out.loss, by_name.quantize(x).losses["commitment"])
+
+
+def test_dead_codes_are_replaced_by_hand():
+    quantizer = spread_out(update=EMA(0.1))
+    quantizer.codebook = torch.cat([100 + torch.randn(CODES - 1, DIM), torch.zeros(1, DIM)])
+    x = vectors(4, 20)
+    assert (quantizer(x).indices == CODES - 1).all()
+    quantizer.replace_dead_codes_(x, threshold=0.5)
+    assert quantizer(x).indices.unique().numel() > 1
+    with pytest.raises(ValueError, match=r"^threshold = None"):
+        quantizer.replace_dead_codes_(x)
+
+
+def test_a_manual_commit_is_one_step_of_all_calls():
+    manual, auto = (spread_out(update=EMA(0.5), commit=commit) for commit in ("manual", "auto"))
+    auto.codebook = manual.codebook
+    before, x = manual.codebook, vectors(4, 9)
+    manual(x[:1])
+    manual(x[1:])
+    assert torch.equal(manual.codebook, before)
+    update_codebooks_(manual)
+    auto(x)
+    torch.testing.assert_close(manual.codebook, auto.codebook)
+
+
+# Arithmetic and engines
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "cosine"}, {"heads": 2, "separate_heads": True}, {"assignment": Gumbel()}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_input_is_assigned_as_float32(dtype, options):
+    quantizer = spread_out(**options)
+    x = vectors(4, 50).to(dtype)
+
+    def run(given, autocast=False):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            return quantizer.quantize(given)
+
+    narrow, wide, cast = run(x), run(x.float()), run(x.float(), autocast=True)
+    assert torch.equal(narrow.indices, wide.indices) and torch.equal(cast.indices, wide.indices)
+    assert narrow.quantized.dtype == dtype and cast.quantized.dtype == torch.float32
+    assert torch.equal(narrow.quantized, wide.quantized.to(dtype)) and torch.equal(cast.quantized, wide.quantized)
+    assert torch.equal(narrow.losses["commitment"], wide.losses["commitment"])
+    assert torch.equal(narrow.statistics.sum, wide.statistics.sum) and torch.equal(cast.statistics.sum, wide.statistics.sum)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_modules_of_other_dtypes(dtype):
+    quantizer = VectorQuantize(DIM, CODES, codebook_dim=4).to(dtype)
+    assert quantizer.table.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    x = vectors(dtype=dtype).requires_grad_()
+    out = quantizer(x)
+    (out.quantized.sum() + out.loss).backward()
+    assert out.quantized.dtype == dtype and x.grad.dtype == dtype and quantizer.project_in.weight.grad.any()
+    projected = quantizer.project_in(x).detach()
+    inner = VectorQuantize(4, CODES)
+    inner.codebook = quantizer.codebook
+    quantizer.codebook = inner.codebook
+    assert torch.equal(quantizer.encode(x), inner.encode(projected.float() if dtype != torch.float64 else projected))
+
+
+class _Largest(TorchDispatchMode):
+    """The largest number of elements that any operation returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.size = max(self.size, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"metric": "cosine"},
+        {"assignment": Gumbel(), "update": Gradient()},
+        {"losses": (CrossEntropyCommitment(), Diversity())},
+        {"update": Gradient(), "losses": (Commitment(), Orthogonality(active_only=True))},
+        {"update": OwnOptimizer(), "dead_codes": DeadCodes(1.0)},
+    ],
+)
+def test_there_is_no_matrix_of_all_vectors_by_all_codes(options):
+    number, size = 2048, 1024
+    quantizer = VectorQuantize(4, size, **options)
+    x = torch.randn(number, 4, requires_grad=True)
+    with _Largest() as seen:
+        for _ in range(2):
+            out = quantizer(x, targets=torch.zeros(number, dtype=torch.int64))
+            (out.quantized.sum() + out.loss).backward()
+        quantizer(x, top_k=3)
+    assert 0 < seen.size <= number * size // 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": 2, "codebook_dim": 4, "dead_codes": DeadCodes(1.0)},
+        {"metric": "cosine", "losses": (Commitment(), Diversity(), CrossEntropyCommitment())},
+        {"assignment": Gumbel(), "update": Gradient(), "losses": (Orthogonality(active_only=True, max_codes=3),)},
+        {"affine": Affine(), "update": OwnOptimizer()},
+    ],
+)
+def test_no_value_is_looked_at(options, monkeypatch):
+    """On the meta device there is none to look at; elsewhere than on CPU looking would wait for the device."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the meta device knows none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    quantizer = VectorQuantize(DIM, CODES, **options).to("meta")
+    x = vectors().to("meta").requires_grad_()
+    mask = torch.ones(BATCH, TIME, dtype=torch.bool, device="meta")
+    indices = torch.zeros(BATCH, TIME, *quantizer.code_shape, dtype=torch.int64, device="meta")
+    for _ in range(2):
+        out = quantizer(x, mask, targets=indices, weights=mask.float())
+        (out.quantized.sum() + out.loss).backward()
+    quantizer(x, indices=indices)
+    quantizer.eval()(x, lengths=torch.ones(BATCH, dtype=torch.int64, device="meta"))
+    assert quantizer.decode(quantizer.encode(x)).shape == x.shape
+
+
+ENGINE_OPTIONS = [
+    {},
+    {"heads": 2, "separate_heads": True, "codebook_dim": 4, "metric": "cosine", "layout": "first", "masked": "input"},
+    {
+        "assignment": Gumbel(estimator="reinmax"),
+        "update": Gradient(),
+        "losses": (Commitment(), Orthogonality(active_only=True, max_codes=4)),
+    },
+    {"dead_codes": DeadCodes(1.0), "affine": Affine(), "losses": (Commitment(), Diversity()), "on_nonfinite": "raise"},
+]
+
+
+@pytest.mark.parametrize("options", ENGINE_OPTIONS)
+def test_compiled_is_eager(options):
+    torch._dynamo.reset()  # its limit of versions counts all quantizers
+    eager, traced = spread_out(**options), spread_out(**options)
+    traced.load_state_dict(eager.state_dict())
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
+    rows, mask = vectors(), torch.rand(BATCH, TIME) < 0.7
+    for step in range(4):
+        if step == 3:
+            eager.eval(), traced.eval()
+        results = []
+        for run in (eager, compiled):
+            torch.manual_seed(step)
+            x = (rows.movedim(-1, 1) if options.get("layout") == "first" else rows).clone().requires_grad_()
+            out = run(x, mask)
+            (out.quantized.sin().sum() + out.loss).backward()
+            results.append([out.quantized, out.indices, out.loss, x.grad])
+        for found, expected in zip(*reversed(results), strict=True):
+            torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(traced.state_dict(), eager.state_dict())
+
+
+class _Verb(nn.Module):
+    def __init__(self, quantizer, verb):
+        super().__init__()
+        self.quantizer, self.verb = quantizer, verb
+
+    def forward(self, given):
+        return getattr(self.quantizer, self.verb)(given)
+
+
+@pytest.mark.parametrize("options", ENGINE_OPTIONS)
+def test_encode_and_decode_can_be_exported(options):
+    quantizer = spread_out(**options).eval()
+    x = vectors().movedim(-1, 1) if options.get("layout") == "first" else vectors()
+    indices = quantizer.encode(x)
+    for verb, given in (("encode", x), ("decode", indices)):
+        program = torch.export.export(_Verb(quantizer, verb), (given,)).module()
+        torch.testing.assert_close(program(given), getattr(quantizer, verb)(given))
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"dim": 0}, ValueError, r"^dim = 0: must be at least 1"),
+        ({"codebook_size": 0}, ValueError, r"^codebook_size = 0: must be at least 1"),
+        ({"heads": 0}, ValueError, r"^heads = 0: must be at least 1"),
+        ({"heads": 4}, ValueError, r"^heads = 4: must divide dim = 6"),
+        ({"metric": "manhattan"}, ValueError, r"^metric = 'manhattan': must be one of 'euclidean', 'cosine'"),
+        ({"assignment": "gumbel"}, ValueError, r"^assignment = 'gumbel': must be one of 'nearest'"),
+        ({"estimator": "ste"}, ValueError, r"^estimator = 'ste': must be one of 'rotation'"),
+        ({"layout": "NCHW"}, ValueError, r"^layout = 'NCHW'"),
+        ({"masked": "drop"}, ValueError, r"^masked = 'drop': must be one of 'zero', 'input'"),
+        ({"on_nonfinite": "ignore"}, ValueError, r"^on_nonfinite = 'ignore': must be one of 'drop', 'raise'"),
+        ({"commit": "never"}, ValueError, r"^commit = 'never'"),
+        ({"projection_norm": True}, ValueError, r"^projection_norm = True: must be False"),
+        ({"sync_update": 2.0, "update": Gradient()}, ValueError, r"^sync_update = 2.0: must be from 0 to 1"),
+        ({"sync_update": 0.5}, ValueError, r"^sync_update = 0.5: must be 0 unless the codes learn by gradient"),
+        ({"losses": (Orthogonality(),)}, ValueError, r"^losses holds Orthogonality, which moves nothing"),
+        ({"losses": (Commitment(), Commitment(2.0))}, ValueError, r"^losses holds several of Commitment"),
+        ({"losses": ("commitment",)}, TypeError, r"^losses holds 'commitment': must be of Commitment"),
+    ],
+)
+def test_choices_that_do_not_fit_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        VectorQuantize(**{"dim": DIM, "codebook_size": CODES, **options})
+
+
+def _indices(value=0, *shape):
+    return torch.full(shape or (BATCH, TIME), value)
+
+
+@pytest.mark.parametrize(
+    "options, arguments, error, message",
+    [
+        ({}, {"x": vectors(dim=5)}, ValueError, r"^x has shape \(3, 7, 5\): must be \[batch, ..., 6\]"),
+        ({}, {"x": torch.zeros(BATCH, DIM, dtype=torch.int64)}, TypeError, r"^x is torch.int64"),
+        ({}, {"mask": torch.ones(TIME, dtype=torch.bool)}, ValueError, r"^mask has shape \(7,\): must be \(3, 7\)"),
+        ({}, {"lengths": torch.tensor([8, 0, 0])}, ValueError, r"^lengths holds 8: must lie in 0 ... 7"),
+        ({}, {"indices": _indices(8)}, ValueError, r"^indices holds 8: must lie in -1 ... 7"),
+        ({"heads": 2}, {"indices": _indices(0)}, ValueError, r"^indices has shape \(3, 7\): must be \(3, 7, 2\)"),
+        ({}, {"indices": _indices(0).float()}, TypeError, r"^indices is torch.float32: must be an integer type"),
+        ({}, {"targets": _indices(-2)}, ValueError, r"^targets holds -2: must lie in -1 ... 7"),
+        ({}, {"weights": torch.ones(BATCH)}, ValueError, r"^weights has shape \(3,\): must be \(3, 7\)"),
+        ({}, {"weights": -torch.ones(BATCH, TIME)}, ValueError, r"^weights holds -1.0: must lie in 0.0"),
+        ({}, {"weights": torch.full((BATCH, TIME), torch.nan)}, ValueError, r"^weights holds nan"),
+        ({}, {"weights": _indices(1)}, TypeError, r"^weights is torch.int64: must be a floating point tensor"),
+        ({}, {"weights": lambda x, indices: 1.0}, TypeError, r"^weights is float: must be a floating point tensor"),
+        ({}, {"temperature": 1.0}, ValueError, r"^temperature = 1.0: must be None with assignment = \"nearest\""),
+        ({"assignment": Gumbel()}, {"temperature": -1.0}, ValueError, r"^temperature = -1.0: must be 0"),
+        ({"assignment": Gumbel()}, {"temperature": 1.0, "indices": _indices(0)}, ValueError, r"^temperature = 1.0: must be None where"),
+        ({}, {"top_k": 0}, ValueError, r"^top_k = 0: must be from 1 to 8"),
+        ({}, {"top_k": 9}, ValueError, r"^top_k = 9: must be from 1 to 8"),
+        ({"heads": 2}, {"top_k": 2}, ValueError, r"^top_k = 2: must be None with heads = 2"),
+        ({}, {"top_k": 2, "targets": _indices(0)}, ValueError, r"^targets is given together with top_k = 2"),
+        ({}, {"temprature": 2}, TypeError, "temprature"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named_and_change_nothing(options, arguments, error, message):
+    quantizer = VectorQuantize(DIM, CODES, dead_codes=DeadCodes(1.0), **options)
+    quantizer(vectors())
+    before = snapshot(quantizer)
+    with pytest.raises(error, match=message):
+        quantizer(**{"x": vectors(), **arguments})
+    assert_unchanged(quantizer, before)
+
+
+@pytest.mark.parametrize(
+    "heads, indices, message",
+    [
+        (1, _indices(8), r"^indices holds 8: must lie in -1 ... 7"),
+        (1, torch.tensor(1), r"^indices has shape \(\): must be \[batch, ...\]"),
+        (2, _indices(0), r"^indices has shape \(3, 7\): must be \[batch, ..., 2\]"),
+    ],
+)
+def test_indices_that_do_not_decode_are_named(heads, indices, message):
+    quantizer = VectorQuantize(DIM, CODES, heads=heads)
+    for decode in (quantizer.decode, quantizer.decode_codes):
+        with pytest.raises(ValueError, match=message):
+            decode(indices)
+
+
+def test_the_table_is_one_codebook():
+    quantizer = VectorQuantize(DIM, CODES, heads=2)
+    assert quantizer.codebooks() == [quantizer.table] and isinstance(quantizer.table, Codebook)
+    assert quantizer.codebook_sizes == (CODES, CODES)
