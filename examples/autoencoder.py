@@ -15,7 +15,8 @@ from vqkit.quantizers import EMA, DeadCodes, KMeans, VectorQuantize
 def main(steps: str = "300") -> None:
     """Prints how the error falls while the codes stay in use."""
     torch.manual_seed(0)
-    images = torch.tensor(load_digits()["images"], dtype=torch.float32).unsqueeze(1) / 16  # [1797, 1, 8, 8]
+    pixels, _ = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16  # [1797, 1, 8, 8]
     encoder = nn.Sequential(nn.Conv2d(1, 64, 4, stride=4), nn.GELU(), nn.Conv2d(64, 16, 1))
     quantizer = VectorQuantize(
         16, 64, metric="cosine", layout="first", update=EMA(decay=0.8), init=KMeans(), dead_codes=DeadCodes(threshold=1.0)
