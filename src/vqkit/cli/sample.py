@@ -29,7 +29,7 @@ class SampleOptions:
     num_tokens: int = 400
     """Most bytes to write; it ends earlier when the model ends the document."""
     temperature: float = 1.0
-    """Below 1 bolder, above 1 wilder; 0 = always the most probable byte."""
+    """Below 1 safer, above 1 wilder; 0 = always the most probable byte."""
     top_k: int | None = None
     """Choose among the k most probable bytes; None = all."""
     top_p: float = 1.0

@@ -41,7 +41,7 @@ def quickstart() -> RunConfig:
             eval_every=750,
             eval_batch_size=1,
             eval_tokens=32_768,
-            checkpoint_every=750,
+            checkpoint_every=150,
         ),
     )
 
