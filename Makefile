@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint types unit wheel format bench-train clean
+.PHONY: help demo test lint types unit wheel laws format bench-train clean
 
 help:
 	@echo "make demo         train on this machine's Python library, measure, sample (minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint         ruff: rules and format"
 	@echo "make types        pyrefly"
 	@echo "make unit         the tests alone; ARGS='-k name' to choose"
+	@echo "make laws         the law suite of the quantizers, under construction"
 	@echo "make wheel        build the wheel and use it from a folder of its own"
 	@echo "make format       let ruff write the format"
 	@echo "make bench-train  training speed against a bare matrix product"
@@ -33,6 +34,9 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+laws: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/laws $(ARGS)
 
 wheel: $(VENV)/.dev
 	rm -rf build

@@ -20,9 +20,9 @@ def main(steps: str = "20") -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 16), vqkit.VectorQuantize(16, 32, codebook_dim=8, commit="manual"))
+    quantizer = vqkit.VectorQuantize(16, 32, codebook_dim=8, commit="manual")
+    model = nn.Sequential(nn.Linear(16, 16), quantizer)
     synchronize_codebooks_(model)
-    quantizer = model[1]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(quantizer, mesh=mesh)
     fully_shard(model, mesh=mesh)

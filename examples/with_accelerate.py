@@ -18,7 +18,8 @@ def main(steps: str = "20") -> None:
     """Two micro-batches a step."""
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    model = nn.Sequential(nn.Linear(16, 8), vqkit.VectorQuantize(8, 32, commit="manual"))
+    quantizer = vqkit.VectorQuantize(8, 32, commit="manual")
+    model = nn.Sequential(nn.Linear(16, 8), quantizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     attach(model, optimizer)
     loader = DataLoader(TensorDataset(torch.randn(64 * int(steps), 4, 16)), batch_size=32)
@@ -29,7 +30,6 @@ def main(steps: str = "20") -> None:
             accelerator.backward((quantized - x[..., :8]).square().mean() + commitment)
             optimizer.step()
             optimizer.zero_grad()
-    quantizer = accelerator.unwrap_model(model)[1]
     accelerator.print(f"{quantizer.table.commits.item()} steps of the codebook")
     accelerator.print(", ".join(f"{name} {value:.3g}" for name, value in quantizer.metrics().items()))
 
