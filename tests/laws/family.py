@@ -289,7 +289,7 @@ _VECTOR_QUANTIZE = [
 ]
 
 _RESIDUAL = [
-    _rvq(represents=True, inductor=True),
+    _rvq(represents=True),
     _rvq(codebook_size=(16, 8, 4), num_quantizers=None),
     _rvq(codebook_dim=4),
     _rvq(shared_codebook=True, represents=True),

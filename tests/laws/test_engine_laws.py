@@ -86,12 +86,14 @@ def test_compiled_is_eager(case):
     assert_same(compiled, eager)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the compiler, about itself
 @law
 def test_inductor_is_eager(case):
     eager, compiled = compiled_equals_eager(case, "inductor")
     assert_same(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the compiler, about its inputs
 @law
 def test_checkpointing_compiles(case):
     plain, around, inside = twins(trained(case), 3)
