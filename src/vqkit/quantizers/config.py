@@ -185,7 +185,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class Gumbel:
-    """Codes drawn from the softmax of the negative squared distances (or the cosines) over `temperature`, by Gumbel noise."""
+    """Codes drawn from the softmax of the negative distances (or the cosines) over `temperature`, by Gumbel noise."""
 
     temperature: float = 1.0
     estimator: Literal["straight_through", "reinmax"] = "straight_through"
