@@ -13,8 +13,8 @@ help:
 	@echo "make test         lint, type check, all tests, wheel"
 	@echo "make lint         ruff: rules and format"
 	@echo "make types        pyrefly"
-	@echo "make unit         the tests alone; ARGS='-k name' to choose"
-	@echo "make laws         the law suite of the quantizers, under construction"
+	@echo "make unit         the tests of the rooms; ARGS='-k name' to choose"
+	@echo "make laws         the laws of the quantizers: every option, every law"
 	@echo "make wheel        build the wheel and use it from a folder of its own"
 	@echo "make format       let ruff write the format"
 	@echo "make bench-train  training speed against a bare matrix product"
@@ -23,7 +23,9 @@ help:
 demo: $(VENV)/.train
 	$(BIN)/vqkit train quickstart
 
-test: lint types unit wheel
+test: lint types
+	$(MAKE) --jobs=2 --output-sync=target unit laws
+	$(MAKE) wheel
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --quiet
