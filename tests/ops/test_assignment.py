@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqkit.ops import assignment
-from vqkit.ops.assignment import assignment_cross_entropy, mean_assignment, sample_codes
+from vqkit.ops.assignment import assignment_cross_entropy, mean_assignment, sample_codes, sample_indices, soft_codes
 from vqkit.ops.codebook import gather_codes
 
 METRICS = ("euclidean", "cosine")
@@ -112,6 +112,45 @@ def test_no_code_of_probability_zero_is_drawn():
     codebook = torch.tensor([[1e4], [0.0], [1e4], [0.1], [1e4]])
     noise = torch.cat([torch.rand(200).double(), torch.tensor([0.0, 1.0 - 1e-12], dtype=torch.float64)])  # the last is 1 in float32
     assert set(sample_codes(torch.zeros(202, 1), codebook, noise=noise).indices.tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("leading", SHAPES)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])
+def test_soft_codes_are_the_given_codes_with_the_gradient_of_the_dense_formula(leading, metric, estimator, tiles):
+    x, codebook = draw(leading)
+    shape = dense_scores(x, codebook, metric).shape[:-1]
+    indices = torch.randint(7, shape)
+    quantized = soft_codes(x, codebook, indices, temperature=0.7, estimator=estimator, metric=metric)
+    assert torch.equal(quantized, gather_codes(codebook, indices))
+    assert_same_gradients(quantized, dense_sample(x, codebook, indices, 0.7, metric, estimator), (x, codebook))
+    none = soft_codes(x, codebook, torch.full(shape, -1), estimator=estimator, metric=metric)
+    assert not none.any() and not any(g.any() for g in torch.autograd.grad(none.sum(), (x, codebook)))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_several_codes_are_drawn_one_after_the_other_without_those_before(metric, tiles):
+    """The probability of an ordered pair is p_i p_j / (1 - p_i), that of the two largest scores with Gumbel noise."""
+    x, codebook, num = torch.randn(1, 5), torch.randn(4, 5), 8000
+    p = (dense_scores(x, codebook, metric) / 0.5).softmax(-1)[0].double()
+    pair = sample_indices(x.expand(num, 5), codebook, 2, temperature=0.5, metric=metric)
+    frequency = (pair[:, 0] * 4 + pair[:, 1]).bincount(minlength=16).reshape(4, 4) / num
+    expected = (p[:, None] * p / (1 - p[:, None])).fill_diagonal_(0.0)
+    assert not frequency.diagonal().any()
+    assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / num).sqrt() + 1e-4).all()
+
+
+@pytest.mark.parametrize("leading", SHAPES)
+def test_as_many_draws_as_codes_are_a_permutation(leading, tiles):
+    x, codebook = draw(leading, dtype=torch.float32)
+    x = torch.cat([x, torch.full_like(x[..., :1, :], torch.nan)], dim=-2)
+    indices = sample_indices(x, codebook * 100.0, 7, temperature=1e-3)
+    shape = dense_scores(x, codebook, "euclidean").shape[:-1]
+    assert indices.shape == (*shape, 7)
+    assert torch.equal(indices[..., :-1, :].sort(-1).values, torch.arange(7).expand(indices[..., :-1, :].shape))
+    assert (indices[..., -1, :] == -1).all()
+    noise = torch.rand(*shape, 2)
+    assert torch.equal(sample_indices(x, codebook, 2, noise=noise)[..., 0], sample_indices(x, codebook, noise=noise[..., :1]).squeeze(-1))
 
 
 def test_a_cold_temperature_draws_the_nearest():
@@ -257,7 +296,7 @@ def test_no_matrix_of_vectors_by_codes_is_made_or_kept(name, monkeypatch):
 
     chosen, share, gradient = torch.zeros(1, num, dtype=torch.int64), torch.rand(1, num), torch.randn(1, num, width)
     bodies = {
-        "sample": [(assignment._draw, (x, codebook, share, 1.0, "euclidean"))],
+        "sample": [(assignment._draw, (x, codebook, share.unsqueeze(-1), 1.0, "euclidean"))],
         "reinmax": [(assignment._soft_codes_backward, (gradient, x, codebook, codebook, chosen, 1.0, "euclidean", True))],
         "cross entropy": [
             (assignment._cross_entropy, (x, codebook, chosen, 1.0, "euclidean")),
@@ -284,5 +323,14 @@ def test_bad_arguments_are_named():
         mean_assignment(x, codebook, metric="l1")
     with pytest.raises(ValueError, match=r"^noise has shape \(3,\): must be \(3, 13\)"):
         sample_codes(x, codebook, noise=torch.rand(3))
+    with pytest.raises(ValueError, match=r"^noise has shape \(3, 13\): must be \(3, 13, 2\), one number a draw"):
+        sample_indices(x, codebook, 2, noise=torch.rand(3, 13))
+    for num in (0, 8):
+        with pytest.raises(ValueError, match=rf"^num = {num}: must be from 1 to 7, the size of the codebook"):
+            sample_indices(x, codebook, num)
+    with pytest.raises(ValueError, match=r"^indices has shape \(3,\): must be \(3, 13\)"):
+        soft_codes(x, codebook, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^estimator = 'best'"):
+        soft_codes(x, codebook, torch.zeros(3, 13, dtype=torch.int64), estimator="best")
     with pytest.raises(ValueError, match=r"^indices has shape \(3,\): must be \(3, 13\)"):
         assignment_cross_entropy(x, codebook, torch.zeros(3, dtype=torch.int64))

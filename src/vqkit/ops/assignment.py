@@ -18,6 +18,7 @@ from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.precision import full_precision, widest
 
 Metric = Literal["euclidean", "cosine"]
+SoftEstimator = Literal["straight_through", "reinmax"]
 
 _SCORES_PER_TILE = {"cpu": 1 << 18}
 _SCORES_PER_TILE_ELSEWHERE = 1 << 24
@@ -35,36 +36,82 @@ def sample_codes(
     codebook: Tensor,
     *,
     temperature: float = 1.0,
-    estimator: Literal["straight_through", "reinmax"] = "straight_through",
+    estimator: SoftEstimator = "straight_through",
     metric: Metric = "euclidean",
     noise: Tensor | None = None,
 ) -> SampledCodes:
     """Draw a code for each vector with probabilities softmax(score / temperature), the distribution of Gumbel-max (Jang et al., 2017).
 
-    x [..., N, K], codebook [..., C, K]; leading axes broadcast. `noise` [..., N], uniform in [0, 1), decides by the inverse of the
-    cumulated probabilities: one number a vector, instead of Gumbel noise for each of its codes; drawn by the global random generator
-    where not given.
-
-    The code is exact in value. The gradient reaches its row of the codebook, and by the scores x and all of the codebook: with the
-    probabilities p and the drawn one-hot D, "straight_through" differentiates p in place of D, "reinmax" is the estimator of second
-    order of Liu et al. (2023), algorithm 2: 2 softmax' at (D + p) / 2 minus half of softmax' at p, for the logits score / temperature.
-    Arithmetic is float32 or wider, whatever autocast says. Raises ValueError for a temperature that is not positive, an unknown
-    estimator, and noise of another shape.
+    x [..., N, K], codebook [..., C, K]; leading axes broadcast. `noise` [..., N] as for `sample_indices`, the gradient that of
+    `soft_codes`. Arithmetic is float32 or wider, whatever autocast says. Raises ValueError for a temperature that is not positive, an
+    unknown estimator, and noise of another shape.
     """
-    if estimator not in ("straight_through", "reinmax"):
-        raise ValueError(f'estimator = {estimator!r}: must be "straight_through" or "reinmax"')
+    _check_estimator(estimator)
+    shape = _check_places("noise", noise, x, codebook)
+    noise = None if noise is None else noise.reshape(*shape, 1)
+    indices = sample_indices(x, codebook, 1, temperature=temperature, metric=metric, noise=noise).squeeze(-1)
+    quantized = soft_codes(x, codebook, indices, temperature=temperature, estimator=estimator, metric=metric)
+    return SampledCodes(quantized, indices)
+
+
+def sample_indices(
+    x: Tensor, codebook: Tensor, num: int = 1, *, temperature: float = 1.0, metric: Metric = "euclidean", noise: Tensor | None = None
+) -> Tensor:
+    """`num` different codes for each vector, drawn one after the other with probabilities softmax(score / temperature) among those left.
+
+    x [..., N, K], codebook [..., C, K], leading axes broadcast -> [..., N, num] int64, -1 for a vector that is not finite. Their
+    distribution is that of the `num` largest scores with Gumbel noise (Kool et al., 2019). `noise` [..., N, num], uniform in [0, 1),
+    decides by the inverse of the cumulated probabilities: one number a draw, instead of Gumbel noise for each code; drawn by the global
+    random generator where not given. Raises ValueError unless 1 <= num <= C, for a temperature that is not positive, and for noise of
+    another shape.
+    """
+    if not 1 <= num <= codebook.shape[-2]:
+        raise ValueError(f"num = {num}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
     scored = _score(x, codebook, temperature, metric)
-    shape = torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2]) + x.shape[-2:-1]
+    shape = _check_places("noise", noise, x, codebook, num)
     if noise is None:
         noise = torch.rand(shape, dtype=scored.vectors.dtype, device=x.device)
-    elif noise.shape != shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}: must be {tuple(shape)}, one number a vector")
-    grouped_noise = by_codebook(noise.to(scored.vectors.dtype).unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
-    indices = _draw(scored.vectors.detach(), scored.codes.detach(), grouped_noise.detach(), temperature, metric)
-    indices = torch.where(scored.valid, indices, -1)
+    noise = by_codebook(noise.to(scored.vectors.dtype), codebook[..., :1, :1])[0]
+    indices = _draw(scored.vectors.detach(), scored.codes.detach(), noise.detach(), temperature, metric)
+    return scored.restore(indices.where(scored.valid.unsqueeze(-1), -1))
+
+
+def soft_codes(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    *,
+    temperature: float = 1.0,
+    estimator: SoftEstimator = "straight_through",
+    metric: Metric = "euclidean",
+) -> Tensor:
+    """The codes of `indices`, with the gradient of a softmax over all codes: [..., N, K] float32 or wider, the codes exactly.
+
+    x [..., N, K], codebook [..., C, K], indices [..., N] int64 of all leading axes. The gradient reaches the row of the codebook, and by
+    the scores x and all of the codebook: with p = softmax(score / temperature) and the one-hot D of the index, "straight_through"
+    differentiates p in place of D; "reinmax" is the estimator of second order of Liu et al. (2023), algorithm 2: 2 softmax' at
+    (D + p) / 2 minus half of softmax' at p, for the logits score / temperature. 0, with no gradient, for index -1 and for a vector that
+    is not finite. Raises ValueError for indices of another shape and for what `sample_codes` refuses.
+    """
+    _check_estimator(estimator)
+    _check_places("indices", indices, x, codebook)
+    scored = _score(x, codebook, temperature, metric)
+    chosen = torch.where(scored.valid, by_codebook(indices.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1), -1)
     values = by_codebook(x, codebook.to(scored.codes.dtype))[1]
-    quantized = _soft_codes(scored.vectors, scored.codes, values, indices, temperature, metric, estimator == "reinmax")
-    return SampledCodes(scored.restore(quantized), scored.restore(indices))
+    return scored.restore(_soft_codes(scored.vectors, scored.codes, values, chosen, temperature, metric, estimator == "reinmax"))
+
+
+def _check_estimator(estimator: str) -> None:
+    if estimator not in ("straight_through", "reinmax"):
+        raise ValueError(f'estimator = {estimator!r}: must be "straight_through" or "reinmax"')
+
+
+def _check_places(name: str, values: Tensor | None, x: Tensor, codebook: Tensor, *more: int) -> tuple[int, ...]:
+    """The shape of one value a vector, or `more` of them, which `values` must have."""
+    shape = (*torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2]), x.shape[-2], *more)
+    if values is not None and values.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}: must be {shape}, one number a {'draw' if more else 'vector'}")
+    return shape
 
 
 def assignment_cross_entropy(
@@ -75,9 +122,7 @@ def assignment_cross_entropy(
     x [..., N, K], codebook [..., C, K], indices [..., N] int64 of all leading axes -> [..., N] float32 or wider; 0, with no gradient,
     for index -1 and for a vector that is not finite. Differentiable in x and codebook.
     """
-    shape = torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2]) + x.shape[-2:-1]
-    if indices.shape != shape:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {tuple(shape)}, one a vector")
+    _check_places("indices", indices, x, codebook)
     scored = _score(x, codebook, temperature, metric)
     grouped = by_codebook(indices.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
     target = torch.where(scored.valid, grouped, -1)
@@ -154,21 +199,25 @@ def _softmax_tiles(x: Tensor, codes: Tensor, temperature: float, metric: str) ->
 
 @torch.library.custom_op("vqkit::draw_codes", mutates_args=())
 def _draw(x: Tensor, codes: Tensor, noise: Tensor, temperature: float, metric: str) -> Tensor:
-    """[G, N]: the first code at which the cumulated probabilities exceed the noise."""
-    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    """noise [G, N, num] -> [G, N, num]: the first code at which the cumulated probabilities exceed it, those drawn before left out."""
+    indices = torch.empty(noise.shape, dtype=torch.int64, device=x.device)
     with torch.no_grad(), full_precision(x.device.type):
-        for rows, _, probability in _softmax_tiles(x, codes, temperature, metric):
-            cumulated = probability.cumsum(-1)
-            total = cumulated[..., -1:]
-            below_total = torch.nextafter(total, torch.zeros_like(total))
-            threshold = torch.minimum(noise[:, rows].unsqueeze(-1) * total, below_total)
-            indices[:, rows] = torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
+        for rows in _tiles(x, codes):
+            logits = _scores(x[:, rows], codes, metric).div_(temperature)
+            for place in range(noise.shape[-1]):
+                cumulated = logits.softmax(-1).cumsum(-1)
+                total = cumulated[..., -1:]
+                below_total = torch.nextafter(total, torch.zeros_like(total))
+                threshold = torch.minimum(noise[:, rows, place : place + 1] * total, below_total)
+                drawn = torch.searchsorted(cumulated, threshold, right=True).clamp_(max=codes.shape[1] - 1)
+                indices[:, rows, place : place + 1] = drawn
+                logits.scatter_(-1, drawn, -torch.inf)
     return indices
 
 
 @_draw.register_fake
 def _(x: Tensor, codes: Tensor, noise: Tensor, temperature: float, metric: str) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+    return x.new_empty(noise.shape, dtype=torch.int64)
 
 
 @torch.library.custom_op("vqkit::soft_codes", mutates_args=())
