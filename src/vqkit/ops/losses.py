@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqkit.ops.assignment import Metric, assignment_cross_entropy, has_scores, mean_assignment
 from vqkit.ops.codebook import directions
-from vqkit.ops.precision import widest
+from vqkit.ops.precision import widest, without_autocast
 
 
 def commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ def orthogonality_loss(
         chosen = _draw(chosen, max_codes, torch.rand_like(codes[..., 0]) if noise is None else noise)
     codes = codes * chosen.unsqueeze(-1)
     size, width = codes.shape[-2:]
-    with torch.autocast(codes.device.type, enabled=False):
+    with without_autocast(codes.device.type):
         gram = codes.mT @ codes if width < size else codes @ codes.mT  # both have the same sum of squares
     with_itself = codes.square().sum(-1).square().sum(-1)
     pairs = gram.square().sum((-2, -1)) - with_itself

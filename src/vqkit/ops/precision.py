@@ -17,14 +17,19 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Autocast switched off, where it is on; the meta device knows none."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """No autocast, and no matrix product that rounds float32 to something shorter."""
     matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]
     allowed = matmul.fp32_precision
     shorter = allowed in ("bf16", "tf32")
-    off = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
-    with off:
+    with without_autocast(device_type):
         if shorter:
             matmul.fp32_precision = "ieee"
         try:
