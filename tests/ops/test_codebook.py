@@ -73,7 +73,26 @@ def test_weights_enter_count_and_sum_alone(masked, axes):
     torch.testing.assert_close(found.non_finite, (kept & (indices < 0)).double().sum((0, 2)))
     torch.testing.assert_close(found.squared_error, ((x - quantized).square().sum(-1) * coded).sum((0, 2)))
     torch.testing.assert_close(found.moments[:, 0], torch.einsum("bhn,bhnk->hk", coded, x))
-    torch.testing.assert_close(found.moments[:, 1], torch.einsum("bhn,bhnk->hk", coded, x.square()))
+    away = x - (found.moments[:, 0] / found.vectors.unsqueeze(-1)).unsqueeze(1)
+    torch.testing.assert_close(found.moments[:, 1], torch.einsum("bhn,bhnk->hk", coded, away.square()))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e5])
+def test_moments_are_exact_far_from_the_origin_also_of_parts(offset):
+    x = offset + torch.randn(2, 600, 4)
+    x[1, 300:] += 3
+    indices = torch.zeros(2, 600, dtype=torch.int64)
+    indices[0, 7] = -1
+    parts = [assignment_stats(x[:, a:b], indices[:, a:b], 1, moments=True) for a, b in ((0, 0), (0, 10), (10, 300), (300, 600))]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merge_statistics(merged, part)
+    kept = [x[0].double()[indices[0] == 0], x[1].double()]
+    expected = torch.stack([torch.stack([v.sum(0), (v - v.mean(0)).square().sum(0)]) for v in kept]).float()
+    for found in (merged.moments, assignment_stats(x, indices, 1, moments=True).moments):
+        torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-6, atol=1e-3)
+        rounding = 1e-5 + torch.finfo(torch.float32).eps * abs(offset)  # of the mean, relative to a deviation of 1
+        torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=rounding, atol=0)
 
 
 def test_weights_of_one_are_no_weights():

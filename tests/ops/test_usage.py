@@ -64,6 +64,17 @@ def test_the_relative_error_is_the_root_of_the_lost_variance(offset, scale):
     torch.testing.assert_close(relative_error(statistics.squared_error, statistics.vectors, statistics.moments), expected)
 
 
+@pytest.mark.parametrize("offset", [1e3, -1e5])
+def test_the_relative_error_is_right_far_from_the_origin(offset):
+    x = offset + torch.randn(1, 500, 4)
+    quantized = x + 0.3
+    statistics = assignment_stats(x, torch.zeros(1, 500, dtype=torch.int64), 1, quantized=quantized, moments=True)
+    lost = (x.double() - quantized.double()).square().sum((1, 2))
+    expected = (lost / (x.double() - x.double().mean(1, keepdim=True)).square().sum((1, 2))).sqrt().float()
+    found = relative_error(statistics.squared_error, statistics.vectors, statistics.moments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
 def test_the_relative_error_of_no_code_but_the_mean_is_one_and_of_nothing_zero():
     x = torch.randn(1, 100, 4)
     statistics = assignment_stats(
@@ -73,7 +84,8 @@ def test_the_relative_error_of_no_code_but_the_mean_is_one_and_of_nothing_zero()
     assert relative_error(torch.zeros(2), torch.zeros(2), torch.zeros(2, 2, 3)).tolist() == [0.0, 0.0]
 
 
-def test_the_relative_error_of_equal_vectors_is_that_of_their_length():
-    x = torch.full((1, 100, 4), 7.0)
-    statistics = assignment_stats(x, torch.zeros(1, 100, dtype=torch.int64), 1, quantized=1.1 * x, moments=True)
+@pytest.mark.parametrize("value", [7.0, -0.1, 12345.678])
+def test_the_relative_error_of_equal_vectors_is_that_of_their_length(value):
+    x = torch.full((1, 1000, 4), value)
+    statistics = assignment_stats(x, torch.zeros(1, 1000, dtype=torch.int64), 1, quantized=1.1 * x, moments=True)
     torch.testing.assert_close(relative_error(statistics.squared_error, statistics.vectors, statistics.moments), torch.tensor([0.1]))

@@ -196,6 +196,17 @@ def test_affine_codes_follow_the_vectors_as_a_whole():
     torch.testing.assert_close(codebook.codebook, codes)
 
 
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+def test_the_affine_variance_is_right_far_from_the_origin_from_the_first_commit_on(offset):
+    codebook = Codebook(HEADS, SIZE, DIM, affine=Affine(0.5, 0.5))
+    x = offset + vectors(400)
+    for part in (x[:, :100], x[:, 100:]):  # micro-batches
+        codebook.add_statistics_(codebook.statistics(part, nearest_index(part, codebook.codes())))
+    update_codebooks_(codebook)
+    torch.testing.assert_close(codebook.batch_variance, x.double().var(1, correction=0).float(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(codebook.batch_mean, x.double().mean(1).float(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("rule", [EMA(0.8), OwnOptimizer("sgd", learning_rate=0.1)])
 def test_under_an_affine_map_the_rules_see_the_vectors_mapped_back(rule):
     codebook, x = Codebook(HEADS, SIZE, DIM, affine=Affine(0.9, 0.9), update=rule), vectors()

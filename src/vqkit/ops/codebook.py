@@ -21,7 +21,8 @@ class CodebookStatistics(NamedTuple):
 
     `candidates` are a uniform sample without replacement of the vectors of each head, for the expiry of dead codes: the rows with the
     E largest of independent uniform `keys` in (0, 1]; rows of key 0 are absent. So statistics of parts merge into those of the whole.
-    All other fields are sums.
+    `moments` are taken around the mean of the vectors, so that they are exact far from the origin; parts merge by `pool_moments`
+    (Chan et al., 1983). All other fields are sums.
     """
 
     count: Tensor  # [H, C] vectors per code, or the sum of their weights
@@ -31,10 +32,10 @@ class CodebookStatistics(NamedTuple):
     vectors: Tensor  # [H] vectors that got a code, whatever their weight
     squared_error: Tensor  # [H] sum of their squared distances to their codes; 0 where the codes were not given
     non_finite: Tensor  # [H] vectors that count and got no code
-    moments: Tensor  # [H, 2, K] sum of the vectors that got a code and of their squares; [H, 2, 0] where not asked for
+    moments: Tensor  # [H, 2, K] sum of the vectors that got a code, and of their squared differences from its mean; [H, 2, 0]: not asked for
 
 
-SUMMED = tuple(name for name in CodebookStatistics._fields if name not in ("candidates", "keys"))
+SUMMED = tuple(name for name in CodebookStatistics._fields if name not in ("candidates", "keys", "moments"))
 """The fields that are sums over the vectors."""
 
 
@@ -160,6 +161,7 @@ def assignment_stats(
     lost = indices < 0
     ignored = _ignored(indices, mask, weights)
     dropped = lost if ignored is None else lost | ignored
+    vectors = _per_head(~dropped).to(x.dtype)
     head = torch.arange(heads, device=x.device).unsqueeze(-1)
     row = torch.where(dropped, heads * codebook_size, indices + head * codebook_size).reshape(-1)  # one row more, for the dropped
     rows = (x if weights is None else x * weights.unsqueeze(-1)).reshape(-1, width)
@@ -170,10 +172,10 @@ def assignment_stats(
         count.reshape(heads, codebook_size),
         total.reshape(heads, codebook_size, width),
         *_draw_candidates(x, dropped, num_candidates),
-        vectors=_per_head(~dropped).to(x.dtype),
+        vectors=vectors,
         squared_error=x.new_zeros(heads) if quantized is None else _squared_error(x, quantized, dropped),
         non_finite=_per_head(lost if ignored is None else lost & ~ignored).to(x.dtype),
-        moments=_moments(x, dropped) if moments else x.new_zeros(heads, 2, 0),
+        moments=_moments(x, dropped, vectors) if moments else x.new_zeros(heads, 2, 0),
     )
 
 
@@ -208,9 +210,22 @@ def _squared_error(x: Tensor, quantized: Tensor, dropped: Tensor) -> Tensor:
     return _per_head(error)
 
 
-def _moments(x: Tensor, dropped: Tensor) -> Tensor:
-    kept = x.where(~dropped.unsqueeze(-1), 0.0)
-    return torch.stack([kept, kept.square()]).sum((*range(1, x.dim() - 2), -2)).movedim(0, 1)
+def _moments(x: Tensor, dropped: Tensor, vectors: Tensor) -> Tensor:
+    axes = (*range(x.dim() - 3), -2)
+    kept = ~dropped.unsqueeze(-1)
+    total = x.where(kept, 0.0).sum(axes)
+    mean = total / vectors.clamp(min=1).unsqueeze(-1)
+    squares = (x - mean.unsqueeze(-2)).where(kept, 0.0).square().sum(axes)
+    return torch.stack([total, squares], dim=-2)
+
+
+def pool_moments(vectors: Tensor, moments: Tensor) -> Tensor:
+    """The moments [H, 2, K] of all vectors of some parts, from vectors [P, H] and moments [P, H, 2, K] of each."""
+    number = vectors.unsqueeze(-1)
+    total, squares = moments.unbind(-2)
+    mean = total.sum(0) / number.sum(0).clamp(min=1)
+    between = number * (total / number.clamp(min=1) - mean).square()
+    return torch.stack([total.sum(0), (squares + between).sum(0)], dim=-2)
 
 
 def _draw_candidates(x: Tensor, dropped: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -241,17 +256,19 @@ def merge_statistics(first: CodebookStatistics, second: CodebookStatistics) -> C
     if num := keys.shape[-1]:
         candidates, keys = largest_keys(torch.cat([candidates, second.candidates], dim=1), torch.cat([keys, second.keys], dim=1), num)
     summed = {name: getattr(first, name) + getattr(second, name) for name in SUMMED}
-    return CodebookStatistics(**summed, candidates=candidates, keys=keys)
+    vectors, moments = (torch.stack(pair) for pair in ((first.vectors, second.vectors), (first.moments, second.moments)))
+    return CodebookStatistics(**summed, candidates=candidates, keys=keys, moments=pool_moments(vectors, moments))
 
 
-def ema_update(sum: Tensor, count: Tensor, statistics: CodebookStatistics, decay: float) -> tuple[Tensor, Tensor]:
-    """New (sum, count): decay * old + (1 - decay) * statistics, in the dtype of the old.
+def ema_update(sum: Tensor, count: Tensor, statistics: CodebookStatistics, decay: float | Tensor) -> tuple[Tensor, Tensor]:
+    """New (sum, count): decay * old + (1 - decay) * statistics, in the dtype of the old; `decay` may be one a code, [H, C].
 
     Equal to one step of SGD with rate 1 on the codebook loss of the official Transformer-VQ, whose gradient is
     (1 - decay) * (old - statistics).
     """
+    each = decay.unsqueeze(-1) if isinstance(decay, Tensor) else decay
     return (
-        torch.lerp(statistics.sum.to(sum.dtype), sum, decay),
+        torch.lerp(statistics.sum.to(sum.dtype), sum, each),
         torch.lerp(statistics.count.to(count.dtype), count, decay),
     )
 

@@ -40,14 +40,13 @@ def dead_fraction(count: Tensor, threshold: float = 1.0) -> Tensor:
 def relative_error(squared_error: Tensor, vectors: Tensor, moments: Tensor) -> Tensor:
     """Root of the share of the vectors' variance that quantization loses: 0 is lossless, 1 no better than one code at the mean.
 
-    The sums of `CodebookStatistics`: squared_error [...], vectors [...], moments [..., 2, K] -> [...]; 0 where nothing was counted.
-    Where the vectors do not vary by more than the rounding of their moments, the error is taken relative to their length instead.
+    As `CodebookStatistics` has them: squared_error [...], vectors [...], moments [..., 2, K] -> [...]; 0 where nothing was counted.
+    Where the vectors do not vary by more than the rounding of their mean, the error is taken relative to their length instead.
     """
     total, squares = moments.unbind(-2)
-    length = squares.sum(-1)
-    centre = total.square().sum(-1) / vectors.clamp(min=1.0)
-    variance = length - centre
-    trusted = variance > 64 * torch.finfo(moments.dtype).eps * length
+    variance = squares.sum(-1)
+    length = variance + total.square().sum(-1) / vectors.clamp(min=1.0)
+    trusted = variance > (16 * torch.finfo(moments.dtype).eps) ** 2 * length
     scale = torch.where(trusted, variance, length).clamp(min=torch.finfo(moments.dtype).tiny)
     return (squared_error / scale).sqrt()
 

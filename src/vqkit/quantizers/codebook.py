@@ -508,14 +508,14 @@ class Codebook(Committed):
     def _follow(self, affine: Affine, state: State, after: State) -> State:
         """The mean and variance of vectors and codes after a commit; the first vectors set those of the vectors at once."""
         vectors, moments = self.pending.vectors, self.pending.moments
-        mean, square = (moments / vectors.clamp(min=1)[:, None, None]).unbind(1)
+        mean, variance = (moments / vectors.clamp(min=1)[:, None, None]).unbind(1)
         codes = stored_codes(self.update, after).detach()
         seen = state["batch_seen"]
         batch_decay = torch.where(vectors > 0, affine.batch_decay * seen, 1.0).unsqueeze(-1)
         code_decay = (affine.codebook_decay * seen).unsqueeze(-1)
         return {
             "batch_mean": torch.lerp(mean, state["batch_mean"], batch_decay),
-            "batch_variance": torch.lerp((square - mean.square()).clamp(min=0), state["batch_variance"], batch_decay),
+            "batch_variance": torch.lerp(variance, state["batch_variance"], batch_decay),
             "code_mean": torch.lerp(codes.mean(1), state["code_mean"], code_decay),
             "code_variance": torch.lerp(codes.var(1, correction=0), state["code_variance"], code_decay),
             "batch_seen": torch.where(vectors > 0, 1.0, seen),

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vqkit.dist import Reducer, default_reducer, is_sharded, register_forward_methods
-from vqkit.ops.codebook import CodebookStatistics, largest_keys
+from vqkit.ops.codebook import CodebookStatistics, largest_keys, pool_moments
 from vqkit.quantizers.codebook import Codebook, Committed
 from vqkit.quantizers.config import Commit, check_choice
+
+_SLOTTED = ("candidates", "keys", "vectors", "moments")
+"""What the statistics of the ranks are merged by, one by one."""
 
 Statistics: TypeAlias = "CodebookStatistics | Sequence[Statistics] | None"
 """One entry a codebook, nested as the quantizers are; None where nothing was counted."""
@@ -188,11 +191,11 @@ def _(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _reduce(entries: list[CodebookStatistics], flags: list[Tensor], reducer: Reducer) -> tuple[list[CodebookStatistics], list[Tensor]]:
-    """What all ranks have: flags and statistics summed, the candidates of each rank in a slot of its own, then the best of all."""
+    """What all ranks have: flags and sums added up; what is no sum stands in a slot of each rank's own, and is merged afterwards."""
     if reducer.world_size == 1 or not (entries or flags):
         return entries, flags
     dtype = torch.float64 if any(entry.sum.dtype == torch.float64 for entry in entries) else torch.float32
-    slots = [entry._replace(candidates=_in_slot(entry.candidates, reducer), keys=_in_slot(entry.keys, reducer)) for entry in entries]
+    slots = [entry._replace(**{name: _in_slot(getattr(entry, name), reducer) for name in _SLOTTED}) for entry in entries]
     parts = [*flags, *(tensor for entry in slots for tensor in entry)]
     flat = torch.cat([part.reshape(-1).to(dtype) for part in parts])
     reducer.all_reduce_(flat)
@@ -209,7 +212,8 @@ def _in_slot(rows: Tensor, reducer: Reducer) -> Tensor:
 
 
 def _merge_slots(summed: CodebookStatistics) -> CodebookStatistics:
-    """Of statistics whose candidates and keys have an axis of ranks in front: one choice of candidates."""
+    """One choice of candidates, one mean: of statistics whose `_SLOTTED` fields have an axis of ranks in front."""
     candidates, keys = (slots.movedim(0, 1).flatten(1, 2) for slots in (summed.candidates, summed.keys))
     candidates, keys = largest_keys(candidates, keys, summed.keys.shape[-1])
-    return summed._replace(candidates=candidates, keys=keys)
+    moments = pool_moments(summed.vectors, summed.moments)
+    return summed._replace(candidates=candidates, keys=keys, vectors=summed.vectors.sum(0), moments=moments)
