@@ -32,7 +32,7 @@ class CodebookStatistics(NamedTuple):
     vectors: Tensor  # [H] vectors that got a code, whatever their weight
     squared_error: Tensor  # [H] sum of their squared distances to their codes; 0 where the codes were not given
     non_finite: Tensor  # [H] vectors that count and got no code
-    moments: Tensor  # [H, 2, K] sum of the vectors that got a code, and of their squared differences from its mean; [H, 2, 0]: not asked for
+    moments: Tensor  # [H, 2, K] sum of the vectors that got a code, of their squared differences from its mean; [H, 2, 0]: not asked for
 
 
 SUMMED = tuple(name for name in CodebookStatistics._fields if name not in ("candidates", "keys", "moments"))
