@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vqkit.ops.assignment import soft_codes
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.commit import update_codebooks_
 from vqkit.quantizers.config import (
@@ -24,6 +25,7 @@ from vqkit.quantizers.config import (
     KMeans,
     Orthogonality,
     OwnOptimizer,
+    Softmax,
 )
 from vqkit.quantizers.vector_quantize import VectorQuantize
 
@@ -407,7 +409,7 @@ def test_directional_reparametrisation_is_near_the_code_and_teaches_it():
 # Drawing
 
 
-@pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])
+@pytest.mark.parametrize("estimator", [None, "straight_through", "reinmax"])
 def test_codes_are_drawn_in_training_alone(estimator):
     quantizer = spread_out(assignment=Gumbel(50.0, estimator), update=Frozen())
     x = vectors().requires_grad_()
@@ -415,13 +417,117 @@ def test_codes_are_drawn_in_training_alone(estimator):
     out = quantizer(x)
     assert (out.indices != nearest).any() and torch.equal(out.quantized, quantizer.codebook[out.indices])
     torch.testing.assert_close(out.loss, F.mse_loss(quantizer.codebook[out.indices], x))
-    assert torch.autograd.grad(out.quantized.sum(), x)[0].any()
+    assert torch.autograd.grad(out.quantized.sum(), x, retain_graph=True)[0].any()
     assert torch.equal(quantizer(x, temperature=0.0).indices, nearest)
     assert torch.equal(quantizer(x, temperature=1e-4).indices, nearest)
     assert torch.equal(quantizer.eval()(x).indices, nearest)
 
 
+def test_drawn_codes_pass_the_gradient_of_the_estimator():
+    x, direction = vectors(), vectors()
+    for estimator in ("straight_through", "rotation", "none", DiVeQ(1e-6)):
+        quantizer = spread_out(assignment=Gumbel(50.0), estimator=estimator, update=Gradient(), losses=())
+        drawn, given = (x.clone().requires_grad_() for _ in range(2))
+        torch.manual_seed(1)
+        out = quantizer(drawn)
+        assert (out.indices != quantizer.encode(x)).any()
+        torch.manual_seed(1)
+        torch.rand(1, BATCH * TIME)  # what the draw took
+        same = quantizer(given, indices=out.indices)
+        assert torch.equal(out.quantized, same.quantized)
+        of_drawn, of_given = (
+            torch.autograd.grad((q * direction).sum(), (i, quantizer.table.weight), allow_unused=True, retain_graph=True)
+            for q, i in ((out.quantized, drawn), (same.quantized, given))
+        )
+        for found, expected in zip(of_drawn, of_given, strict=True):
+            assert found is expected is None or torch.equal(found, expected)
+        if estimator == "straight_through":
+            assert torch.equal(of_drawn[0], direction)
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_nearest_code_can_have_the_gradient_of_a_softmax(estimator, metric):
+    quantizer = spread_out(assignment=Softmax(0.5, estimator), update=Gradient(), metric=metric, losses=())
+    x, direction = vectors().requires_grad_(), vectors()
+    state = torch.get_rng_state()
+    out = quantizer(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(out.indices, quantizer.encode(x)) and torch.equal(out.quantized, quantizer.codebook[out.indices])
+    own = F.normalize(x, dim=-1) if metric == "cosine" else x
+    expected = soft_codes(own, quantizer.codebook, out.indices, temperature=0.5, estimator=estimator, metric=metric)
+    of = (x, quantizer.table.weight)
+    for a, b in zip(*(torch.autograd.grad((q * direction).sum(), of, retain_graph=True) for q in (out.quantized, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    warm = quantizer(x, temperature=5.0).quantized
+    assert not torch.equal(
+        torch.autograd.grad((warm * direction).sum(), x, retain_graph=True)[0],
+        torch.autograd.grad((expected * direction).sum(), x, retain_graph=True)[0],
+    )
+
+
 # Several codes
+
+
+@pytest.mark.parametrize("assignment", [Gumbel(20.0), Gumbel(20.0, "reinmax")])
+def test_several_codes_are_drawn_in_training(assignment):
+    quantizer = spread_out(assignment=assignment, update=Gradient())
+    x = vectors(40, 5).requires_grad_()
+    nearest = torch.cdist(x, quantizer.codebook).topk(3, largest=False).indices
+    out = quantizer(x, top_k=3)
+    ordered = out.indices.sort(-1).values
+    assert (ordered.diff(dim=-1) > 0).all() and (out.indices != nearest).any()
+    assert torch.equal(out.quantized, quantizer.codebook[out.indices])
+    assert torch.equal(quantizer(x, top_k=3, temperature=0.0).indices, nearest)
+    assert torch.equal(quantizer.eval()(x, top_k=3).indices, nearest)
+
+
+@pytest.mark.parametrize("options", [{"estimator": "straight_through"}, {"estimator": "rotation"}, {"assignment": Gumbel(2.0, "reinmax")}])
+def test_each_of_several_codes_has_the_gradient_of_a_single_one(options):
+    quantizer = spread_out(update=Gradient(), dead_codes=DeadCodes(1.0), **options)
+    x, direction = vectors().requires_grad_(), torch.randn(BATCH, TIME, 3, DIM)
+    before = snapshot(quantizer)
+    several = quantizer.quantize(x, top_k=3, reduction="none")
+    alone = several.indices.movedim(-1, 0)
+    if "assignment" in options:
+        singles = [soft_codes(x, quantizer.codebook, i, temperature=2.0, estimator="reinmax") for i in alone]
+    else:
+        singles = [quantizer.quantize(x, indices=i).quantized for i in alone]
+    of = (x, quantizer.table.weight)
+    expected = torch.autograd.grad((torch.stack(singles, -2) * direction).sum(), of, allow_unused=True, retain_graph=True)
+    for a, b in zip(
+        torch.autograd.grad((several.quantized * direction).sum(), of, allow_unused=True, retain_graph=True), expected, strict=True
+    ):
+        assert a is b is None or torch.allclose(a, b, atol=1e-6)
+    (of_codes,) = torch.autograd.grad(several.losses["commitment"].sum(), quantizer.table.weight)
+    assert of_codes.any() and several.statistics is None
+    out = quantizer(x, top_k=3)
+    (out.quantized.sum() + out.loss).backward()
+    assert_unchanged(quantizer, before)
+
+
+def test_the_nearest_few_are_codes_without_noise():
+    """What a beam search sees in training is what a path is then quantized to."""
+    for options in ({"estimator": DiVeQ(1.0), "update": Gradient()}, {"assignment": Gumbel(100.0)}, {"codebook_dim": 4, "layout": "first"}):
+        quantizer = spread_out(**options) if "codebook_dim" not in options else VectorQuantize(DIM, CODES, **options)
+        x = vectors(9)
+        x[4] = torch.nan
+        state = torch.get_rng_state()
+        indices, codes = quantizer.nearest(x, 3)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not codes.requires_grad and indices.shape == (9, 3) and codes.shape == (9, 3, DIM)
+        assert torch.equal(indices[:, 0], quantizer.encode(x))
+        assert (indices[4] == -1).all() and not codes[4].any()
+        for place in range(3):
+            assert torch.equal(codes[:, place], quantizer.decode(indices[:, place]))
+    for bad, message in (
+        ((vectors(), 2), r"^x has shape \(3, 7, 6\): must be \[vectors, 6\]"),
+        ((vectors(9), 0), r"^num = 0: must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spread_out().nearest(*bad)
+    with pytest.raises(ValueError, match=r"^nearest needs one head: this has heads = 2"):
+        spread_out(heads=2).nearest(vectors(9), 2)
 
 
 def test_the_few_nearest_codes():
@@ -445,6 +551,55 @@ def test_the_few_nearest_codes():
 
 
 # Losses
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 2}, {"heads": 3, "separate_heads": True, "layout": "first"}, {"codebook_dim": 4}])
+def test_a_loss_for_each_vector(options):
+    losses = (Commitment(0.5), CrossEntropyCommitment(0.25), Diversity(0.1))
+    quantizer = VectorQuantize(DIM, CODES, update=Gradient(), losses=losses, **options)
+    x, mask = vectors().requires_grad_(), torch.rand(BATCH, TIME) < 0.7
+    x = x.movedim(-1, 1) if options.get("layout") == "first" else x
+    targets = torch.randint(CODES, (BATCH, TIME, *quantizer.code_shape))
+    each, mean = (quantizer.quantize(x, mask, targets=targets, reduction=r) for r in ("none", "mean"))
+    kept = mask.reshape(*mask.shape, *(1 for _ in quantizer.code_shape)).expand(each.indices.shape)
+    for name in ("commitment", "cross_entropy_commitment", "cross_entropy"):
+        assert each.losses[name].shape == each.indices.shape and not each.losses[name][~kept].any()
+        torch.testing.assert_close(each.losses[name].sum() / kept.sum(), mean.losses[name])
+        of = (x, quantizer.table.weight)
+        for a, b in zip(
+            *(torch.autograd.grad(q, of, retain_graph=True) for q in (each.losses[name][kept].mean(), mean.losses[name])), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+    assert torch.equal(each.losses["diversity"], mean.losses["diversity"])
+    if not options:
+        error = (quantizer.codebook[each.indices] - x).square().mean(-1)
+        torch.testing.assert_close(each.losses["commitment"], error.where(mask, 0.0))
+    out = quantizer(x, mask, targets=targets, reduction="none")
+    torch.testing.assert_close(out.loss, sum(quantizer.loss_weights[name] * loss for name, loss in each.losses.items()))
+
+
+def test_a_loss_for_each_candidate():
+    quantizer = spread_out(losses=(Commitment(0.5), Diversity(0.1)), update=Gradient())
+    x, mask = vectors(), torch.rand(BATCH, TIME) < 0.7
+    each = quantizer.quantize(x, mask, top_k=3, reduction="none")
+    error = (quantizer.codebook[each.indices] - x.unsqueeze(-2)).square().mean(-1)
+    torch.testing.assert_close(each.losses["commitment"], error.where(mask.unsqueeze(-1), 0.0))
+    assert (each.losses["commitment"].diff(dim=-1)[mask] >= 0).all()
+    single = quantizer.quantize(x, mask)
+    torch.testing.assert_close(each.losses["diversity"], single.losses["diversity"])
+    torch.testing.assert_close(
+        quantizer(x, mask, top_k=3, reduction="none").loss, 0.5 * each.losses["commitment"] + 0.1 * single.losses["diversity"]
+    )
+
+
+def test_diversity_counts_the_nearest_code_almost_alone():
+    """By default the scores are multiplied by 100."""
+    quantizer = spread_out(losses=(Diversity(),))
+    x, codes = vectors(), quantizer.codebook
+    mean = (-100 * torch.cdist(x.flatten(0, 1), codes)).softmax(-1).mean(0)
+    torch.testing.assert_close(quantizer.quantize(x).losses["diversity"], torch.xlogy(mean, mean).sum())
+    count = torch.bincount(quantizer.encode(x).flatten(), minlength=CODES) / (BATCH * TIME)
+    torch.testing.assert_close(torch.xlogy(mean, mean).sum(), torch.xlogy(count, count).sum(), rtol=0.1, atol=0)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts():
@@ -597,7 +752,7 @@ class _Largest(TorchDispatchMode):
     ],
 )
 def test_there_is_no_matrix_of_all_vectors_by_all_codes(options):
-    number, size = 2048, 1024
+    number, size = 8192, 1024
     quantizer = VectorQuantize(4, size, **options)
     x = torch.randn(number, 4, requires_grad=True)
     with _Largest() as seen:
@@ -639,6 +794,7 @@ ENGINE_OPTIONS = [
         "update": Gradient(),
         "losses": (Commitment(), Orthogonality(active_only=True, max_codes=4)),
     },
+    {"assignment": Softmax(), "layout": "first"},
     {"dead_codes": DeadCodes(1.0), "affine": Affine(), "losses": (Commitment(), Diversity()), "on_nonfinite": "raise"},
 ]
 
@@ -738,6 +894,7 @@ def _indices(value=0, *shape):
         ({"assignment": Gumbel()}, {"temperature": -1.0}, ValueError, r"^temperature = -1.0: must be 0"),
         ({"assignment": Gumbel()}, {"temperature": 1.0, "indices": _indices(0)}, ValueError, r"^temperature = 1.0: must be None where"),
         ({}, {"top_k": 0}, ValueError, r"^top_k = 0: must be from 1 to 8"),
+        ({}, {"reduction": "sum"}, ValueError, r"^reduction = 'sum': must be one of 'mean', 'none'"),
         ({}, {"top_k": 9}, ValueError, r"^top_k = 9: must be from 1 to 8"),
         ({"heads": 2}, {"top_k": 2}, ValueError, r"^top_k = 2: must be None with heads = 2"),
         ({}, {"top_k": 2, "targets": _indices(0)}, ValueError, r"^targets is given together with top_k = 2"),

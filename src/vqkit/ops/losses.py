@@ -5,12 +5,17 @@ Shapes: B batch, T time, N vectors, H heads with a codebook each, C codes, K wid
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from vqkit.ops.assignment import Metric, assignment_cross_entropy, has_scores, mean_assignment
 from vqkit.ops.codebook import directions
 from vqkit.ops.precision import widest, without_autocast
+
+Reduction = Literal["mean", "none"]
+"""The mean over the vectors that count, or one number a vector."""
 
 
 def commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -27,19 +32,23 @@ def commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) ->
     return difference.square().sum() / max(batch * time, 1)
 
 
-def mean_commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+def mean_commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None, *, reduction: Reduction = "mean") -> Tensor:
     """The mean squared difference of the vectors and their codes, which are constants here, over the vectors that count.
 
     x, quantized [..., N, K], mask [..., N] bool that broadcasts. A masked vector gets no gradient, whatever it holds. Returns a scalar,
-    float32 or wider.
+    float32 or wider; with reduction="none" the mean over K alone, [..., N], 0 where masked.
     """
+    _check_reduction(reduction)
     dtype = widest(x, quantized)
     difference = x.to(dtype) - quantized.detach().to(dtype)
+    if mask is not None:
+        mask = mask.expand(x.shape[:-1])
+        difference = difference.where(mask.unsqueeze(-1), 0.0)
+    if reduction == "none":
+        return difference.square().mean(-1)
     if mask is None:
         return difference.square().sum() / max(difference.numel(), 1)
-    mask = mask.expand(x.shape[:-1])
-    squared = difference.where(mask.unsqueeze(-1), 0.0).square().sum()
-    return squared / (mask.sum() * x.shape[-1]).clamp(min=1)
+    return difference.square().sum() / (mask.sum() * x.shape[-1]).clamp(min=1)
 
 
 def cross_entropy_commitment(
@@ -50,27 +59,34 @@ def cross_entropy_commitment(
     *,
     temperature: float = 1.0,
     metric: Metric = "euclidean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """The mean of -log softmax(score / temperature) of `indices`, a score being minus the distance to a code, or the cosine.
 
     x [..., N, K], codebook [..., C, K], indices [..., N] int64, mask [..., N] bool that broadcasts to them. Vectors that are masked, of
     index -1 or not finite take no part. Differentiable in x and codebook; no N x C matrix is made or kept. Returns a scalar, float32
-    or wider.
+    or wider; with reduction="none" one number a vector, [..., N], 0 for those that take no part.
     """
+    _check_reduction(reduction)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
     loss = assignment_cross_entropy(x, codebook, indices, temperature=temperature, metric=metric)
+    if reduction == "none":
+        return loss
     return loss.sum() / ((indices >= 0) & has_scores(x, metric)).sum().clamp(min=1)
 
 
 def orthogonality_loss(
     codebook: Tensor, active: Tensor | None = None, *, max_codes: int | None = None, noise: Tensor | None = None
 ) -> Tensor:
-    """The mean squared cosine between different codes of a head, averaged over heads (Shin et al., 2021).
+    """The squared cosines of all pairs of different codes of a head, added up and divided by n^2; averaged over heads (Shin et al., 2021).
+
+    Each of the n codes that take part meets the n - 1 others: the value is (n - 1) / n times the mean over pairs, from 0 for orthogonal
+    codes to (n - 1) / n for parallel ones. A code of length 0 has cosine 0. Only the codes get a gradient; no vector takes part.
 
     codebook [..., C, K]; `active` [..., C] bool, the codes that take part. With `max_codes`, at most so many of these, drawn without
-    replacement by `noise` [..., C] uniform in [0, 1), from the global random generator where not given. Of n codes the n (n - 1) pairs of
-    different ones add up and are divided by n^2. No C x C matrix where K < C. Returns a scalar, float32 or wider.
+    replacement by `noise` [..., C] uniform in [0, 1), from the global random generator where not given. No C x C matrix where K < C.
+    Returns a scalar, float32 or wider.
     """
     codes = directions(codebook.to(widest(codebook)))
     chosen = torch.ones_like(codes[..., 0], dtype=torch.bool) if active is None else active
@@ -106,3 +122,8 @@ def diversity_loss(
     """
     mean = mean_assignment(x, codebook, mask, temperature=temperature, metric=metric)
     return torch.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum(-1).mean()
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction = {reduction!r}: must be "mean" or "none"')

@@ -17,7 +17,7 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Autocast switched off, where it is on; the meta device knows none."""
     on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import Orthogonality as Orthogonality
     from vqkit.quantizers.config import OwnOptimizer as OwnOptimizer
     from vqkit.quantizers.config import QuantizeDropout as QuantizeDropout
+    from vqkit.quantizers.config import Softmax as Softmax
     from vqkit.quantizers.fixed import SimpleVQ as SimpleVQ
     from vqkit.quantizers.grouped import Grouped as Grouped
     from vqkit.quantizers.grouped import GroupedResidualVQ as GroupedResidualVQ
@@ -74,6 +75,7 @@ __all__ = [
     "Residual",
     "ResidualVQ",
     "SimpleVQ",
+    "Softmax",
     "VectorQuantize",
     "add_statistics_",
     "attach",
@@ -114,6 +116,7 @@ _MODULES = {
     "Residual": "residual",
     "ResidualVQ": "residual",
     "SimpleVQ": "fixed",
+    "Softmax": "config",
     "VectorQuantize": "vector_quantize",
     "add_statistics_": "commit",
     "attach": "commit",

@@ -185,17 +185,32 @@ class MLP:
 
 @dataclass(frozen=True)
 class Gumbel:
-    """Codes drawn from the softmax of the negative distances (or the cosines) over `temperature`, by Gumbel noise."""
+    """In training, codes drawn from the softmax of minus the distances (or of the cosines) over `temperature`, as by Gumbel noise."""
+
+    temperature: float = 1.0
+    """0 is the nearest code."""
+    estimator: Literal["straight_through", "reinmax"] | None = None
+    """The gradient of the softmax that the output gets in place of the quantizer's `estimator`: of first order (Jang et al., 2017), or of
+    second (Liu et al., 2023). None: that of the quantizer's `estimator`, none of the softmax."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "temperature")
+        _check(self, "estimator", self.estimator in (None, "straight_through", "reinmax"), "None, 'straight_through' or 'reinmax'")
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The nearest code, in training with the gradient of a softmax, as `Gumbel` has it, in place of the quantizer's `estimator`."""
 
     temperature: float = 1.0
     estimator: Literal["straight_through", "reinmax"] = "straight_through"
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "temperature")
-        check_choice("Gumbel.estimator", self.estimator, ("straight_through", "reinmax"))
+        _check_positive(self, "temperature")
+        check_choice("Softmax.estimator", self.estimator, ("straight_through", "reinmax"))
 
 
-Assignment = Literal["nearest"] | Gumbel
+Assignment = Literal["nearest"] | Gumbel | Softmax
 
 
 @dataclass(frozen=True)
@@ -237,7 +252,10 @@ class CrossEntropyCommitment:
 
 @dataclass(frozen=True)
 class Orthogonality:
-    """Mean squared cosine between different codes (Shin et al., 2021)."""
+    """Squared cosines of all pairs of different codes, over the number of codes squared (Shin et al., 2021).
+
+    Its gradient reaches the codes alone, which must learn by gradient.
+    """
 
     weight: float = 1.0
     active_only: bool = False
@@ -252,10 +270,15 @@ class Orthogonality:
 
 @dataclass(frozen=True)
 class Diversity:
-    """Negative entropy of the mean softmax over the codes at `temperature`."""
+    """Negative entropy, in nats, of the mean over all vectors of the softmax of minus the distances (or of the cosines).
+
+    Least, -log(codebook_size), where the codes are equally near to the vectors on the whole.
+    """
 
     weight: float = 1.0
-    temperature: float = 100.0
+    temperature: float = 0.01
+    """Scores are divided by it. Far below the differences between the distances to a vector's codes it counts the nearest code almost
+    alone, far above them all codes alike, whatever the vectors: then there is nothing to learn. It has the unit of the vectors."""
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "weight")

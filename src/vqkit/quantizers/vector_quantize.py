@@ -10,16 +10,16 @@ them sees (N with separate heads, else N times heads), C codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vqkit.dist import Reducer
-from vqkit.ops.assignment import has_scores, sample_codes
+from vqkit.ops.assignment import has_scores, sample_indices, soft_codes
 from vqkit.ops.codebook import CodebookStatistics, directions, gather_codes
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
-from vqkit.ops.losses import cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
+from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
@@ -40,6 +40,7 @@ from vqkit.quantizers.config import (
     Loss,
     Metric,
     Orthogonality,
+    Softmax,
     Update,
     check_choice,
 )
@@ -72,7 +73,7 @@ class _Chosen(NamedTuple):
 
     indices: Tensor  # [H, M] int64; -1: none
     codes: Tensor  # [H, M, K], 0 where there is none; differentiable where the codes learn by gradient
-    soft: bool  # whether the gradient of the choice is in `codes` already
+    soft: bool  # whether the gradient of a softmax is in `codes` already
 
 
 class VectorQuantize(Quantizer):
@@ -82,12 +83,12 @@ class VectorQuantize(Quantizer):
     `separate_heads`, each by its own. Where heads * codebook_dim is not dim, linear projections stand before and behind, with
     `projection_norm` a layer norm after the first. Inputs are [B, ..., D] or, with layout="first", [B, D, ...].
 
-    Choices: `metric` "euclidean" or "cosine" (codes and what is compared with them have length 1); `assignment` "nearest" or
-    `Gumbel(...)`, which draws in training and brings a gradient of its own; `estimator`, the gradient of the output for the input:
-    "rotation", "straight_through", "none" (there is none; the losses have theirs) or `DiVeQ(...)`; how the codebook learns (`update`),
-    starts (`init`), stays alive (`dead_codes`) and is read (`transform`, `affine`): see `Codebook`; `losses`, at most one of each kind.
-    Where the codes learn by gradient, the commitment loss pulls them to the vectors, too. `sync_update` of the gradient of the output
-    then also goes to the codes (Huh et al., 2023). With input_gradient=False nothing at all reaches the input.
+    Choices: `metric` "euclidean" or "cosine" (codes and what is compared with them have length 1); `assignment` "nearest",
+    `Gumbel(...)`, which draws in training, or `Softmax(...)`; `estimator`, the gradient of the output for the input where the assignment
+    brings none of its own: "rotation", "straight_through", "none" (the losses have theirs) or `DiVeQ(...)`; how the codebook learns
+    (`update`), starts (`init`), stays alive (`dead_codes`) and is read (`transform`, `affine`): see `Codebook`; `losses`, at most one of
+    each kind. Where the codes learn by gradient, the commitment loss pulls them to the vectors, too. `sync_update` of the gradient of the
+    output then also goes to the codes (Huh et al., 2023). With input_gradient=False nothing at all reaches the input.
 
     Masked positions get index -1 and zeros, or with masked="input" themselves. Vectors that are not finite get index -1, zeros, no loss
     and no gradient, and are counted in `metrics()`; with on_nonfinite="raise" they are an error (a ValueError; where the program is
@@ -128,7 +129,7 @@ class VectorQuantize(Quantizer):
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if codebook_dim is None and dim % heads:
             raise ValueError(f"heads = {heads}: must divide dim = {dim} where codebook_dim is not given")
-        if not isinstance(assignment, Gumbel):
+        if not isinstance(assignment, Gumbel | Softmax):
             check_choice("assignment", assignment, ("nearest",))
         if not isinstance(estimator, DiVeQ):
             check_choice("estimator", estimator, ("rotation", "straight_through", "none"))
@@ -215,18 +216,22 @@ class VectorQuantize(Quantizer):
         weights: Weights | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
+        reduction: Reduction = "mean",
     ) -> Quantized:
         """x [B, ..., D] or, with layout "first", [B, D, ...]; mask [P...] bool, or lengths [B] of sequences.
 
         `indices` [P..., heads?] are taken instead of choosing (-1: none), also for the statistics. For `targets` of that shape the mean
         cross-entropy of a softmax over minus the distances, or the cosines, is among the losses as "cross_entropy" (-1: left out).
-        `weights` of the vectors in the statistics. `temperature` stands for that of `Gumbel`; 0 is the nearest code. With `top_k` the k
-        nearest codes of each vector: the output is [P..., k, D] (layout "first": [B, D, ..., k]), indices are [P..., k], losses are
-        means over all k; nothing enters the codebook.
+        `weights` of the vectors in the statistics. `temperature` stands for that of `Gumbel` or `Softmax`; 0 is the nearest code.
+
+        With `top_k` the k nearest codes of each vector, nearest first, or with `Gumbel` in training k different ones as they are drawn:
+        the output is [P..., k, D] (layout "first": [B, D, ..., k]), each candidate with the gradient of a single code; indices are
+        [P..., k]; losses are means over all k; nothing enters the codebook. With reduction="none" the losses that are means over vectors
+        have the shape of the indices, 0 where there is no code; so has, then, the loss that a call returns.
 
         Raises ValueError or TypeError for what does not fit, and ValueError before a k-means start.
         """
-        self._check_options(indices, targets, weights, temperature, top_k)
+        self._check_options(indices, targets, weights, temperature, top_k, reduction)
         given = self._read(x, mask, lengths)
         positions = given.rows.shape[:-1]
         own, labels = (self._split_indices(*named, positions) for named in (("indices", indices), ("targets", targets)))
@@ -235,15 +240,17 @@ class VectorQuantize(Quantizer):
         self.table.start_(given.vectors, kept)
         codes = self.table.codes()
         codes = codes.detach() if freeze_codebook else codes
-        vectors = given.vectors
+        vectors, several = given.vectors, () if top_k is None else (top_k,)
+        temperature = self._temperature(temperature) if own is None else 0.0
+        picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
         if top_k is not None:
-            own = self._nearest_few(vectors, codes, top_k)
             vectors, kept = vectors.repeat_interleave(top_k, dim=1), kept.repeat_interleave(top_k, dim=1)
-        chosen = self._choose(vectors, codes, kept, own, temperature)
-        losses = self._losses(vectors, codes, chosen, labels)
+        chosen = self._take(vectors, codes, picked.where(kept, -1), temperature)
+        losses = self._losses(vectors, codes, chosen, labels, reduction)
+        if reduction == "none":
+            losses = {name: self._join_indices(loss, positions, several) if loss.dim() else loss for name, loss in losses.items()}
         counted = self.training and not freeze_codebook and top_k is None
         statistics = self._statistics(given, chosen, own, weights) if counted else None
-        several = () if top_k is None else (top_k,)
         found = self._join_indices(chosen.indices, positions, several)
         return Quantized(self._write(given, self._estimate(vectors, chosen), found, several), found, losses, statistics)
 
@@ -251,7 +258,7 @@ class VectorQuantize(Quantizer):
         """x -> indices int64 of the nearest codes, [P...] or [P..., heads]; -1: masked or not finite."""
         given = self._read(x, mask, lengths)
         self._refuse_nonfinite(given)
-        indices = self._nearest(given.vectors, self.table.codes()).where(self._spread(given.kept), -1)
+        indices = self._pick(given.vectors, self.table.codes()).where(self._spread(given.kept), -1)
         return self._join_indices(indices, given.rows.shape[:-1], ())
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -265,11 +272,25 @@ class VectorQuantize(Quantizer):
 
     @torch.no_grad()
     def nearest(self, x: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """The `num` nearest codes of vectors x [N, D], or all if there are fewer: indices [N, k], nearest first, and what they decode to,
-        [N, k, D]. For one head. Raises ValueError for more heads.
+        """The `num` nearest codes of vectors x [N, D], or all if there are fewer: indices [N, k] int64, nearest first, and what they
+        decode to, [N, k, D] of the dtype of x; -1 and zeros for a vector that is not finite. Draws nothing, in training neither.
+
+        Raises ValueError for more than one head, another shape than [N, D] and num below 1.
         """
-        found = self.quantize(x.movedim(-1, 1), freeze_codebook=True, top_k=min(num, self.codebook_size))
-        return found.indices, found.quantized if self.layout == "last" else found.quantized.movedim(1, -1)
+        if self.heads > 1:
+            raise ValueError(f"nearest needs one head: this has heads = {self.heads}, whose nearest codes do not combine")
+        if x.dim() != 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}: must be [vectors, {self.dim}]")
+        if num < 1:
+            raise ValueError(f"num = {num}: must be at least 1")
+        given = self._read(x, None, None)
+        self._refuse_nonfinite(given)
+        codes = self.table.codes()
+        shape = (len(x), min(num, self.codebook_size))
+        indices = self._pick(given.vectors, codes, num=shape[1]).where(given.kept.repeat_interleave(shape[1]), -1)
+        found = gather_codes(codes, indices).reshape(*shape, self.codebook_dim)
+        indices = indices.reshape(shape)
+        return indices, self._project_out(found.to(given.dtype), indices >= 0).to(x.dtype)
 
     # Setting
 
@@ -378,22 +399,27 @@ class VectorQuantize(Quantizer):
 
     # Choosing codes
 
-    def _nearest(self, vectors: Tensor, codes: Tensor) -> Tensor:
+    def _temperature(self, own: float | None) -> float:
+        """At which the softmax has a say; 0: the nearest code is taken."""
+        if not isinstance(self.assignment, Gumbel | Softmax) or not self.training:
+            return 0.0
+        return self.assignment.temperature if own is None else own
+
+    def _pick(self, vectors: Tensor, codes: Tensor, temperature: float = 0.0, num: int = 1) -> Tensor:
+        """The code of each vector, [H, M], or several of each side by side, [H, M * num]."""
+        if temperature > 0 and isinstance(self.assignment, Gumbel):
+            return sample_indices(vectors, codes, num, temperature=temperature, metric=self.metric).flatten(1)
+        if num > 1:
+            return nearest_codes(vectors, codes, num, metric=self.metric).indices.flatten(1)
         return nearest_index(vectors, codes, metric=self.metric)
 
-    def _nearest_few(self, vectors: Tensor, codes: Tensor, num: int) -> Tensor:
-        """[H, M * num], those of each vector side by side."""
-        return nearest_codes(vectors, codes, num, metric=self.metric).indices.flatten(1)
-
-    def _choose(self, vectors: Tensor, codes: Tensor, kept: Tensor, indices: Tensor | None, temperature: float | None) -> _Chosen:
-        if isinstance(self.assignment, Gumbel) and self.training and indices is None:
-            temperature = self.assignment.temperature if temperature is None else temperature
-            if temperature > 0:
-                drawn = sample_codes(vectors, codes, temperature=temperature, estimator=self.assignment.estimator, metric=self.metric)
-                return _Chosen(drawn.indices.where(kept, -1), drawn.quantized.where(kept.unsqueeze(-1), 0.0), soft=True)
-        indices = self._nearest(vectors, codes) if indices is None else indices
-        indices = indices.where(kept, -1)
-        return _Chosen(indices, gather_codes(codes, indices), soft=False)
+    def _take(self, vectors: Tensor, codes: Tensor, indices: Tensor, temperature: float) -> _Chosen:
+        """The codes of indices [H, M], with the gradient of a softmax where the assignment brings one."""
+        estimator = None if isinstance(self.assignment, str) else self.assignment.estimator
+        if estimator is None or not temperature > 0:
+            return _Chosen(indices, gather_codes(codes, indices), soft=False)
+        found = soft_codes(vectors, codes, indices, temperature=temperature, estimator=estimator, metric=self.metric)
+        return _Chosen(indices, found, soft=True)
 
     def _estimate(self, vectors: Tensor, chosen: _Chosen) -> Tensor:
         """The codes in value, or near them, with the gradient that `estimator` says."""
@@ -410,24 +436,27 @@ class VectorQuantize(Quantizer):
 
     # Losses and statistics
 
-    def _losses(self, vectors: Tensor, codes: Tensor, chosen: _Chosen, targets: Tensor | None) -> dict[str, Tensor]:
-        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, vectors, codes, chosen) for loss in self.losses}
+    def _losses(
+        self, vectors: Tensor, codes: Tensor, chosen: _Chosen, targets: Tensor | None, reduction: Reduction = "mean"
+    ) -> dict[str, Tensor]:
+        """By name: [], or with reduction "none" [H, M] those that are means over vectors."""
+        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, vectors, codes, chosen, reduction) for loss in self.losses}
         if targets is not None:
             targets = targets.where(chosen.indices >= 0, -1)
-            losses["cross_entropy"] = cross_entropy_commitment(vectors, codes, targets, metric=self.metric)
+            losses["cross_entropy"] = cross_entropy_commitment(vectors, codes, targets, metric=self.metric, reduction=reduction)
         return losses
 
-    def _loss(self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen) -> Tensor:
+    def _loss(self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen, reduction: Reduction) -> Tensor:
         counted = chosen.indices >= 0
         if isinstance(loss, Commitment):
             own = gather_codes(codes, chosen.indices)
-            value = mean_commitment_loss(vectors, own, counted)
+            value = mean_commitment_loss(vectors, own, counted, reduction=reduction)
             if not own.requires_grad:
                 return value
-            pull = mean_commitment_loss(own, vectors, counted)
+            pull = mean_commitment_loss(own, vectors, counted, reduction=reduction)
             return value + (pull - pull.detach())
         if isinstance(loss, CrossEntropyCommitment):
-            return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self.metric)
+            return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self.metric, reduction=reduction)
         if isinstance(loss, Diversity):
             return diversity_loss(vectors, codes, counted, temperature=loss.temperature, metric=self.metric)
         noise = None if self.training else torch.zeros_like(codes[..., 0])  # evaluation draws nothing
@@ -464,10 +493,17 @@ class VectorQuantize(Quantizer):
     # Checks
 
     def _check_options(
-        self, indices: Tensor | None, targets: Tensor | None, weights: Weights | None, temperature: float | None, top_k: int | None
+        self,
+        indices: Tensor | None,
+        targets: Tensor | None,
+        weights: Weights | None,
+        temperature: float | None,
+        top_k: int | None,
+        reduction: Reduction,
     ) -> None:
+        check_choice("reduction", reduction, get_args(Reduction))
         if temperature is not None:
-            if not isinstance(self.assignment, Gumbel):
+            if isinstance(self.assignment, str):
                 raise ValueError(f'temperature = {temperature}: must be None with assignment = "nearest", which draws nothing')
             if not temperature >= 0:
                 raise ValueError(f"temperature = {temperature}: must be 0 (the nearest code) or positive")
@@ -475,7 +511,7 @@ class VectorQuantize(Quantizer):
             raise ValueError(f"temperature = {temperature}: must be None where indices are given, as nothing is drawn")
         if top_k is None:
             return
-        for name, value in (("indices", indices), ("targets", targets), ("weights", weights), ("temperature", temperature)):
+        for name, value in (("indices", indices), ("targets", targets), ("weights", weights)):
             if value is not None:
                 raise ValueError(f"{name} is given together with top_k = {top_k}: must be one of them")
         if self.heads > 1:
