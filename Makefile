@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint types unit wheel laws format bench-train clean
+.PHONY: help demo test lint types unit wheel laws triton format bench-train clean
 
 help:
 	@echo "make demo         train on this machine's Python library, measure, sample (minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make types        pyrefly"
 	@echo "make unit         the tests of the rooms; ARGS='-k name' to choose"
 	@echo "make laws         the laws of the quantizers: every option, every law"
+	@echo "make triton       the CUDA kernels under Triton's interpreter, and compiled; installs triton (700 MB)"
 	@echo "make wheel        build the wheel and use it from a folder of its own"
 	@echo "make format       let ruff write the format"
 	@echo "make bench-train  training speed against a bare matrix product"
@@ -40,6 +41,9 @@ unit: $(VENV)/.dev
 laws: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/laws $(ARGS)
 
+triton: $(VENV)/.triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_nearest_code_triton.py -rs $(ARGS)
+
 wheel: $(VENV)/.dev
 	rm -rf build
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
@@ -64,6 +68,10 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[train,dev]"
 	@touch $@ $(VENV)/.train
+
+$(VENV)/.triton: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[train,dev,triton]"
+	@touch $@ $(VENV)/.dev $(VENV)/.train
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqkit needs Python 3.11 or newer; $(PYTHON) is " + sys.version)'

@@ -94,7 +94,7 @@ def test_ties_go_to_the_lowest_index(distinct, repeats, groups):
 def test_many_equal_codes_are_settled_by_few_programs(monkeypatch):
     monkeypatch.setattr(kernels, "_SETTLING_PROGRAMS", 2)
     x, codebook = torch.randn(2, 40, 4), torch.ones(2, 150, 4).mul(0.1)
-    codebook[:, 140] = x[:, 3]
+    x[:, 3] = codebook[:, 140] = 50.0
     assert num_doubtful(x, codebook) == [39, 39]
     indices = nearest_index(x, codebook)
     assert torch.equal(indices, reference.nearest_index(x, codebook)) and (indices[:, 3] == 140).all()
