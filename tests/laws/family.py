@@ -39,6 +39,7 @@ from vqkit.quantizers import (
     Residual,
     ResidualVQ,
     SimpleVQ,
+    Softmax,
     VectorQuantize,
 )
 
@@ -239,6 +240,9 @@ _VECTOR_QUANTIZE = [
     # How codes are chosen and gradients pass
     _vq(assignment=Gumbel(temperature=0.5)),
     _vq(assignment=Gumbel(estimator="reinmax"), update=Gradient(), represents=True),
+    _vq(assignment=Gumbel(), estimator=DiVeQ(), update=Gradient()),
+    _vq(assignment=Softmax(temperature=0.5)),
+    _vq(assignment=Softmax(estimator="reinmax"), update=Gradient()),
     _vq(estimator="straight_through"),
     _vq(estimator="none"),
     _vq(estimator="none", update=Gradient()),
