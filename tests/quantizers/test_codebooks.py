@@ -1,6 +1,7 @@
 """Laws of a codebook alone: its start, its rules of learning against their definitions, expiry, transforms, and what it refuses."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -94,6 +95,83 @@ def test_weights_count_as_copies():
         update_codebooks_(codebook)
     torch.testing.assert_close(one.sum, other.sum)
     torch.testing.assert_close(one.count, other.count)
+
+
+# Codes that follow faster than others
+
+
+def slow_where_many(total, count):
+    assert total.shape == (HEADS, SIZE, DIM) and count.shape == (HEADS, SIZE)
+    return 2 / (1 + count)
+
+
+@pytest.mark.parametrize("rule", [EMA(0.8), ClipEMA(0.8)])
+@pytest.mark.parametrize("affine", [None, Affine()])
+def test_code_weights_scale_what_is_new(rule, affine):
+    weights = torch.rand(HEADS, SIZE) * 5
+    weights[0, 0] = 0.0
+    plain = Codebook(HEADS, SIZE, DIM, update=rule, affine=affine)
+    see_(plain, vectors(seed=9))
+    for given in (weights, weights[1], slow_where_many):
+        codebook = Codebook(HEADS, SIZE, DIM, update=rule, affine=affine, code_weights=given)
+        codebook.load_state_dict(plain.state_dict())
+        total, count = codebook.sum.clone(), codebook.count.clone()
+        new = copy.deepcopy(plain)
+        new.update = type(rule)(0.0)
+        see_(new, vectors())  # of which nothing old is left
+        see_(codebook, vectors())
+        factor = 0.2 * (given(new.sum, new.count) if callable(given) else given.expand(HEADS, SIZE))
+        torch.testing.assert_close(codebook.count, count + factor * (new.count - count))
+        torch.testing.assert_close(codebook.sum, total + factor.unsqueeze(-1) * (new.sum - total), rtol=1e-5, atol=1e-5)
+
+
+def test_code_weights_of_one_are_no_weights_also_for_nothing():
+    plain = Codebook(HEADS, SIZE, DIM)
+    others = [
+        Codebook(HEADS, SIZE, DIM, code_weights=given)
+        for given in (torch.ones(SIZE), lambda total, count: (count + 1) / (count + 1), lambda total, count: count * torch.nan)
+    ]
+    for codebook in others:
+        codebook.load_state_dict(plain.state_dict())
+    for x in (vectors()[:, :0], vectors()):
+        see_(plain, x)
+        for codebook in others[: 3 if x.numel() == 0 else 2]:
+            see_(codebook, x)
+            torch.testing.assert_close(codebook.sum, plain.sum, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(codebook.count, plain.count, rtol=1e-5, atol=1e-6)
+
+
+def test_code_weights_travel_with_the_module():
+    codebook = Codebook(HEADS, SIZE, DIM, code_weights=torch.rand(SIZE, dtype=torch.bfloat16))
+    expected = codebook.code_weights.clone()
+    assert "code_weights" not in codebook.state_dict() and "code_weights" in dict(codebook.named_buffers())
+    with torch.device("meta"):
+        empty = Codebook(HEADS, SIZE, DIM, code_weights=expected)
+    narrow = copy.deepcopy(codebook).half()
+    for other in (pickle.loads(pickle.dumps(codebook)), narrow, empty.to_empty(device="cpu"), codebook.to("meta").to_empty(device="cpu")):
+        assert other.code_weights.dtype == torch.float32 and torch.equal(other.code_weights, expected)
+    called = Codebook(HEADS, SIZE, DIM, code_weights=slow_where_many)
+    assert pickle.loads(pickle.dumps(called)).code_weights is copy.deepcopy(called).code_weights is slow_where_many
+
+
+def test_code_weights_that_do_not_fit_are_refused_and_change_nothing():
+    for error, message, choices in [
+        (ValueError, r"code_weights has shape \(3,\): must be \(6,\) or \(2, 6\)", {"code_weights": torch.ones(3)}),
+        (TypeError, "code_weights is torch.int64", {"code_weights": torch.ones(SIZE, dtype=torch.int64)}),
+        (ValueError, "code_weights holds -1.0", {"code_weights": -torch.ones(SIZE)}),
+        (ValueError, "code_weights holds 3.0: must lie in 0.0 ... 2.0", {"code_weights": 3 * torch.ones(SIZE), "update": EMA(0.5)}),
+        (ValueError, r"code_weights with update = Gradient\(", {"code_weights": torch.ones(SIZE), "update": Gradient()}),
+    ]:
+        with pytest.raises(error, match=f"^{message}"):
+            Codebook(HEADS, SIZE, DIM, **choices)
+    for error, given in [(ValueError, lambda t, c: c[:1]), (TypeError, lambda t, c: 1.0), (ValueError, lambda t, c: c * torch.nan)]:
+        codebook = Codebook(HEADS, SIZE, DIM, code_weights=given)
+        codebook.add_statistics_(codebook.statistics(vectors(), torch.zeros(HEADS, 30, dtype=torch.int64)))
+        before = snapshot(codebook)
+        with pytest.raises(error, match="^code_weights"):
+            update_codebooks_(codebook)
+        after = snapshot(codebook)
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 # Start

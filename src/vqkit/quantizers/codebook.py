@@ -29,11 +29,13 @@ from vqkit.ops.codebook import (
     zero_statistics,
 )
 from vqkit.ops.kmeans import kmeans
+from vqkit.ops.precision import without_autocast
 from vqkit.ops.usage import active_fraction, dead_fraction, perplexity, relative_error
 from vqkit.quantizers.config import (
     EMA,
     MLP,
     Affine,
+    ClipEMA,
     DeadCodes,
     Frozen,
     Gradient,
@@ -43,12 +45,17 @@ from vqkit.quantizers.config import (
     Update,
     check_choice,
 )
+from vqkit.quantizers.layout import check_range
 from vqkit.quantizers.update import State, advance, expire, start_state, stored_codes
 
 _WIDE = (torch.float32, torch.float64)
 _MAX_CANDIDATES = 64
 _VARIANCE_FLOOR = 1e-12
 _AFFINE_NAMES = ("batch_mean", "batch_variance", "code_mean", "code_variance")
+
+CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor]
+"""What 1 - decay of each code is multiplied by at a commit: [C] or [H, C] floating point, or a function that returns it of the sum
+[H, C, K] and the number [H, C] of the vectors that chose each code. It is called whenever the codes are read: it must be pure."""
 
 
 # Whether a forward is the recomputation of another one
@@ -248,12 +255,15 @@ class Codebook(Committed):
     `OwnOptimizer` remembers; `weight` alone for `Frozen`. `pending` is no buffer, so that nothing broadcasts over it, but moves with the
     module and stands in the state dict. metric="cosine" keeps codes of length 1. `transform` maps the stored vectors [H, C, K] to the
     codes: "linear", `MLP(...)` or a module; it learns by the optimizer of the model. With `frozen` no commit changes anything.
+    `code_weights` let moving averages follow some codes faster than others: factors of 1 - decay, not negative and at most
+    1 / (1 - decay); of a head that saw no vector they are not asked for. A tensor moves with the module and is not in the state dict.
 
-    Raises ValueError for sizes below 1 and for choices that contradict each other.
+    Raises ValueError for sizes below 1, for choices that contradict each other, and for code weights of another shape or range.
     """
 
     count: Tensor
     sum: Tensor
+    code_weights: Any
 
     def __init__(
         self,
@@ -267,6 +277,7 @@ class Codebook(Committed):
         dead_codes: DeadCodes | None = None,
         transform: str | MLP | nn.Module | None = None,
         affine: Affine | None = None,
+        code_weights: CodeWeights | None = None,
         moments: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -281,7 +292,7 @@ class Codebook(Committed):
         check_choice("metric", metric, ("euclidean", "cosine"))
         if not isinstance(init, KMeans):
             check_choice("init", init, ("uniform", "normal"))
-        _check_together(update, init, dead_codes, transform, affine, metric)
+        _check_together(update, init, dead_codes, transform, affine, metric, code_weights)
         self.heads, self.size, self.dim, self.metric = heads, size, dim, metric
         self.update, self.init, self.dead_codes, self.affine = update, init, dead_codes, affine
         self.num_candidates = min(size, _MAX_CANDIDATES) if dead_codes else 0
@@ -302,6 +313,11 @@ class Codebook(Committed):
         if affine:
             self.register_buffer("batch_seen", empty.new_empty(heads))  # 1 where vectors have set the batch mean and variance
         self._names = ("updates", *self._rule_names, *((*_AFFINE_NAMES, "batch_seen") if affine else ()))
+        if isinstance(code_weights, Tensor):
+            weights = self._check_code_weights(code_weights).detach().to(dtype=dtype, copy=True)
+            self.register_buffer("code_weights", weights if empty.is_meta else weights.to(empty.device), persistent=False)
+        else:
+            self.code_weights = code_weights
         self.transform = _make_transform(transform, dim, dtype, device)
         shape = {"num_candidates": self.num_candidates, "moments": moments, "dtype": dtype, "device": empty.device}
         self.pending = zero_statistics(heads, size, dim, **shape)
@@ -359,7 +375,7 @@ class Codebook(Committed):
         if self.affine:
             codes = (codes - _row(state["code_mean"])) * self._scale(state) + _row(state["batch_mean"])
         if self.transform is not None:
-            with torch.autocast(codes.device.type, enabled=False):
+            with without_autocast(codes.device.type):
                 codes = self.transform(codes)
         return directions(codes) if self.metric == "cosine" else codes
 
@@ -469,7 +485,8 @@ class Codebook(Committed):
         statistics = self.pending
         if self.affine:
             statistics = self._without_affine(statistics, state)
-        after = advance(self.update, self.dead_codes, {name: state[name] for name in self._rule_names}, statistics)
+        rows = {name: state[name] for name in self._rule_names}
+        after = advance(self.update, self.dead_codes, rows, statistics, self._weigh_codes(statistics))
         if self.affine:
             after = after | self._follow(self.affine, state, after)
         return {**state, **after, "updates": state["updates"] + 1}
@@ -490,6 +507,30 @@ class Codebook(Committed):
         """Raise ValueError where a commit is impossible."""
         if self.dead_codes and is_sharded(self.committed_state()["weight" if "weight" in self._names else "sum"]):
             raise ValueError("dead_codes: the codes are a sharded parameter and cannot be replaced; shard the model around its quantizers")
+
+    def _weigh_codes(self, statistics: CodebookStatistics) -> Tensor | None:
+        """[H, C] what 1 - decay of each code is multiplied by."""
+        if self.code_weights is None:
+            return None
+        if isinstance(self.code_weights, Tensor):
+            return self.code_weights.to(statistics.count)
+        seen = statistics.vectors.unsqueeze(-1) > 0
+        weights = self.code_weights(statistics.sum, statistics.count)
+        return self._check_code_weights(weights, seen).to(statistics.count)
+
+    def _check_code_weights(self, weights: Any, seen: Tensor | None = None) -> Tensor:
+        """[H, C], 1 where not `seen`."""
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"code_weights is {kind}: must be a floating point tensor")
+        shapes = ((self.size,), (self.heads, self.size))
+        if weights.shape not in shapes:
+            raise ValueError(f"code_weights has shape {tuple(weights.shape)}: must be {shapes[0]} or {shapes[1]}, one a code")
+        weights = weights.expand(shapes[1])
+        weights = weights if seen is None else weights.where(seen, 1.0)
+        decay = self.update.decay if isinstance(self.update, EMA | ClipEMA) else 0.0
+        check_range("code_weights", weights, 0.0, 1 / (1 - decay))
+        return weights
 
     # Affine re-parametrisation
 
@@ -666,6 +707,13 @@ class Codebook(Committed):
 
     # Moving and storing
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        weights, meta = self.code_weights, self.updates.is_meta
+        super()._apply(fn, recurse)
+        if isinstance(weights, Tensor) and (meta or self.updates.is_meta):  # no state dict brings them back
+            self.code_weights = weights if self.updates.is_meta else weights.to(self.updates.device)
+        return self
+
     def _pending_tensors(self) -> dict[str, Tensor]:
         pending = {f"pending.{name}": tensor for name, tensor in self.pending._asdict().items()}
         return pending | {f"last.{name}": tensor for name, tensor in self.last._asdict().items()}
@@ -731,7 +779,13 @@ def _make_transform(
 
 
 def _check_together(
-    update: Update, init: Init, dead_codes: DeadCodes | None, transform: object, affine: Affine | None, metric: Metric
+    update: Update,
+    init: Init,
+    dead_codes: DeadCodes | None,
+    transform: object,
+    affine: Affine | None,
+    metric: Metric,
+    code_weights: CodeWeights | None,
 ) -> None:
     """Raise ValueError for choices that contradict each other."""
     wrong = ""
@@ -743,5 +797,7 @@ def _check_together(
         wrong = "update = Frozen(): nothing changes, so that dead_codes and affine must be None"
     elif affine and metric == "cosine":
         wrong = 'affine with metric = "cosine": codes of length 1 have no scale'
+    elif code_weights is not None and not isinstance(update, EMA | ClipEMA):
+        wrong = f"code_weights with update = {update}: only moving averages weigh what is new; choose EMA() or ClipEMA()"
     if wrong:
         raise ValueError(wrong)

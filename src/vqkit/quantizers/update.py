@@ -38,12 +38,15 @@ def stored_codes(rule: Update, state: State) -> Tensor:
     return state["weight"]
 
 
-def advance(rule: Update, dead_codes: DeadCodes | None, state: State, statistics: CodebookStatistics) -> State:
-    """The state after one commit."""
+def advance(
+    rule: Update, dead_codes: DeadCodes | None, state: State, statistics: CodebookStatistics, code_weights: Tensor | None = None
+) -> State:
+    """The state after one commit; moving averages take 1 - decay, times `code_weights` [H, C] if given, of what is new."""
     if isinstance(rule, Frozen):
         return state
     if isinstance(rule, EMA | ClipEMA):
-        total, count = ema_update(state["sum"], state["count"], statistics, rule.decay)
+        decay = rule.decay if code_weights is None else 1 - (1 - rule.decay) * code_weights
+        total, count = ema_update(state["sum"], state["count"], statistics, decay)
         state = {"sum": total, "count": count}
     else:
         state = {**state, "count": torch.lerp(statistics.count.to(state["count"].dtype), state["count"], rule.decay)}
