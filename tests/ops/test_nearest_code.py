@@ -11,7 +11,12 @@ import golden_arrays
 from vqkit.ops.codebook import codes_from_ema, directions, gather_codes
 from vqkit.ops.nearest_code import api, blocked, nearest_code, nearest_codes, nearest_index, reference
 
-FAST = {"cpu": blocked._nearest_on_cpu, "elsewhere": blocked._nearest_elsewhere}
+
+def of_one_codebook(nearest):
+    return lambda x, codebook: nearest(x.squeeze(0), codebook.squeeze(0)).unsqueeze(0)
+
+
+FAST = {"cpu": of_one_codebook(blocked._nearest_on_cpu), "elsewhere": of_one_codebook(blocked._nearest_elsewhere)}
 
 
 def regret(x, codebook, indices):
@@ -43,15 +48,15 @@ def test_fast_forms_choose_as_well_as_explicit_differences(kind, dtype, form, sh
     groups, num, codes, width = shape
     x, codebook = KINDS[kind](torch.randn(groups, num, width, dtype=dtype)), KINDS[kind](torch.randn(groups, codes, width, dtype=dtype))
     for x_g, codebook_g in zip(x.split(1), codebook.split(1), strict=True):
-        indices = FAST[form](x_g, blocked._prepare(codebook_g))
+        indices = FAST[form](x_g, codebook_g)
         assert regret(x_g, codebook_g, indices) <= 4 * (width + 4) * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("impl", ["reference", "blocked"])
 def test_both_implementations_agree_over_shapes_and_tiles(impl, monkeypatch):
-    monkeypatch.setitem(blocked._SCORES_PER_TILE, "cpu", 512)
-    monkeypatch.setattr(blocked, "_MIN_ROWS_PER_TILE", 8)
+    monkeypatch.setattr(blocked, "_ROWS_PER_TILE", 8)
     monkeypatch.setattr(blocked, "_CODES_PER_TILE", 16)
+    monkeypatch.setattr(blocked, "_CODES_PER_TILE_ELSEWHERE", 16)
     monkeypatch.setattr(blocked, "_FEW_DIFFERENCES", 0)
     leading = [((), ()), ((3,), ()), ((), (3,)), ((2, 3), (3,)), ((2, 3), (2, 1)), ((2, 3, 4), (3, 1)), ((2, 1), (2, 3))]
     for (of_x, of_codes), num, codes in itertools.product(leading, (1, 7, 40), (1, 15, 16, 17, 50)):
@@ -70,7 +75,7 @@ def test_ties_go_to_the_lowest_index(num, distinct, repeats, seed, small):
     x = torch.randint(-3, 4, (1, num, 3), generator=generator).float()
     codebook = torch.randint(-3, 4, (1, distinct, 3), generator=generator).float().repeat(1, repeats, 1)
     expected = (x.unsqueeze(2) - codebook.unsqueeze(1)).square().sum(-1).argmin(-1)
-    form = (lambda a, b: nearest_index(a, b)) if small else (lambda a, b: blocked._nearest_on_cpu(a, blocked._prepare(b)))
+    form = (lambda a, b: nearest_index(a, b)) if small else FAST["cpu"]
     assert torch.equal(form(x, codebook), expected)
     assert torch.equal(reference.nearest_index(x, codebook), expected)
 
@@ -79,14 +84,14 @@ def test_ties_go_to_the_lowest_index(num, distinct, repeats, seed, small):
 def test_many_equal_codes_and_an_all_zero_codebook(form):
     x = torch.randn(1, 300, 4)
     for codebook in (torch.zeros(1, 1200, 4), torch.ones(1, 64, 4).mul(0.1)):
-        assert not FAST[form](x, blocked._prepare(codebook)).any()
+        assert not FAST[form](x, codebook).any()
 
 
 @pytest.mark.parametrize("form", [*FAST, "reference"])
 @pytest.mark.parametrize("codes", [1, 40, 1500])
 def test_what_is_not_finite_gets_no_code_and_changes_no_other(form, codes):
     x, codebook = torch.randn(1, 200, 4), torch.randn(1, codes, 4)
-    run = (lambda v: reference.nearest_index(v, codebook)) if form == "reference" else (lambda v: FAST[form](v, blocked._prepare(codebook)))
+    run = (lambda v: reference.nearest_index(v, codebook)) if form == "reference" else (lambda v: FAST[form](v, codebook))
     clean = run(x)
     spoiled = x.clone()
     for row, bad in enumerate([torch.nan, torch.inf, -torch.inf, 1e30, -3e25]):
@@ -200,13 +205,13 @@ def explicit(x, codebook):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setitem(blocked._SCORES_PER_TILE, "cpu", 512)
-    monkeypatch.setattr(blocked, "_MIN_ROWS_PER_TILE", 8)
+    monkeypatch.setattr(blocked, "_ROWS_PER_TILE", 8)
     monkeypatch.setattr(blocked, "_CODES_PER_TILE", 16)
+    monkeypatch.setattr(blocked, "_CODES_PER_TILE_ELSEWHERE", 16)
     monkeypatch.setattr(blocked, "_FEW_DIFFERENCES", 0)
 
 
-RANKINGS = {"cpu": lambda x, c, k: blocked._rank_by_scores(x, blocked._prepare(c.unsqueeze(0)), k), "elsewhere": blocked._rank_by_distance}
+RANKINGS = {"cpu": blocked._rank_by_scores, "elsewhere": blocked._rank_by_distance}
 
 
 @pytest.mark.parametrize("kind", KINDS)
