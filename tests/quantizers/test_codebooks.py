@@ -168,7 +168,7 @@ def test_code_weights_that_do_not_fit_are_refused_and_change_nothing():
         codebook = Codebook(HEADS, SIZE, DIM, code_weights=given)
         codebook.add_statistics_(codebook.statistics(vectors(), torch.zeros(HEADS, 30, dtype=torch.int64)))
         before = snapshot(codebook)
-        with pytest.raises(error, match="^code_weights"):
+        with pytest.raises(error, match=r"^code_weights"):
             update_codebooks_(codebook)
         after = snapshot(codebook)
         assert all(torch.equal(after[name], before[name]) for name in before)

@@ -22,7 +22,7 @@ from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
 from vqkit.quantizers.base import Quantized, Quantizer
-from vqkit.quantizers.codebook import Codebook
+from vqkit.quantizers.codebook import Codebook, CodeWeights
 from vqkit.quantizers.config import (
     MLP,
     Affine,
@@ -86,8 +86,8 @@ class VectorQuantize(Quantizer):
     Choices: `metric` "euclidean" or "cosine" (codes and what is compared with them have length 1); `assignment` "nearest",
     `Gumbel(...)`, which draws in training, or `Softmax(...)`; `estimator`, the gradient of the output for the input where the assignment
     brings none of its own: "rotation", "straight_through", "none" (the losses have theirs) or `DiVeQ(...)`; how the codebook learns
-    (`update`), starts (`init`), stays alive (`dead_codes`) and is read (`transform`, `affine`): see `Codebook`; `losses`, at most one of
-    each kind. Where the codes learn by gradient, the commitment loss pulls them to the vectors, too. `sync_update` of the gradient of the
+    (`update`, `code_weights`), starts (`init`), stays alive (`dead_codes`) and is read (`transform`, `affine`): see `Codebook`;
+    `losses`, at most one of each kind. Where the codes learn by gradient, the commitment loss pulls them to the vectors, too. `sync_update` of the gradient of the
     output then also goes to the codes (Huh et al., 2023). With input_gradient=False nothing at all reaches the input.
 
     Masked positions get index -1 and zeros, or with masked="input" themselves. Vectors that are not finite get index -1, zeros, no loss
@@ -113,6 +113,7 @@ class VectorQuantize(Quantizer):
         dead_codes: DeadCodes | None = None,
         transform: str | MLP | nn.Module | None = None,
         affine: Affine | None = None,
+        code_weights: CodeWeights | None = None,
         losses: Sequence[Loss] = (Commitment(),),
         layout: Layout = "last",
         projection_norm: bool = False,
@@ -151,6 +152,7 @@ class VectorQuantize(Quantizer):
             dead_codes=dead_codes,
             transform=transform,
             affine=affine,
+            code_weights=code_weights,
             device=device,
         )
         learns_by_gradient = isinstance(update, Gradient) or transform is not None
@@ -473,7 +475,8 @@ class VectorQuantize(Quantizer):
         if weights is not None:
             own = self._weigh_vectors(weights, given.rows, chosen.indices)
             share = own if share is None else share * own
-        return self.table.statistics(given.vectors, chosen.indices, share, quantized=chosen.codes.to(given.vectors.dtype))
+        found = self.table.statistics(given.vectors, chosen.indices, share, quantized=chosen.codes.to(given.vectors.dtype))
+        return found._replace(non_finite=found.non_finite * self.table.heads / self.heads)  # a vector counts once, not once a head
 
     def _weigh_vectors(self, weights: Weights, rows: Tensor, indices: Tensor) -> Tensor:
         """[H, M]."""
