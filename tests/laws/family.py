@@ -206,6 +206,11 @@ def tanh_of_linear() -> nn.Module:
     return nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())
 
 
+def slow_where_many(total: Tensor, count: Tensor) -> Tensor:
+    """Codes that many vectors chose follow them slowly."""
+    return 2 / (1 + count)
+
+
 def two_kinds() -> list[nn.Module]:
     """Layers of different kinds."""
     return [VectorQuantize(DIM, CODES, metric="cosine"), VectorQuantize(DIM, 4, update=Gradient(), codebook_dim=3)]
@@ -269,6 +274,7 @@ _VECTOR_QUANTIZE = [
     _vq(transform=MLP(hidden=12, depth=2), update=Gradient()),
     _vq(transform=tanh_of_linear, update=Gradient()),
     _vq(affine=Affine(batch_decay=0.5, codebook_decay=0.5), represents=True),
+    _vq(code_weights=slow_where_many),
     # Losses
     _vq(losses=()),
     _vq(losses=(Commitment(weight=0.25), Diversity(weight=0.1, temperature=2.0))),
