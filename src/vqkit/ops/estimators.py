@@ -8,7 +8,8 @@ from torch import Tensor
 from vqkit.ops.codebook import polar
 from vqkit.ops.precision import widest
 
-_SMALLEST_RATIO = 0.01
+SMALLEST_RATIO = 0.01
+"""Of the lengths of a vector and its code: above it the rotation is whole."""
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
@@ -30,16 +31,31 @@ def rotation_trick(x: Tensor, quantized: Tensor) -> Tensor:
     """
     _check_alike(x, quantized)
     dtype = widest(x)
-    vector, code = x.to(dtype), quantized.detach().to(dtype)
-    (e, of_x), (q, of_code) = polar(vector.detach()), polar(code)
-    r = polar(e + q)[0]
-    ratio = torch.minimum(of_x, of_code) / torch.maximum(of_x, of_code).clamp(min=torch.finfo(dtype).tiny)
-    place = (ratio / _SMALLEST_RATIO).clamp(max=1.0)
-    rotating = place * place * (3.0 - 2.0 * place)
-    scale = rotating * (of_code / of_x.clamp(min=torch.finfo(dtype).tiny)).clamp(max=_SMALLEST_RATIO**-2)
+    vector = x.to(dtype)
+    e, q, r, scale, rotating = _rotation(vector.detach(), quantized.detach().to(dtype))
     along_r, along_e = ((vector * unit).sum(-1, keepdim=True) for unit in (r, e))
     rotated = scale * (vector - 2.0 * along_r * r + 2.0 * along_e * q) + (1.0 - rotating) * vector
     return quantized.detach() + (rotated - rotated.detach()).to(x.dtype)
+
+
+def rotation_gradient(gradient: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
+    """What `rotation_trick` makes of the gradient of its output: [..., K] float32 or wider, all of one shape; x must be finite."""
+    dtype = widest(x)
+    gradient = gradient.to(dtype)
+    e, q, r, scale, rotating = _rotation(x.detach().to(dtype), quantized.detach().to(dtype))
+    along_r, along_q = ((gradient * unit).sum(-1, keepdim=True) for unit in (r, q))
+    return scale * (gradient - 2.0 * along_r * r + 2.0 * along_q * e) + (1.0 - rotating) * gradient
+
+
+def _rotation(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Unit vectors e of x, q of the code, r of e + q; the scale of the map; its share against the identity."""
+    (e, of_x), (q, of_code) = polar(x), polar(code)
+    tiny = torch.finfo(x.dtype).tiny
+    ratio = torch.minimum(of_x, of_code) / torch.maximum(of_x, of_code).clamp(min=tiny)
+    place = (ratio / SMALLEST_RATIO).clamp(max=1.0)
+    rotating = place * place * (3.0 - 2.0 * place)
+    scale = rotating * (of_code / of_x.clamp(min=tiny)).clamp(max=SMALLEST_RATIO**-2)
+    return e, q, polar(e + q)[0], scale, rotating
 
 
 def directional(x: Tensor, quantized: Tensor, *, sigma2: float = 1e-3, noise: Tensor | None = None) -> Tensor:

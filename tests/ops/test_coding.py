@@ -1,0 +1,109 @@
+"""The one pass from vectors to codes against the plain functions that say what it means."""
+
+import pytest
+import torch
+
+from vqkit.ops import coding
+from vqkit.ops.codebook import gather_codes
+from vqkit.ops.coding import coded
+from vqkit.ops.estimators import rotation_trick, straight_through
+
+PLAIN = {"straight_through": straight_through, "rotation": rotation_trick, "none": lambda x, codes: codes}
+KINDS = {
+    "plain": lambda x, codes: (x, codes),
+    "off centre": lambda x, codes: (x + 1000.0, codes + 1000.0),
+    "tiny": lambda x, codes: (x * 1e-20, codes * 1e-20),
+    "of very different lengths": lambda x, codes: (x * 1e-3, codes * torch.logspace(-6, 6, codes.shape[1])[:, None]),
+    "large": lambda x, codes: (x * 1e16, codes * 1e16),
+    "opposite": lambda x, codes: (torch.full_like(x, 1.0) + 1e-3 * x, torch.full_like(codes, -1.0) + 1e-3 * codes),
+    "zeros": lambda x, codes: (x.where(x[..., :1] > 0, 0.0), codes.where(codes[..., :1] > 0, 0.0)),
+}
+
+
+def problem(kind, dtype, groups=2, num=90, size=30, width=7):
+    x, codebook = KINDS[kind](torch.randn(groups, num, width, dtype=torch.float64), torch.randn(groups, size, width, dtype=torch.float64))
+    indices = torch.randint(-1, size, (groups, num))
+    return x.to(dtype), codebook.to(dtype), indices
+
+
+def plain(x, codebook, indices, estimator):
+    kept = indices.unsqueeze(-1) >= 0
+    vectors, codes = x.where(kept, 0.0), gather_codes(codebook, indices)
+    output = PLAIN[estimator](vectors, codes).where(kept, 0.0)
+    return output, (vectors - codes).where(kept, 0.0).square().sum((1, 2))
+
+
+def gradient(function, x, codebook, indices, estimator, of_output, of_error):
+    x = x.detach().requires_grad_()
+    output, error = function(x, codebook, indices, estimator)
+    return output.detach(), error.detach(), torch.autograd.grad((output * of_output).sum() + (error * of_error).sum(), x)[0]
+
+
+def fused(x, codebook, indices, estimator):
+    return coded(x, codebook, indices, estimator=estimator)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("estimator", PLAIN)
+@pytest.mark.parametrize("entries", [1 << 17, 64], ids=["one tile", "tiles"])
+def test_values_errors_and_gradients_are_those_of_the_plain_functions(kind, dtype, estimator, entries, monkeypatch):
+    monkeypatch.setattr(coding, "_ENTRIES_PER_TILE", entries)
+    x, codebook, indices = problem(kind, dtype)
+    weights = torch.randn(x.shape, dtype=dtype), torch.rand(2, dtype=dtype) / codebook.abs().amax().clamp(min=1e-30)
+    output, error, found = gradient(fused, x, codebook, indices, estimator, *weights)
+    assert torch.equal(output, gather_codes(codebook, indices))
+    wide = [tensor.double() for tensor in (x, codebook)]
+    _, exact_error, exact = gradient(plain, *wide, indices, estimator, *(weight.double() for weight in weights))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(error.double(), exact_error, rtol=200 * eps, atol=0.0)
+    of_plain = (gradient(plain, x, codebook, indices, estimator, *weights)[2] - exact).norm(dim=-1)
+    bound = 400 * eps * exact.norm(dim=-1) + 60 * eps * weights[0].norm(dim=-1) + 2 * of_plain
+    assert ((found - exact).norm(dim=-1) <= bound).all()
+
+
+@pytest.mark.parametrize("estimator", PLAIN)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_a_vector_without_code_holds_has_no_influence(estimator, bad):
+    x, codebook, indices = problem("plain", torch.float32)
+    spoiled = x.masked_fill(indices.unsqueeze(-1) < 0, bad)
+    weights = torch.randn(x.shape), torch.rand(2)
+    for one, other in zip(*(gradient(fused, v, codebook, indices, estimator, *weights) for v in (x, spoiled)), strict=True):
+        assert torch.equal(one, other)
+    assert not gradient(fused, spoiled, codebook, indices, estimator, *weights)[2][indices < 0].any()
+
+
+@pytest.mark.parametrize("estimator", PLAIN)
+def test_the_way_without_tiles_is_the_same(estimator):
+    """What devices run, and what a gradient of the gradient is made of."""
+    x, codebook, indices = problem("plain", torch.float64)
+    of_output, of_error = torch.randn(x.shape, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+    whole = coding._whole_backward(of_output, of_error, x, codebook, indices, estimator)
+    torch.testing.assert_close(whole, coding._backward(of_output, of_error, x, codebook, indices, estimator), rtol=1e-12, atol=1e-12)
+    twice = []
+    for function in (fused, plain):
+        leaf, direction = x.clone().requires_grad_(), of_output.clone().requires_grad_()
+        output, error = function(leaf, codebook, indices, estimator)
+        total = (output * direction).sum() + (error * of_error).sum()
+        first = torch.autograd.grad(total, leaf, create_graph=True)[0]
+        twice.append(torch.autograd.grad(first.square().sum(), [leaf, direction], allow_unused=True, materialize_grads=True))
+    for one, other in zip(*twice, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", PLAIN)
+def test_compiled_is_eager(estimator):
+    x, codebook, indices = problem("plain", torch.float32)
+    weights = torch.randn(x.shape), torch.rand(2)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for one, other in zip(*(gradient(f, x, codebook, indices, estimator, *weights) for f in (fused, compiled)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 4), (3, 0, 4), (2, 5, 1)])
+def test_no_vectors_and_narrow_ones(shape):
+    x, codebook = torch.randn(shape, requires_grad=True), torch.randn(shape[0], 3, shape[2])
+    found = coded(x, codebook, torch.zeros(shape[:2], dtype=torch.int64), estimator="rotation")
+    assert found.quantized.shape == shape and found.squared_error.shape == shape[:1]
+    (found.quantized.sum() + found.squared_error.sum()).backward()
+    assert x.grad.isfinite().all()
