@@ -11,7 +11,19 @@ from torch.utils.checkpoint import checkpoint
 
 from plain_quantizer import Plain
 from vqkit.ops.codebook import assignment_stats, ema_update, laplace_codes_from_ema
-from vqkit.quantizers import EMA, Affine, ClipEMA, DeadCodes, Frozen, Gradient, KMeans, OwnOptimizer, QuantizerOutput, update_codebooks_
+from vqkit.quantizers import (
+    EMA,
+    Affine,
+    ClipEMA,
+    DeadCodes,
+    Frozen,
+    Gradient,
+    KMeans,
+    OwnOptimizer,
+    QuantizerOutput,
+    VectorQuantize,
+    update_codebooks_,
+)
 
 CHOICES = {
     "ema": {"update": EMA(0.8)},
@@ -344,6 +356,16 @@ def test_metrics_are_those_of_the_last_commit_and_warn_of_collapse():
     wide(torch.zeros(30, 4))
     with pytest.warns(UserWarning, match="codebook 0 collapses"):
         wide.metrics()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_vector_that_is_not_finite_counts_once_however_many_heads(heads, separate):
+    module = VectorQuantize(6, 8, heads=heads, separate_heads=separate)
+    x = torch.randn(4, 5, 6)
+    x[0, 1, 2] = x[3, 3, 5] = torch.nan
+    module(x)
+    assert module.metrics()["non_finite"] == 2
 
 
 def test_the_switch_of_commit_reaches_all_parts():

@@ -9,6 +9,7 @@ them sees (N with separate heads, else N times heads), C codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -43,8 +44,21 @@ from vqkit.quantizers.config import (
     Softmax,
     Update,
     check_choice,
+    check_count,
+    check_kind,
+    check_number,
 )
-from vqkit.quantizers.layout import Layout, check_indices, check_layout, check_range, position_mask, require, width_back, width_last
+from vqkit.quantizers.layout import (
+    Layout,
+    check_indices,
+    check_layout,
+    check_range,
+    check_tensor,
+    position_mask,
+    require,
+    width_back,
+    width_last,
+)
 
 Weights = Tensor | Callable[[Tensor, Tensor], Tensor]
 """What each vector weighs in the statistics, not negative: [P...] or [P..., heads] floating point, or a function of the vectors [P..., D]
@@ -87,14 +101,16 @@ class VectorQuantize(Quantizer):
     `Gumbel(...)`, which draws in training, or `Softmax(...)`; `estimator`, the gradient of the output for the input where the assignment
     brings none of its own: "rotation", "straight_through", "none" (the losses have theirs) or `DiVeQ(...)`; how the codebook learns
     (`update`, `code_weights`), starts (`init`), stays alive (`dead_codes`) and is read (`transform`, `affine`): see `Codebook`;
-    `losses`, at most one of each kind. Where the codes learn by gradient, the commitment loss pulls them to the vectors, too. `sync_update` of the gradient of the
-    output then also goes to the codes (Huh et al., 2023). With input_gradient=False nothing at all reaches the input.
+    `losses`, at most one of each kind. Where the codes learn by gradient, the commitment loss pulls them to the vectors, too.
+    `sync_update` of the gradient of the output then also goes to the codes (Huh et al., 2023). With input_gradient=False nothing at all
+    reaches the input.
 
     Masked positions get index -1 and zeros, or with masked="input" themselves. Vectors that are not finite get index -1, zeros, no loss
     and no gradient, and are counted in `metrics()`; with on_nonfinite="raise" they are an error (a ValueError; where the program is
     compiled or not on CPU a RuntimeError of the device).
 
-    Raises ValueError for sizes that do not fit, unknown choices, and choices that contradict each other.
+    Raises ValueError for sizes that do not fit, unknown choices, and choices that contradict each other, TypeError for what is of another
+    kind.
     """
 
     def __init__(
@@ -125,21 +141,18 @@ class VectorQuantize(Quantizer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name} = {value}: must be at least 1")
+        _check_sizes(dim=dim, codebook_size=codebook_size, codebook_dim=codebook_dim, heads=heads)
+        _check_kinds(update, dead_codes, affine)
         if codebook_dim is None and dim % heads:
             raise ValueError(f"heads = {heads}: must divide dim = {dim} where codebook_dim is not given")
-        if not isinstance(assignment, Gumbel | Softmax):
-            check_choice("assignment", assignment, ("nearest",))
-        if not isinstance(estimator, DiVeQ):
-            check_choice("estimator", estimator, ("rotation", "straight_through", "none"))
+        check_choice("assignment", assignment, ("nearest",), (Gumbel, Softmax))
+        check_choice("estimator", estimator, ("rotation", "straight_through", "none"), (DiVeQ,))
         check_layout(layout)
         check_choice("masked", masked, ("zero", "input"))
         check_choice("on_nonfinite", on_nonfinite, ("drop", "raise"))
         self.dim, self.codebook_size, self.heads, self.separate_heads = dim, codebook_size, heads, separate_heads
         self.codebook_dim = dim // heads if codebook_dim is None else codebook_dim
-        self.metric, self.assignment, self.estimator, self.losses = metric, assignment, estimator, tuple(losses)
+        self.metric, self.assignment, self.estimator, self.losses = metric, assignment, estimator, _sequence("losses", losses)
         self.layout, self.masked, self.on_nonfinite, self.input_gradient = layout, masked, on_nonfinite, input_gradient
         self.sync_update = sync_update
         self.table = Codebook(
@@ -157,6 +170,7 @@ class VectorQuantize(Quantizer):
         )
         learns_by_gradient = isinstance(update, Gradient) or transform is not None
         _check_losses(self.losses, learns_by_gradient)
+        check_number("sync_update", sync_update)
         if not 0.0 <= sync_update <= 1.0:
             raise ValueError(f"sync_update = {sync_update}: must be from 0 to 1")
         if sync_update > 0 and not learns_by_gradient:
@@ -199,9 +213,14 @@ class VectorQuantize(Quantizer):
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
+        check_tensor("codebook", codes)
+        if not codes.is_floating_point():
+            raise TypeError(f"codebook is {codes.dtype}: must be floating point")
         shape = self.table.pending.sum.shape[0 if self.separate_heads else 1 :]
         if codes.shape != shape:
             raise ValueError(f"codebook has shape {tuple(codes.shape)}: must be {tuple(shape)}")
+        what = "codebook holds a value that is not finite: codes must be finite"
+        require(codes.isfinite().all(), what, lambda: what)
         self.table.codebook = codes if self.separate_heads else codes.unsqueeze(0)
 
     # Quantizing
@@ -236,6 +255,8 @@ class VectorQuantize(Quantizer):
         self._check_options(indices, targets, weights, temperature, top_k, reduction)
         given = self._read(x, mask, lengths)
         positions = given.rows.shape[:-1]
+        if weights is not None and not callable(weights):
+            self._check_weights(weights, positions)
         own, labels = (self._split_indices(*named, positions) for named in (("indices", indices), ("targets", targets)))
         self._refuse_nonfinite(given)
         kept = self._spread(given.kept)
@@ -281,10 +302,10 @@ class VectorQuantize(Quantizer):
         """
         if self.heads > 1:
             raise ValueError(f"nearest needs one head: this has heads = {self.heads}, whose nearest codes do not combine")
+        check_tensor("x", x)
         if x.dim() != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be [vectors, {self.dim}]")
-        if num < 1:
-            raise ValueError(f"num = {num}: must be at least 1")
+        check_count("num", num)
         given = self._read(x, None, None)
         self._refuse_nonfinite(given)
         codes = self.table.codes()
@@ -315,6 +336,10 @@ class VectorQuantize(Quantizer):
         reducer: Reducer | None = None,
     ) -> None:
         """Codes of a moving count below `threshold` (None: that of `dead_codes`) start anew at vectors of x, which is as for `quantize`."""
+        if threshold is not None:
+            check_number("threshold", threshold)
+            if not 0 < threshold < math.inf:
+                raise ValueError(f"threshold = {threshold}: must be positive and finite, a moving count")
         with torch.no_grad():
             given = self._read(x, mask, lengths)
         self.table.expire_(given.vectors, self._spread(given.kept), threshold=threshold, seed=seed, reducer=reducer)
@@ -361,6 +386,7 @@ class VectorQuantize(Quantizer):
 
     def _look_up(self, indices: Tensor) -> Tensor:
         """[P...] or [P..., heads] -> codes [P..., heads * K]."""
+        check_tensor("indices", indices)
         if indices.dim() <= len(self.code_shape) or indices.shape[indices.dim() - len(self.code_shape) :] != self.code_shape:
             shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
@@ -483,17 +509,20 @@ class VectorQuantize(Quantizer):
         positions = rows.shape[:-1]
         if not isinstance(weights, Tensor):
             weights = weights(rows.detach(), self._join_indices(indices, positions, ()))
+            self._check_weights(weights, positions)
+        if weights.shape == positions:
+            return self._spread(weights)
+        return self._to_heads(weights.reshape(positions.numel(), self.heads))
+
+    # Checks
+
+    def _check_weights(self, weights: object, positions: torch.Size) -> None:
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
             raise TypeError(f"weights is {kind}: must be a floating point tensor")
         if weights.shape not in (positions, (*positions, *self.code_shape)):
             raise ValueError(f"weights has shape {tuple(weights.shape)}: must be {(*positions, *self.code_shape)}, one a vector")
         check_range("weights", weights, 0.0, torch.finfo(weights.dtype).max)
-        if weights.shape == positions:
-            return self._spread(weights)
-        return self._to_heads(weights.reshape(positions.numel(), self.heads))
-
-    # Checks
 
     def _check_options(
         self,
@@ -508,6 +537,7 @@ class VectorQuantize(Quantizer):
         if temperature is not None:
             if isinstance(self.assignment, str):
                 raise ValueError(f'temperature = {temperature}: must be None with assignment = "nearest", which draws nothing')
+            check_number("temperature", temperature)
             if not temperature >= 0:
                 raise ValueError(f"temperature = {temperature}: must be 0 (the nearest code) or positive")
         if indices is not None and temperature is not None:
@@ -519,6 +549,7 @@ class VectorQuantize(Quantizer):
                 raise ValueError(f"{name} is given together with top_k = {top_k}: must be one of them")
         if self.heads > 1:
             raise ValueError(f"top_k = {top_k}: must be None with heads = {self.heads}, whose nearest codes do not combine")
+        check_count("top_k", top_k, least=0)
         if not 1 <= top_k <= self.codebook_size:
             raise ValueError(f"top_k = {top_k}: must be from 1 to {self.codebook_size}, the size of the codebook")
 
@@ -530,6 +561,25 @@ class VectorQuantize(Quantizer):
         require(
             ~lost.any(), f"x holds vectors that are not finite: {what}", lambda: f"x holds {int(lost.sum())} vectors not finite: {what}"
         )
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, value in sizes.items():
+        if value is not None:
+            check_count(name, value)
+
+
+def _check_kinds(update: object, dead_codes: object, affine: object) -> None:
+    kinds = {"update": (update, get_args(Update)), "dead_codes": (dead_codes, (DeadCodes,)), "affine": (affine, (Affine,))}
+    for name, (value, allowed) in kinds.items():
+        if value is not None:
+            check_kind(name, value, *allowed)
+
+
+def _sequence(name: str, values: Sequence[Loss]) -> tuple[Loss, ...]:
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name} = {values!r}: must be a sequence, () for none")
+    return tuple(values)
 
 
 def _check_losses(losses: tuple[Loss, ...], learns_by_gradient: bool) -> None:
