@@ -41,6 +41,10 @@ def test_what_cannot_be_packed_is_named():
     for indices in (torch.zeros(2), torch.zeros(2, dtype=torch.bool)):
         with pytest.raises(TypeError, match=r"^indices is torch\.\w+: must be integer"):
             pack_indices(indices, 4)
+    with pytest.raises(TypeError, match=r"^indices is of type list: must be a torch.Tensor"):
+        pack_indices([1, 2], 4)
+    with pytest.raises(TypeError, match=r"^codebook_size = 4.0: must be an integer"):
+        pack_indices(torch.zeros(2, dtype=torch.int64), 4.0)
     with pytest.raises(ValueError, match=r"^codebook_size = 0"):
         pack_indices(torch.zeros(2, dtype=torch.int64), 0)
 
@@ -53,5 +57,11 @@ def test_damaged_data_is_told():
         unpack_indices(bytes([data[0], 255]), 5, (3,))
     with pytest.raises(ValueError, match=r"^data holds index 7"):
         unpack_indices(bytes([0b11100000]), 5, (1,))
-    with pytest.raises(ValueError, match=r"^shape = \(-1,\)"):
+    with pytest.raises(ValueError, match=r"^shape\[0\] = -1: must be at least 0"):
         unpack_indices(data, 5, (-1,))
+    with pytest.raises(TypeError, match=r"^shape\[1\] = 2.0: must be an integer"):
+        unpack_indices(data, 5, (1, 2.0))
+    with pytest.raises(TypeError, match=r"^shape is of type int: must be a sequence of lengths"):
+        unpack_indices(data, 5, 3)
+    with pytest.raises(TypeError, match=r"^data is of type str: must be bytes"):
+        unpack_indices("ab", 5, (3,))

@@ -5,18 +5,42 @@ A choice without parameters is a string, one with parameters a small frozen data
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 Metric = Literal["euclidean", "cosine"]
 Commit = Literal["auto", "manual"]
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of the words."""
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, choices))}")
+def check_choice(name: str, value: object, choices: Sequence[str], kinds: tuple[type, ...] = ()) -> None:
+    """Raise ValueError unless `value` is one of the words, or an instance of one of the kinds."""
+    if isinstance(value, kinds) or (isinstance(value, str) and value in choices):
+        return
+    what = [*map(repr, choices), *(f"{kind.__name__}(...)" for kind in kinds)]
+    raise ValueError(f"{name} = {value!r}: must be one of {', '.join(what)}")
+
+
+def check_kind(name: str, value: object, *kinds: type) -> None:
+    """Raise TypeError unless `value` is an instance of one of the kinds."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} = {value!r}: must be {' or '.join(f'{kind.__name__}(...)' for kind in kinds)}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError unless it is at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}: must be an integer")
+    if value < least:
+        raise ValueError(f"{name} = {value}: must be at least {least}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a real number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}: must be a number")
 
 
 def _check(owner: object, name: str, right: bool, what: str) -> None:
@@ -24,18 +48,37 @@ def _check(owner: object, name: str, right: bool, what: str) -> None:
         raise ValueError(f"{type(owner).__name__}.{name} = {getattr(owner, name)!r}: must be {what}")
 
 
+def _number(owner: object, name: str) -> float:
+    value = getattr(owner, name)
+    check_number(f"{type(owner).__name__}.{name}", value)
+    return value
+
+
 def _check_decay(owner: object, name: str = "decay") -> None:
-    _check(owner, name, 0.0 <= getattr(owner, name) < 1.0, "at least 0 and below 1")
+    _check(owner, name, 0.0 <= _number(owner, name) < 1.0, "at least 0 and below 1")
 
 
 def _check_positive(owner: object, *names: str) -> None:
     for name in names:
-        _check(owner, name, getattr(owner, name) > 0, "positive")
+        _check(owner, name, 0 < _number(owner, name) < math.inf, "positive and finite")
 
 
 def _check_not_negative(owner: object, *names: str) -> None:
     for name in names:
-        _check(owner, name, getattr(owner, name) >= 0, "0 or positive")
+        _check(owner, name, 0 <= _number(owner, name) < math.inf, "0 or positive, and finite")
+
+
+def _check_numbers(owner: object, name: str) -> None:
+    values = getattr(owner, name)
+    if not isinstance(values, tuple | list):
+        raise TypeError(f"{type(owner).__name__}.{name} = {values!r}: must be a tuple of numbers")
+    for place, value in enumerate(values):
+        check_number(f"{type(owner).__name__}.{name}[{place}]", value)
+
+
+def _check_count(owner: object, *names: str, least: int = 1) -> None:
+    for name in names:
+        check_count(f"{type(owner).__name__}.{name}", getattr(owner, name), least)
 
 
 # How a codebook learns
@@ -100,8 +143,9 @@ class OwnOptimizer:
     def __post_init__(self) -> None:
         check_choice("OwnOptimizer.name", self.name, ("adam", "sgd"))
         _check_positive(self, "learning_rate", "eps")
+        _check_numbers(self, "betas")
         _check(self, "betas", len(self.betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.betas), "two rates of at least 0 and below 1")
-        _check(self, "momentum", 0.0 <= self.momentum < 1.0, "at least 0 and below 1")
+        _check_decay(self, "momentum")
         _check_decay(self)
 
 
@@ -124,7 +168,7 @@ class KMeans:
     start: Literal["random", "k-means++"] = "k-means++"
 
     def __post_init__(self) -> None:
-        _check_positive(self, "iterations")
+        _check_count(self, "iterations")
         check_choice("KMeans.start", self.start, ("random", "k-means++"))
 
 
@@ -145,7 +189,10 @@ class DeadCodes:
 
     def __post_init__(self) -> None:
         _check_positive(self, "threshold")
-        _check(self, "reset_count", self.reset_count is None or self.reset_count >= self.threshold, "None or at least the threshold")
+        if self.reset_count is not None:
+            _check(
+                self, "reset_count", self.threshold <= _number(self, "reset_count") < math.inf, "None or at least the threshold, and finite"
+            )
 
     @property
     def start_count(self) -> float:
@@ -177,7 +224,7 @@ class MLP:
     depth: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "hidden", "depth")
+        _check_count(self, "hidden", "depth")
 
 
 # How codes are chosen, and what gradient passes the choice
@@ -265,7 +312,8 @@ class Orthogonality:
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "weight")
-        _check(self, "max_codes", self.max_codes is None or self.max_codes >= 1, "None or at least 1")
+        if self.max_codes is not None:
+            _check_count(self, "max_codes")
 
 
 @dataclass(frozen=True)
@@ -303,8 +351,8 @@ class QuantizeDropout:
     """The draw is a function of this and the number of commits, so that it is equal on all processes."""
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "cutoff_index", "seed")
-        _check(self, "multiple_of", self.multiple_of >= 1, "at least 1")
+        _check_count(self, "cutoff_index", "seed", least=0)
+        _check_count(self, "multiple_of")
 
 
 @dataclass(frozen=True)
@@ -318,9 +366,12 @@ class BeamSearch:
     """One a layer: paths then compete by the weighted sum of their errors after each layer."""
 
     def __post_init__(self) -> None:
-        _check(self, "size", self.size >= 1, "at least 1")
-        _check(self, "eval_size", self.eval_size is None or self.eval_size >= 1, "None or at least 1")
-        _check(self, "weights", self.weights is None or all(w > 0 for w in self.weights), "None or positive numbers")
+        _check_count(self, "size")
+        if self.eval_size is not None:
+            _check_count(self, "eval_size")
+        if self.weights is not None:
+            _check_numbers(self, "weights")
+            _check(self, "weights", all(0 < weight < math.inf for weight in self.weights), "None or positive numbers")
 
     def size_in(self, training: bool) -> int:
         """The number of paths in training or in eval mode."""

@@ -27,6 +27,7 @@ def width_last(x: Tensor, dim: int, layout: Layout) -> Tensor:
 
     Raises TypeError for a dtype that is not floating point, ValueError for a rank below 2 and another width.
     """
+    check_tensor("x", x)
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}: must be floating point")
     axis = -1 if layout == "last" else 1
@@ -53,6 +54,7 @@ def position_mask(positions: torch.Size, mask: Tensor | None, lengths: Tensor | 
         return _mask_of_lengths(positions, lengths)
     if mask is None:
         return None
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}: must be torch.bool")
     if mask.shape != positions:
@@ -61,6 +63,7 @@ def position_mask(positions: torch.Size, mask: Tensor | None, lengths: Tensor | 
 
 
 def _mask_of_lengths(positions: torch.Size, lengths: Tensor) -> Tensor:
+    check_tensor("lengths", lengths)
     if not is_integer(lengths):
         raise TypeError(f"lengths is {lengths.dtype}: must be an integer type")
     if len(positions) < 2:
@@ -75,11 +78,18 @@ def _mask_of_lengths(positions: torch.Size, lengths: Tensor) -> Tensor:
 
 def check_indices(name: str, indices: Tensor, codebook_size: int, shape: torch.Size | None = None) -> None:
     """Raise unless indices are integers of -1 ... codebook_size - 1, of the given shape if any."""
+    check_tensor(name, indices)
     if not is_integer(indices):
         raise TypeError(f"{name} is {indices.dtype}: must be an integer type")
     if shape is not None and indices.shape != shape:
         raise ValueError(f"{name} has shape {tuple(indices.shape)}: must be {tuple(shape)}")
-    check_range(name, indices, -1, codebook_size - 1)
+    check_range(name, indices.to(torch.int64), -1, codebook_size - 1)  # in uint8, -1 is 255
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless it is one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is of type {type(value).__name__}: must be a torch.Tensor")
 
 
 def is_integer(tensor: Tensor) -> bool:

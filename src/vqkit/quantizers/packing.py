@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vqkit.quantizers.config import check_count
+from vqkit.quantizers.layout import check_tensor, is_integer
+
 
 def bits_per_index(codebook_size: int) -> int:
     """How many bits tell the indices 0 ... codebook_size - 1 apart; 0 for one code."""
-    if codebook_size < 1:
-        raise ValueError(f"codebook_size = {codebook_size}: must be at least 1")
+    check_count("codebook_size", codebook_size)
     return (codebook_size - 1).bit_length()
 
 
@@ -23,7 +25,8 @@ def pack_indices(indices: Tensor, codebook_size: int) -> bytes:
     quantizer whose codebooks differ in size pack each codebook's indices by themselves.
     Raises TypeError for indices that are not integers, ValueError for one out of range: -1, no code, has no place in a stream.
     """
-    if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
+    check_tensor("indices", indices)
+    if not is_integer(indices):
         raise TypeError(f"indices is {indices.dtype}: must be integer")
     bits = bits_per_index(codebook_size)
     values = indices.detach().to("cpu", torch.int64).reshape(-1)
@@ -41,11 +44,16 @@ def pack_indices(indices: Tensor, codebook_size: int) -> bytes:
 def unpack_indices(data: bytes, codebook_size: int, shape: Sequence[int]) -> Tensor:
     """The indices [*shape] int64 that `pack_indices` made `data` of.
 
-    Raises ValueError for data of another length than the shape asks for, with an index out of range, or with bits behind the last index.
+    Raises ValueError for data of another length than the shape asks for, with an index out of range, or with bits behind the last index,
+    TypeError for what is not bytes, and shapes that are no integers.
     """
     bits = bits_per_index(codebook_size)
-    if any(length < 0 for length in shape):
-        raise ValueError(f"shape = {tuple(shape)}: lengths must not be negative")
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(f"data is of type {type(data).__name__}: must be bytes")
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape is of type {type(shape).__name__}: must be a sequence of lengths")
+    for axis, length in enumerate(shape):
+        check_count(f"shape[{axis}]", length, least=0)
     num = math.prod(shape)
     if len(data) != (expected := -(-num * bits // 8)):
         raise ValueError(f"data has {len(data)} bytes: must be {expected} for indices of shape {tuple(shape)} with {bits} bits each")
