@@ -321,6 +321,12 @@ def test_bad_arguments_are_named():
         sample_codes(x, codebook, estimator="best")
     with pytest.raises(ValueError, match=r"^metric = 'l1'"):
         mean_assignment(x, codebook, metric="l1")
+    with pytest.raises(TypeError, match=r"^codebook is torch.int64: must be floating point"):
+        mean_assignment(x, codebook.long())
+    with pytest.raises(ValueError, match=r"^x has shape \(3, 13, 3\) and codebook \(3, 7, 4\): must be"):
+        assignment_cross_entropy(x[..., :3], codebook, torch.zeros(3, 13, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^x has shape \(4,\) and codebook"):
+        sample_codes(x[0, 0], codebook)
     with pytest.raises(ValueError, match=r"^noise has shape \(3,\): must be \(3, 13\)"):
         sample_codes(x, codebook, noise=torch.rand(3))
     with pytest.raises(ValueError, match=r"^noise has shape \(3, 13\): must be \(3, 13, 2\), one number a draw"):

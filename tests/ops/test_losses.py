@@ -192,3 +192,45 @@ def test_the_loss_of_an_orthogonal_codebook_makes_no_matrix_of_codes_by_codes():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         orthogonality_loss(torch.randn(3000, 4, requires_grad=True))
     assert max(kept) <= 3000 * 4
+
+
+def test_bad_arguments_are_named():
+    x, codes, mask = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4), torch.ones(2, 5, dtype=torch.bool)
+    cases = [
+        (ValueError, r"^quantized has shape \(5, 4\): must be that of x, \(2, 3, 5, 4\)", lambda: mean_commitment_loss(x, codes[0, 0])),
+        (ValueError, r"^quantized has shape \(5, 4\)", lambda: commitment_loss(x, codes[0, 0])),
+        (ValueError, r"^x has shape \(5, 4\): must be \[batch, heads, time, width\]", lambda: commitment_loss(x[0, 0], codes[0, 0])),
+        (ValueError, r"^mask has shape \(5, 2\): must be \(2, 5\)", lambda: commitment_loss(x, codes, mask.T)),
+        (ValueError, r"^mask has shape \(2, 5\): must broadcast to \(2, 3, 5\)", lambda: mean_commitment_loss(x, codes, mask)),
+        (TypeError, r"^mask is torch.float32: must be torch.bool", lambda: mean_commitment_loss(x, codes, mask[:, None].float())),
+        (ValueError, r"^active has shape \(4,\): must broadcast to \(7,\)", lambda: orthogonality_loss(torch.randn(7, 4), mask[0, :4])),
+        (ValueError, r"^reduction = 'sum': must be \"mean\" or \"none\"", lambda: mean_commitment_loss(x, codes, reduction="sum")),
+    ]
+    for error, message, attempt in cases:
+        with pytest.raises(error, match=message):
+            attempt()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_a_loss_of_each_vector_adds_up_to_the_mean(metric):
+    x, codebook = draw()
+    mask = torch.rand(2, 1, 11) < 0.6
+    indices = torch.randint(7, (2, 3, 11))
+    kept = mask.expand(indices.shape)
+    for loss in (
+        lambda r: mean_commitment_loss(x, codebook[0, indices], mask, reduction=r),
+        lambda r: cross_entropy_commitment(x, codebook, indices, mask, metric=metric, reduction=r),
+    ):
+        each = loss("none")
+        assert each.shape == kept.shape and not each[~kept].any() and (each[kept] > 0).all()
+        torch.testing.assert_close(each.sum() / kept.sum(), loss("mean"))
+
+
+def test_the_loss_of_orthogonality_counts_pairs():
+    """(n - 1) / n times the mean over pairs of different codes; a code of length 0 has no direction and adds nothing."""
+    codes = torch.randn(6, 4, dtype=torch.float64)
+    cosine = torch.nn.functional.cosine_similarity(codes.unsqueeze(0), codes.unsqueeze(1), dim=-1).square()
+    pairs = cosine[~torch.eye(6, dtype=torch.bool)]
+    torch.testing.assert_close(orthogonality_loss(codes), pairs.mean() * 5 / 6)
+    with_zero = torch.cat([codes, torch.zeros(1, 4, dtype=torch.float64)])
+    torch.testing.assert_close(orthogonality_loss(with_zero), pairs.sum() / 49)

@@ -858,6 +858,19 @@ def test_encode_and_decode_can_be_exported(options):
         ({"on_nonfinite": "ignore"}, ValueError, r"^on_nonfinite = 'ignore': must be one of 'drop', 'raise'"),
         ({"commit": "never"}, ValueError, r"^commit = 'never'"),
         ({"projection_norm": True}, ValueError, r"^projection_norm = True: must be False"),
+        ({"dim": 6.0}, TypeError, r"^dim = 6.0: must be an integer"),
+        ({"codebook_size": True}, TypeError, r"^codebook_size = True: must be an integer"),
+        ({"heads": "2"}, TypeError, r"^heads = '2': must be an integer"),
+        ({"codebook_dim": 0}, ValueError, r"^codebook_dim = 0: must be at least 1"),
+        ({"update": "ema"}, TypeError, r"^update = 'ema': must be EMA\(...\) or"),
+        ({"update": EMA}, TypeError, r"^update = <class"),
+        ({"dead_codes": 1.0}, TypeError, r"^dead_codes = 1.0: must be DeadCodes\(...\)"),
+        ({"affine": True}, TypeError, r"^affine = True: must be Affine\(...\)"),
+        ({"losses": Commitment()}, TypeError, r"^losses = Commitment\(weight=1.0\): must be a sequence"),
+        ({"losses": None}, TypeError, r"^losses = None: must be a sequence"),
+        ({"assignment": Gumbel}, ValueError, r"^assignment = <class .*: must be one of 'nearest', Gumbel\(...\), Softmax\(...\)"),
+        ({"estimator": None}, ValueError, r"^estimator = None: must be one of 'rotation', 'straight_through', 'none', DiVeQ\(...\)"),
+        ({"sync_update": "a", "update": Gradient()}, TypeError, r"^sync_update = 'a': must be a number"),
         ({"sync_update": 2.0, "update": Gradient()}, ValueError, r"^sync_update = 2.0: must be from 0 to 1"),
         ({"sync_update": 0.5}, ValueError, r"^sync_update = 0.5: must be 0 unless the codes learn by gradient"),
         ({"losses": (Orthogonality(),)}, ValueError, r"^losses holds Orthogonality, which moves nothing"),
@@ -889,6 +902,16 @@ def _indices(value=0, *shape):
         ({}, {"weights": -torch.ones(BATCH, TIME)}, ValueError, r"^weights holds -1.0: must lie in 0.0"),
         ({}, {"weights": torch.full((BATCH, TIME), torch.nan)}, ValueError, r"^weights holds nan"),
         ({}, {"weights": _indices(1)}, TypeError, r"^weights is torch.int64: must be a floating point tensor"),
+        ({}, {"x": [[0.0] * DIM]}, TypeError, r"^x is of type list: must be a torch.Tensor"),
+        ({}, {"mask": [[True]]}, TypeError, r"^mask is of type list"),
+        ({}, {"lengths": [1, 2, 3]}, TypeError, r"^lengths is of type list"),
+        ({}, {"indices": [0]}, TypeError, r"^indices is of type list"),
+        ({}, {"weights": 1.0}, TypeError, r"^weights is float: must be a floating point tensor"),
+        ({}, {"weights": torch.ones(BATCH), "freeze_codebook": True}, ValueError, r"^weights has shape \(3,\): must be \(3, 7\)"),
+        ({"assignment": Gumbel()}, {"temperature": "hot"}, TypeError, r"^temperature = 'hot': must be a number"),
+        ({"assignment": Gumbel()}, {"temperature": torch.nan}, ValueError, r"^temperature = nan: must be 0"),
+        ({}, {"top_k": 2.0}, TypeError, r"^top_k = 2.0: must be an integer"),
+        ({}, {"top_k": True}, TypeError, r"^top_k = True: must be an integer"),
         ({}, {"weights": lambda x, indices: 1.0}, TypeError, r"^weights is float: must be a floating point tensor"),
         ({}, {"temperature": 1.0}, ValueError, r"^temperature = 1.0: must be None with assignment = \"nearest\""),
         ({"assignment": Gumbel()}, {"temperature": -1.0}, ValueError, r"^temperature = -1.0: must be 0"),
@@ -923,6 +946,51 @@ def test_indices_that_do_not_decode_are_named(heads, indices, message):
     for decode in (quantizer.decode, quantizer.decode_codes):
         with pytest.raises(ValueError, match=message):
             decode(indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_indices_of_any_integer_type(dtype):
+    quantizer = spread_out()
+    x, indices = vectors(), torch.randint(CODES, (BATCH, TIME))
+    assert torch.equal(quantizer.decode(indices.to(dtype)), quantizer.decode(indices))
+    assert torch.equal(quantizer.quantize(x, indices=indices.to(dtype)).indices, indices)
+
+
+def test_other_verbs_name_what_does_not_fit_and_change_nothing():
+    quantizer = VectorQuantize(DIM, CODES, dead_codes=DeadCodes(1.0))
+    quantizer(vectors())
+    before, x, codes = snapshot(quantizer), vectors(), quantizer.codebook
+    wide = torch.zeros(CODES, DIM, dtype=torch.int64)
+    cases = [
+        (TypeError, r"^x is of type ndarray", lambda: quantizer.encode(x.numpy())),
+        (TypeError, r"^indices is of type list", lambda: quantizer.decode([0])),
+        (TypeError, r"^num = '2': must be an integer", lambda: quantizer.nearest(x[0], "2")),
+        (TypeError, r"^x is torch.int64", lambda: quantizer.initialize_(x.long())),
+        (ValueError, r"^x has shape", lambda: quantizer.initialize_(x[..., 1:])),
+        (ValueError, r"^threshold = -1.0: must be positive", lambda: quantizer.replace_dead_codes_(x, threshold=-1.0)),
+        (ValueError, r"^threshold = nan: must be positive", lambda: quantizer.replace_dead_codes_(x, threshold=torch.nan)),
+        (TypeError, r"^threshold = 'a': must be a number", lambda: quantizer.replace_dead_codes_(x, threshold="a")),
+        (TypeError, r"^codebook is of type list", lambda: setattr(quantizer, "codebook", [0.0])),
+        (TypeError, r"^codebook is torch.int64: must be floating point", lambda: setattr(quantizer, "codebook", wide)),
+        (
+            ValueError,
+            r"^codebook holds a value that is not finite",
+            lambda: setattr(quantizer, "codebook", codes.where(codes > 0, torch.nan)),
+        ),
+    ]
+    for error, message, attempt in cases:
+        with pytest.raises(error, match=message):
+            attempt()
+        assert_unchanged(quantizer, before)
+
+
+def test_a_start_is_not_made_by_a_call_that_raises():
+    quantizer = VectorQuantize(DIM, CODES, init=KMeans())
+    before = snapshot(quantizer)
+    with pytest.raises(ValueError, match=r"^weights has shape"):
+        quantizer(vectors(4, 20), weights=torch.ones(3))
+    assert_unchanged(quantizer, before)
+    assert not quantizer.table.initialized
 
 
 def test_the_table_is_one_codebook():

@@ -65,9 +65,9 @@ def sample_indices(
     random generator where not given. Raises ValueError unless 1 <= num <= C, for a temperature that is not positive, and for noise of
     another shape.
     """
+    scored = _score(x, codebook, temperature, metric)
     if not 1 <= num <= codebook.shape[-2]:
         raise ValueError(f"num = {num}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
-    scored = _score(x, codebook, temperature, metric)
     shape = _check_places("noise", noise, x, codebook, num)
     if noise is None:
         noise = torch.rand(shape, dtype=scored.vectors.dtype, device=x.device)
@@ -106,8 +106,18 @@ def _check_estimator(estimator: str) -> None:
         raise ValueError(f'estimator = {estimator!r}: must be "straight_through" or "reinmax"')
 
 
+def _check_pair(x: Tensor, codebook: Tensor) -> None:
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}: must be floating point")
+    if x.dim() < 2 or codebook.dim() < 2 or x.shape[-1] != codebook.shape[-1]:
+        shapes = f"x has shape {tuple(x.shape)} and codebook {tuple(codebook.shape)}"
+        raise ValueError(f"{shapes}: must be [..., vectors, width] and [..., codes, width] of one width")
+
+
 def _check_places(name: str, values: Tensor | None, x: Tensor, codebook: Tensor, *more: int) -> tuple[int, ...]:
     """The shape of one value a vector, or `more` of them, which `values` must have."""
+    _check_pair(x, codebook)
     shape = (*torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2]), x.shape[-2], *more)
     if values is not None and values.shape != shape:
         raise ValueError(f"{name} has shape {tuple(values.shape)}: must be {shape}, one number a {'draw' if more else 'vector'}")
@@ -165,6 +175,7 @@ def _score(x: Tensor, codebook: Tensor, temperature: float, metric: Metric) -> _
         raise ValueError(f"temperature = {temperature}: must be positive")
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f'metric = {metric!r}: must be "euclidean" or "cosine"')
+    _check_pair(x, codebook)
     dtype = widest(x, codebook)
     vectors, codes, restore = by_codebook(x.to(dtype), codebook.to(dtype))
     valid = has_scores(vectors, metric)

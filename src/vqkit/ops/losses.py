@@ -25,10 +25,15 @@ def commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) ->
     masked positions add 0 and stay in the denominator, as in the official Transformer-VQ. A masked vector gets no gradient, whatever
     it holds. Returns a scalar of x's dtype; 0 for an empty input.
     """
+    _check_alike(x, quantized)
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}: must be [batch, heads, time, width]")
+    batch, _, time, _ = x.shape
     difference = x - quantized.detach()
     if mask is not None:
+        if mask.shape != (batch, time):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {(batch, time)}")
         difference = difference.where(mask[:, None, :, None], 0.0)
-    batch, _, time, _ = x.shape
     return difference.square().sum() / max(batch * time, 1)
 
 
@@ -39,10 +44,11 @@ def mean_commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = Non
     float32 or wider; with reduction="none" the mean over K alone, [..., N], 0 where masked.
     """
     _check_reduction(reduction)
+    _check_alike(x, quantized)
     dtype = widest(x, quantized)
     difference = x.to(dtype) - quantized.detach().to(dtype)
     if mask is not None:
-        mask = mask.expand(x.shape[:-1])
+        mask = _spread("mask", mask, x.shape[:-1])
         difference = difference.where(mask.unsqueeze(-1), 0.0)
     if reduction == "none":
         return difference.square().mean(-1)
@@ -89,7 +95,7 @@ def orthogonality_loss(
     Returns a scalar, float32 or wider.
     """
     codes = directions(codebook.to(widest(codebook)))
-    chosen = torch.ones_like(codes[..., 0], dtype=torch.bool) if active is None else active
+    chosen = torch.ones_like(codes[..., 0], dtype=torch.bool) if active is None else _spread("active", active, codes.shape[:-1])
     if max_codes is not None:
         chosen = _draw(chosen, max_codes, torch.rand_like(codes[..., 0]) if noise is None else noise)
     codes = codes * chosen.unsqueeze(-1)
@@ -122,6 +128,20 @@ def diversity_loss(
     """
     mean = mean_assignment(x, codebook, mask, temperature=temperature, metric=metric)
     return torch.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum(-1).mean()
+
+
+def _spread(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
+    """A mask that broadcasts to `shape`, in that shape."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} is {mask.dtype}: must be torch.bool")
+    if mask.dim() > len(shape) or any(own not in (1, length) for own, length in zip(reversed(mask.shape), reversed(shape), strict=False)):
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: must broadcast to {tuple(shape)}")
+    return mask.expand(shape)
+
+
+def _check_alike(x: Tensor, quantized: Tensor) -> None:
+    if x.shape != quantized.shape:
+        raise ValueError(f"quantized has shape {tuple(quantized.shape)}: must be that of x, {tuple(x.shape)}")
 
 
 def _check_reduction(reduction: str) -> None:
