@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vqkit.ops import coding
-from vqkit.ops.codebook import gather_codes
-from vqkit.ops.coding import coded
+from vqkit.ops.codebook import assignment_stats, gather_codes
+from vqkit.ops.coding import coded, moments
 from vqkit.ops.estimators import rotation_trick, straight_through
 
 PLAIN = {"straight_through": straight_through, "rotation": rotation_trick, "none": lambda x, codes: codes}
@@ -35,7 +35,7 @@ def plain(x, codebook, indices, estimator):
 
 def gradient(function, x, codebook, indices, estimator, of_output, of_error):
     x = x.detach().requires_grad_()
-    output, error = function(x, codebook, indices, estimator)
+    output, error = function(x, codebook, indices, estimator)[:2]
     return output.detach(), error.detach(), torch.autograd.grad((output * of_output).sum() + (error * of_error).sum(), x)[0]
 
 
@@ -83,7 +83,7 @@ def test_the_way_without_tiles_is_the_same(estimator):
     twice = []
     for function in (fused, plain):
         leaf, direction = x.clone().requires_grad_(), of_output.clone().requires_grad_()
-        output, error = function(leaf, codebook, indices, estimator)
+        output, error = function(leaf, codebook, indices, estimator)[:2]
         total = (output * direction).sum() + (error * of_error).sum()
         first = torch.autograd.grad(total, leaf, create_graph=True)[0]
         twice.append(torch.autograd.grad(first.square().sum(), [leaf, direction], allow_unused=True, materialize_grads=True))
@@ -103,7 +103,26 @@ def test_compiled_is_eager(estimator):
 @pytest.mark.parametrize("shape", [(1, 0, 4), (3, 0, 4), (2, 5, 1)])
 def test_no_vectors_and_narrow_ones(shape):
     x, codebook = torch.randn(shape, requires_grad=True), torch.randn(shape[0], 3, shape[2])
-    found = coded(x, codebook, torch.zeros(shape[:2], dtype=torch.int64), estimator="rotation")
+    found = coded(x, codebook, torch.zeros(shape[:2], dtype=torch.int64), estimator="rotation", count=True)
     assert found.quantized.shape == shape and found.squared_error.shape == shape[:1]
     (found.quantized.sum() + found.squared_error.sum()).backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "off centre", "tiny"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_is_counted_are_the_statistics_of_the_assignment(kind, compiled):
+    x, codebook, indices = problem(kind, torch.float32)
+    x = x.masked_fill(indices.unsqueeze(-1) < 0, torch.nan)
+    run = torch.compile(coded, fullgraph=True, backend="aot_eager") if compiled else coded
+    found = run(x, codebook, indices, estimator="rotation", count=True)
+    quantized = gather_codes(codebook.double(), indices)
+    expected = assignment_stats(x.double(), indices, codebook.shape[1], quantized=quantized, moments=True)
+    assert torch.equal(found.count.double(), expected.count)
+    scale = codebook.abs().amax().double()
+    torch.testing.assert_close(found.sum.double(), expected.sum, rtol=1e-6, atol=1e-5 * scale.item())
+    torch.testing.assert_close(found.squared_error.double(), expected.squared_error, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found.errors.sum(1), found.squared_error)
+    torch.testing.assert_close(moments(codebook, found).double(), expected.moments, rtol=2e-3 if kind == "off centre" else 1e-5, atol=0.0)
+    assert coded(x, codebook, indices, estimator="rotation").count.shape == (2, 0)
+    assert not any(tensor.requires_grad for tensor in found)

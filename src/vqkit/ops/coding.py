@@ -10,6 +10,7 @@ Shapes: G codebooks, N vectors, C codes, K width, R rows of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,40 +24,66 @@ _SMALLEST_ANGLE = 0.05  # of |e + q|^2: below it the factors of the rotation los
 
 
 class Coded(NamedTuple):
-    """What vectors become by their codes."""
+    """What vectors become by their codes, and what is to be learned from that."""
 
     quantized: Tensor  # [G, N, K] the codes, exactly; 0 for index -1; the gradient for x is that of the estimator
     squared_error: Tensor  # [G] the sum of |x - code|^2 over vectors with a code; differentiable in x, the codes being constants
+    errors: Tensor  # [G, K] the same for each dimension, without gradient
+    count: Tensor  # [G, C] vectors per code; [G, 0] where not asked for
+    sum: Tensor  # [G, C, K] their sum; [G, 0, K] where not asked for
 
 
-def coded(x: Tensor, codebook: Tensor, indices: Tensor, *, estimator: Literal["straight_through", "rotation", "none"]) -> Coded:
+def coded(
+    x: Tensor, codebook: Tensor, indices: Tensor, *, estimator: Literal["straight_through", "rotation", "none"], count: bool = False
+) -> Coded:
     """x [G, N, K] and codebook [G, C, K], both float32 or both float64, indices [G, N] int64 from -1 to C - 1.
 
-    A vector of index -1 may hold anything; it gives 0 and gets no gradient. The codebook gets no gradient. Estimators: "straight_through"
-    and "rotation" as the functions of these names; with "none" nothing passes but the gradient of the error.
+    A vector of index -1 may hold anything; it gives 0, gets no gradient and is not counted. The codebook gets no gradient. Estimators:
+    "straight_through" and "rotation" as the functions of these names; with "none" nothing passes but the gradient of the error.
     """
-    codebook = codebook.detach()
-    if torch.compiler.is_compiling():
-        return Coded(*_code(x, codebook, indices, estimator))
-    return Coded(*_Coding.apply(x, codebook, indices, estimator))
+    run = _code if torch.compiler.is_compiling() else _Coding.apply
+    return Coded(*run(x, codebook.detach(), indices, estimator, count))
 
 
-def _forward(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    quantized, error = x.new_empty(x.shape), x.new_zeros(len(x))
+def moments(codebook: Tensor, found: Coded) -> Tensor:
+    """The `moments` of `CodebookStatistics` [G, 2, K] of vectors that were counted, from what was counted: no pass over the vectors.
+
+    Around the mean m: sum (x - m)^2 = sum (x - c)^2 + sum over codes of (c - m) (2 (sum_c - n_c c) + n_c (c - m)).
+    """
+    total, count = found.sum.sum(1), found.count.unsqueeze(-1)
+    mean = (total / count.sum(1).clamp(min=1.0)).unsqueeze(1)
+    around = codebook - mean
+    between = torch.addcmul(found.sum * 2.0, count, around - 2.0 * codebook).mul_(around).sum(1)
+    return torch.stack([total, (found.errors + between).clamp_(min=0.0)], dim=1)
+
+
+def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    size = codebook.shape[1] if counting else 0
+    errors, count = x.new_zeros(len(x), x.shape[2]), x.new_zeros(len(x), size)
+    total = x.new_zeros(len(x), size + 1, x.shape[2])  # one row more, for what has no code
     if x.device.type != "cpu":
         quantized = gather_codes(codebook, indices)
-        return quantized, (x - quantized).where(indices.unsqueeze(-1) >= 0, 0.0).square_().sum((1, 2))
-    for g in range(len(x)):
-        rows = _rows_per_tile(x)
-        buffer = x.new_empty(min(rows, x.shape[1]), x.shape[2])
-        for start in range(0, x.shape[1], rows):
-            here = slice(start, start + rows)
-            codes, lost = _look_up(codebook[g], indices[g, here], quantized[g, here])
-            difference = torch.sub(x[g, here], codes, out=buffer[: len(codes)])
+        errors = (x - quantized).where(indices.unsqueeze(-1) >= 0, 0.0).square_().sum(1)
+    else:
+        quantized = x.new_empty(x.shape)
+        for g, rows in _tiles(x):
+            codes, lost = _look_up(codebook[g], indices[g, rows], quantized[g, rows])
+            difference = x[g, rows] - codes
             if lost is not None:
                 difference.masked_fill_(lost, 0.0)
-            error[g] += torch.dot(difference.view(-1), difference.view(-1))
-    return quantized, error
+            errors[g] += difference.square_().sum(0)
+    if counting:
+        row = torch.where(indices < 0, size, indices)
+        for g in range(len(x)):
+            total[g].index_add_(0, row[g], x[g])
+        count = torch.zeros_like(total[..., 0]).scatter_add_(1, row, x.new_ones(1, 1).expand(row.shape))[:, :size]
+    return quantized, errors.sum(1), errors, count.contiguous(), total[:, :size].contiguous()
+
+
+def _tiles(x: Tensor) -> Iterator[tuple[int, slice]]:
+    """Codebooks and ranges of their vectors."""
+    rows = _rows_per_tile(x)
+    return ((g, slice(start, start + rows)) for g in range(len(x)) for start in range(0, x.shape[1], rows))
 
 
 def _rows_per_tile(x: Tensor) -> int:
@@ -77,22 +104,18 @@ def _backward(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, 
     if x.device.type != "cpu":
         return _whole_backward(of_output, of_error, x, codebook, indices, estimator)
     result = x.new_empty(x.shape)
-    rows = _rows_per_tile(x)
-    for g in range(len(x)):
-        pull = float(2.0 * of_error[g])
-        buffer = x.new_empty(min(rows, x.shape[1]), x.shape[2])
-        for start in range(0, x.shape[1], rows):
-            here = slice(start, start + rows)
-            vectors, gradient, out = x[g, here], of_output[g, here], result[g, here]
-            codes, lost = _look_up(codebook[g], indices[g, here], buffer[: len(vectors)])
-            if estimator == "rotation":
-                _rotate_back(gradient, vectors, codes, pull, out)
-            else:
-                torch.sub(vectors, codes, out=out).mul_(pull)
-                if estimator == "straight_through":
-                    out.add_(gradient)
-            if lost is not None:
-                out.masked_fill_(lost, 0.0)
+    pulls = (2.0 * of_error).tolist()
+    for g, rows in _tiles(x):
+        vectors, gradient, out = x[g, rows], of_output[g, rows], result[g, rows]
+        codes, lost = _look_up(codebook[g], indices[g, rows], vectors.new_empty(vectors.shape))
+        if estimator == "rotation":
+            _rotate_back(gradient, vectors, codes, pulls[g], out)
+        else:
+            torch.sub(vectors, codes, out=out).mul_(pulls[g])
+            if estimator == "straight_through":
+                out.add_(gradient)
+        if lost is not None:
+            out.masked_fill_(lost, 0.0)
     return result
 
 
@@ -134,30 +157,39 @@ def _rotate_back(gradient: Tensor, x: Tensor, codes: Tensor, pull: float, out: T
         out[row] = rotation_gradient(gradient[row], vectors, codes[row]) + pull * (vectors - codes[row])
 
 
+_NO_GRADIENT = (None, None, None, None)
+
+
 class _Coding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, codebook, indices)
         ctx.estimator = estimator
-        return _forward(x, codebook, indices)
+        output = _forward(x, codebook, indices, counting)
+        ctx.mark_non_differentiable(*output[2:])
+        return output
 
     @staticmethod
-    def backward(ctx: Any, of_output: Tensor, of_error: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_output: Tensor, of_error: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         run = _whole_backward if torch.is_grad_enabled() else _backward
-        return run(of_output, of_error, *ctx.saved_tensors, ctx.estimator), None, None, None
+        return run(of_output, of_error, *ctx.saved_tensors, ctx.estimator), *_NO_GRADIENT
 
 
 # Under compile
 
 
 @torch.library.custom_op("vqkit::code", mutates_args=())
-def _code(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    return _forward(x, codebook, indices)
+def _code(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x, codebook, indices, counting)
 
 
 @_code.register_fake
-def _(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1])
+def _(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    groups, _, width = x.shape
+    size = codebook.shape[1] if counting else 0
+    shapes = (x.shape, (groups,), (groups, width), (groups, size), (groups, size, width))
+    quantized, error, errors, count, total = (x.new_empty(shape) for shape in shapes)
+    return quantized, error, errors, count, total
 
 
 @torch.library.custom_op("vqkit::code_backward", mutates_args=())
@@ -170,13 +202,13 @@ def _(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices:
     return x.new_empty(x.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, codebook, indices, ctx.estimator = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, codebook, indices, ctx.estimator, _ = inputs
     ctx.save_for_backward(x, codebook, indices)
 
 
-def _differentiate(ctx: Any, of_output: Tensor, of_error: Tensor) -> tuple[Tensor | None, ...]:
-    return _code_backward(of_output, of_error, *ctx.saved_tensors, ctx.estimator), None, None, None
+def _differentiate(ctx: Any, of_output: Tensor, of_error: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    return _code_backward(of_output, of_error, *ctx.saved_tensors, ctx.estimator), *_NO_GRADIENT
 
 
 _code.register_autograd(_differentiate, setup_context=_keep)
