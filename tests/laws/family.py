@@ -216,6 +216,11 @@ def two_kinds() -> list[nn.Module]:
     return [VectorQuantize(DIM, CODES, metric="cosine"), VectorQuantize(DIM, 4, update=Gradient(), codebook_dim=3)]
 
 
+def plain_layers() -> list[nn.Module]:
+    """Layers without a gradient."""
+    return [VectorQuantize(DIM, CODES), VectorQuantize(DIM, 4)]
+
+
 def two_heads() -> list[nn.Module]:
     """Layers with a code shape of their own."""
     return [VectorQuantize(DIM, CODES, heads=2), VectorQuantize(DIM, CODES, heads=2, separate_heads=True)]
@@ -305,7 +310,7 @@ _RESIDUAL = [
     _rvq(shared_codebook=True, represents=True),
     _rvq(shared_codebook=True, dead_codes=DeadCodes(threshold=4.0), update=_QUICK),
     _rvq(shared_codebook=True, update=OwnOptimizer()),
-    _rvq(estimator="straight_through"),
+    _rvq(estimator="straight_through", estimate="sum"),
     _rvq(estimator="none", update=Gradient()),
     _rvq(estimator=DiVeQ(), update=Gradient(), represents=True),
     _rvq(estimate="layers"),
@@ -316,13 +321,20 @@ _RESIDUAL = [
     _rvq(beam=BeamSearch(size=3, eval_size=4, weights=(1.0, 0.8, 0.6)), represents=True),
     _rvq(implicit=MLP(hidden=12, depth=1), represents=True),
     _rvq(implicit=MLP(hidden=12), beam=BeamSearch(size=2)),
+    _rvq(implicit=MLP(hidden=12), shared_codebook=True, update=Gradient(decay=0.3), dead_codes=DeadCodes(threshold=4.0)),
+    _rvq(implicit=MLP(hidden=12), assignment=Softmax(), losses=(Commitment(), CrossEntropyCommitment())),
+    _rvq(implicit=MLP(hidden=12), assignment=Gumbel(estimator="reinmax"), init=KMeans()),
+    _rvq(sync_update=0.2, update=Gradient()),
+    _rvq(input_gradient=False),
+    _rvq(shared_codebook=True, init=KMeans()),
     _rvq(init=KMeans(), metric="cosine"),
     _rvq(heads=2, separate_heads=True),
     _rvq(layout="first", positions=(3, 4), remark="image", codebook_dim=4),
     _rvq(layout="first"),
     _rvq(masked="input"),
     _rvq(commit="manual"),
-    Case(Residual, {"layers": two_kinds, "estimator": "rotation"}),
+    Case(Residual, {"layers": two_kinds, "estimator": "rotation", "sync_update": 0.2}),
+    Case(Residual, {"layers": plain_layers, "input_gradient": False}),
     Case(Residual, {"layers": two_heads, "dim": 6, "estimator": "layers"}),
 ]
 

@@ -1,6 +1,7 @@
 """Groups side by side: each is what its part makes of its share of the width, and nothing of the others enters it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from vqkit.quantizers import (
     BeamSearch,
     Grouped,
     GroupedResidualVQ,
+    Gumbel,
     KMeans,
     QuantizeDropout,
     Residual,
@@ -27,6 +29,7 @@ FAMILY = {
     "dropout": {"quantize_dropout": QuantizeDropout(seed=1)},
     "beam": {"beam": BeamSearch(3)},
     "implicit": {"implicit": MLP(8)},
+    "implicit shared": {"implicit": MLP(8), "shared_codebook": True},
     "first": {"layout": "first"},
 }
 family = pytest.mark.parametrize("name", FAMILY)
@@ -182,6 +185,84 @@ def test_codebook_and_start():
         module.codebook = codes[:, :2]
 
 
+def test_each_layer_of_each_group_is_told():
+    module = build(codebook_dim=3)
+    indices = module.encode(vectors())
+    layers = module.decode_layers(indices)
+    assert layers.shape == (GROUPS, LAYERS, 3, 10, 3)
+    torch.testing.assert_close(torch.cat(list(layers.sum(1)), dim=-1), module.decode_codes(indices))
+    assert torch.equal(module.decode_layers(indices[..., :2]), layers[:, :2])
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_every_layer_of_every_group_starts_where_its_residuals_are(by_name):
+    module = build(init=KMeans())
+    x, mask = torch.randn(3, 40, DIM), torch.rand(3, 40) < 0.9
+    if by_name:
+        module.initialize_(x, mask)
+    else:
+        module(x.masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
+    module.eval()
+    layers = module.decode_layers(module.encode(x))
+    for piece, own in zip(x.chunk(GROUPS, -1), layers, strict=True):
+        left = [piece[mask].square().mean()] + [(piece - own[: q + 1].sum(0))[mask].square().mean() for q in range(LAYERS)]
+        assert all(after < 0.9 * before for before, after in itertools.pairwise(left))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_shared_part_starts_at_what_all_its_uses_see(by_name):
+    part = VectorQuantize(4, 16, init=KMeans())
+    module = Grouped([part, part], commit="manual")
+    x = torch.cat([torch.randn(3, 20, 4), torch.randn(3, 20, 4) + 8.0], dim=-1)
+    mask = torch.rand(3, 20) < 0.8
+    if by_name:
+        module.initialize_(x, mask)
+    else:
+        module(x.masked_fill(~mask.unsqueeze(-1), -50.0), mask)
+    assert 0 < (part.codebook.mean(-1) > 4.0).sum() < 16
+    assert part.codebook.min() > -10
+    codes = part.codebook.clone()
+    module(x)
+    assert torch.equal(part.codebook, codes)
+
+
+def test_lengths_are_a_mask_in_images_too():
+    module = build(layout="first", commit="manual")
+    x = torch.randn(3, DIM, 5, 2)
+    lengths = torch.tensor([5, 2, 0])
+    mask = (torch.arange(5) < lengths.unsqueeze(-1)).unsqueeze(-1).expand(3, 5, 2)
+    found, expected = module.quantize(x, lengths=lengths), module.quantize(x, mask)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(module.encode(x, lengths=lengths), found.indices)
+    assert torch.equal((found.indices >= 0).all((-1, -2)), mask)
+    assert not found.quantized.movedim(1, -1)[~mask].any()
+    torch.testing.assert_close([s.count for s in found.statistics], [s.count for s in expected.statistics])
+
+
+def test_options_of_a_call_reach_every_group():
+    x = vectors()
+    weights = torch.rand(3, 10)
+    module = build()
+    for entry in module.quantize(x, weights=weights).statistics:
+        torch.testing.assert_close(entry.count.sum(), weights.sum())
+    assert module.quantize(x, freeze_codebook=True).statistics is None
+    drawn = build(assignment=Gumbel(1.0))
+    assert torch.equal(drawn.quantize(x, temperature=0.0).indices, drawn.encode(x))
+    assert (drawn.quantize(x, temperature=100.0).indices != drawn.encode(x)).any(0).any(0).all()
+
+
+@pytest.mark.parametrize("options", [{"indices": 0}, {"targets": 0}, {"temperature": 0.5}, {"top_k": 2}, {"bean": 1}])
+def test_a_call_that_raises_starts_nothing(options):
+    module = build(init=KMeans())
+    late = torch.zeros(3, 10, GROUPS, LAYERS, dtype=torch.int64)
+    late[..., -1, -1] = CODES
+    options = {name: late if name in ("indices", "targets") else value for name, value in options.items()}
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises((ValueError, TypeError), match=next(iter(options))):
+        module(vectors(), **options)
+    torch.testing.assert_close(dict(module.state_dict()), dict(before), rtol=0, atol=0)
+
+
 def test_compiled_is_eager():
     module, x = member("dropout")
     twin = copy.deepcopy(module)
@@ -208,6 +289,17 @@ def test_compiled_is_eager():
         (lambda: Grouped([VectorQuantize(4, 4), ResidualVQ(4, 4, 2)]), ValueError, r"parts\[1\]\.code_shape"),
         (lambda: Grouped([VectorQuantize(4, 4, layout="first")]), ValueError, r"parts\[0\]\.layout"),
         (lambda: build()(vectors()[..., :-1]), ValueError, "x has shape"),
+        (lambda: build()(vectors()[0, 0]), ValueError, "x has shape"),
+        (lambda: build()(vectors().int()), TypeError, "x is torch.int32"),
+        (lambda: build()(vectors(), torch.ones(3, 10)), TypeError, "mask is torch.float32"),
+        (lambda: build()(vectors(), lengths=torch.tensor([1, 2, 11])), ValueError, "lengths holds 11"),
+        (lambda: build()(vectors(), top_k=2), TypeError, "top_k: is no option"),
+        (lambda: build()(vectors(), depth=4), ValueError, "depth = 4"),
+        (lambda: build().encode(vectors(), depth=0), ValueError, "depth = 0"),
+        (lambda: Grouped([VectorQuantize(4, 4)])(vectors()[..., :4], depth=1), TypeError, "depth: is no option of Grouped"),
+        (lambda: build()(vectors(), targets=torch.zeros(3, 10, GROUPS, LAYERS)), TypeError, "targets is torch.float32"),
+        (lambda: build().decode(torch.zeros(3, 10, GROUPS, LAYERS + 1, dtype=torch.int64)), ValueError, "indices has shape"),
+        (lambda: build().decode(torch.zeros(2, dtype=torch.int64)), ValueError, "indices has shape"),
         (lambda: build()(vectors(), torch.ones(3, 9, dtype=torch.bool)), ValueError, "mask has shape"),
         (lambda: build().decode(torch.zeros(3, 10, 1, LAYERS, dtype=torch.int64)), ValueError, "indices has shape"),
         (lambda: build().decode(torch.zeros(3, 10, GROUPS, LAYERS)), TypeError, "indices is torch.float32"),

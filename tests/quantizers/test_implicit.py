@@ -4,8 +4,28 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vqkit.quantizers import EMA, MLP, Commitment, DiVeQ, ImplicitVQ, KMeans, Orthogonality, ResidualVQ, VectorQuantize
+from vqkit.ops.losses import orthogonality_loss
+from vqkit.quantizers import (
+    EMA,
+    MLP,
+    Affine,
+    Commitment,
+    CrossEntropyCommitment,
+    DeadCodes,
+    DiVeQ,
+    Diversity,
+    Frozen,
+    Gradient,
+    Gumbel,
+    ImplicitVQ,
+    KMeans,
+    Orthogonality,
+    ResidualVQ,
+    Softmax,
+    VectorQuantize,
+)
 from vqkit.quantizers.implicit import ConditionalCodes, nearest_implicit
 
 DIM, CODES = 5, 7
@@ -81,19 +101,17 @@ def test_decode_of_encode_is_the_output(layer):
     assert torch.equal(layer(x).quantized, layer.decode(layer.encode(x), partial=torch.zeros_like(x)))
 
 
-def test_losses_train_codes_and_network_and_commit_the_vectors(layer):
+def test_the_commitment_pulls_vectors_codes_and_network(layer):
     x, partial = vectors().requires_grad_(), vectors()
     found = layer.quantize(x, partial=partial)
     codes = layer.decode(found.indices, partial=partial)
-    torch.testing.assert_close(found.losses["codebook"], (codes - x).square().mean())
     torch.testing.assert_close(found.losses["commitment"], (codes - x).square().mean())
-    found.losses["codebook"].backward()
-    assert x.grad is None or not x.grad.any()
-    assert all(parameter.grad.any() for parameter in layer.parameters())
-    layer.zero_grad()
-    layer.quantize(x, partial=partial).losses["commitment"].backward()
-    assert x.grad.any()
-    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
+    found.losses["commitment"].backward()
+    own = [parameter.grad for parameter in layer.parameters()]
+    assert all(grad.any() for grad in own)
+    expected = torch.autograd.grad((codes - x.detach()).square().mean(), list(layer.parameters()))
+    torch.testing.assert_close(own, list(expected))
+    torch.testing.assert_close(x.grad, 2 * (x - codes).detach() / x.numel())
 
 
 def test_frozen_for_a_call(layer):
@@ -161,8 +179,10 @@ def test_the_codebook_is_the_base(layer):
     "options, message",
     [
         ({"update": EMA()}, "update = EMA"),
-        ({"losses": (Orthogonality(),)}, "losses = "),
-        ({"losses": (Commitment(), Commitment())}, "losses = "),
+        ({"losses": (Commitment(), Commitment())}, "losses holds several"),
+        ({"sync_update": 1.5}, "sync_update = 1.5"),
+        ({"assignment": "soft"}, "assignment = 'soft'"),
+        ({"transform": "linear", "init": KMeans()}, "transform"),
         ({"estimator": "soft"}, "estimator = 'soft'"),
         ({"codebook_size": 0}, "codebook_size = 0"),
         ({"dim": 0}, "dim = 0"),
@@ -190,3 +210,168 @@ def test_an_estimator_with_noise_is_exact_in_eval():
     assert not torch.equal(layer(x).quantized, layer.decode(layer.encode(x)))
     layer.eval()
     assert torch.equal(layer(x).quantized, layer.decode(layer.encode(x)))
+
+
+# What takes a softmax over all codes
+
+
+def tables(layer, partial):
+    """The codes that each vector has for itself [N, C, D]."""
+    return layer.network(layer.codebook, partial.reshape(-1, 1, DIM))
+
+
+def logits_of(layer, x, partial):
+    return -(x.reshape(-1, 1, DIM) - tables(layer, partial)).norm(dim=-1)
+
+
+def gradients(layer, x, value):
+    return torch.autograd.grad(value, [x, *layer.parameters()], allow_unused=True)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_commitment", "diversity", "orthogonality"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_losses_are_those_of_all_codes_at_once(layer, name, chunked, monkeypatch):
+    if chunked:
+        monkeypatch.setattr("vqkit.quantizers.implicit._ELEMENTS", 5 * CODES * 9)
+    layer.losses = (CrossEntropyCommitment(), Diversity(temperature=0.5), Orthogonality())
+    x, partial = vectors().requires_grad_(), vectors()
+    targets = torch.randint(CODES, (4, 6))
+    targets[0, 0] = -1
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[1, 1] = False
+    found = layer.quantize(x, mask, partial=partial, targets=targets)
+    kept = mask.flatten()
+    logits = logits_of(layer, x, partial)[kept]
+    mean = (logits / 0.5).softmax(-1).mean(0)
+    expected = {
+        "cross_entropy": F.cross_entropy(logits, targets.flatten()[kept], ignore_index=-1),
+        "cross_entropy_commitment": F.cross_entropy(logits, logits.argmax(-1)),
+        "diversity": (mean * mean.log()).sum(),
+        "orthogonality": orthogonality_loss(layer.codebook),
+    }[name]
+    torch.testing.assert_close(found.losses[name], expected)
+    own, theirs = gradients(layer, x, found.losses[name]), gradients(layer, x, expected)
+    for a, b in zip(own, theirs, strict=True):
+        torch.testing.assert_close(torch.zeros(()) if a is None else a, torch.zeros(()) if b is None else b)
+    assert layer.loss_weights[name] == 1.0
+
+
+def test_tables_are_made_again_and_not_kept(layer):
+    x = vectors(50, 6)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        layer.quantize(x, targets=torch.zeros(50, 6, dtype=torch.int64))
+    assert max(kept) < 300 * CODES * DIM
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])
+def test_a_drawn_code_brings_the_gradient_of_its_softmax(layer, estimator):
+    layer.double().assignment = Gumbel(0.5, estimator)
+    x, partial = vectors(20).double().requires_grad_(), vectors(20).double()
+    found = layer.quantize(x, partial=partial)
+    codes = layer.decode(found.indices, partial=partial)
+    torch.testing.assert_close(found.quantized, codes)
+    cotangent = vectors(20).double()
+    own = gradients(layer, x, (found.quantized * cotangent).sum())
+    table, logits = tables(layer, partial), logits_of(layer, x, partial) / 0.5
+    p, drawn = logits.softmax(-1), F.one_hot(found.indices, CODES).to(x)
+    soft = p
+    if estimator == "reinmax":
+        half = ((drawn + p) / 2).detach()
+        soft = 2 * (half.log() + logits - logits.detach()).softmax(-1) - p / 2
+    passed = codes + torch.einsum("nc,ncd->nd", soft, table.detach())
+    for a, b in zip(own, gradients(layer, x, (passed * cotangent).sum()), strict=True):
+        torch.testing.assert_close(a, b)
+    assert own[0].any()
+
+
+def test_draws_follow_the_softmax(layer):
+    layer.assignment = Gumbel(1.0)
+    x, partial = vectors(1), vectors(1)
+    drawn = layer.quantize(x.expand(20000, -1), partial=partial.expand(20000, -1)).indices
+    share = torch.bincount(drawn, minlength=CODES) / 20000
+    torch.testing.assert_close(share, logits_of(layer, x, partial).softmax(-1).squeeze(0).detach(), rtol=0, atol=0.015)
+    for options in ({"temperature": 0.0}, {"temperature": 1e-4}):
+        cold = layer.quantize(x.expand(9, -1), partial=partial.expand(9, -1), **options).indices
+        assert torch.equal(cold, layer.encode(x, partial=partial).expand(9))
+
+
+def test_the_nearest_code_has_the_gradient_of_the_softmax(layer):
+    layer.double().assignment = Softmax(0.5)
+    x, partial = vectors(20).double().requires_grad_(), vectors(20).double()
+    found = layer.quantize(x, partial=partial)
+    assert torch.equal(found.indices, layer.encode(x, partial=partial))
+    (own,) = torch.autograd.grad(found.quantized.sum(), x)
+    soft = (logits_of(layer, x, partial) / 0.5).softmax(-1)
+    (expected,) = torch.autograd.grad(torch.einsum("nc,ncd->", soft, tables(layer, partial).detach()), x)
+    torch.testing.assert_close(own, expected)
+
+
+def test_a_draw_without_a_gradient_of_its_own_is_passed_by_the_estimator(layer):
+    layer.assignment, layer.estimator = Gumbel(0.5), "straight_through"
+    x = vectors(20).requires_grad_()
+    found = layer.quantize(x)
+    (gradient,) = torch.autograd.grad(found.quantized.sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x))
+
+
+def test_a_vector_on_its_code_has_a_finite_gradient():
+    layer = ImplicitVQ(DIM, CODES, MLP(4), losses=(CrossEntropyCommitment(),))
+    x = layer.codebook[:3].detach().clone().requires_grad_()
+    layer.quantize(x).losses["cross_entropy_commitment"].backward()
+    assert x.grad.isfinite().all()
+
+
+def test_the_synchronous_rule_adds_to_the_codes(layer):
+    layer.estimator, layer.sync_update = "straight_through", 0.25
+    x = vectors()
+    own = gradients(layer, x.requires_grad_(), layer.quantize(x).quantized.sum())
+    codes = gradients(layer, x, layer.decode(layer.encode(x)).sum())
+    assert torch.equal(own[0], torch.ones_like(x))
+    for a, b in zip(own[1:], codes[1:], strict=True):
+        torch.testing.assert_close(a, 0.25 * b)
+
+
+# The base codebook
+
+
+@pytest.mark.parametrize("options", [{"transform": "linear"}, {"affine": Affine(0.5, 0.5)}, {"update": Frozen()}])
+def test_the_base_may_be_transformed_follow_or_stay(options):
+    layer = ImplicitVQ(DIM, CODES, MLP(4), **options)
+    x = vectors() * 3 + 5
+    before = layer.table.weight.detach().clone()
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x).loss.backward()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter -= 0.1 * (0.0 if parameter.grad is None else parameter.grad)
+    assert layer.network.join.weight.any()
+    assert torch.equal(layer.table.weight, before) == (options == {"update": Frozen()})
+    layer.eval()
+    assert torch.equal(layer.decode(layer.encode(x)), layer(x).quantized)
+
+
+def test_a_shared_base_belongs_to_its_owner():
+    owner = VectorQuantize(DIM, CODES, update=Gradient())
+    layer = ImplicitVQ(DIM, CODES, MLP(4), table=owner.table)
+    assert layer.codebooks() == owner.codebooks()
+    assert not any(name.startswith("table") for name in layer.state_dict())
+    assert torch.equal(layer.codebook, owner.codebook)
+    for wrong in (VectorQuantize(DIM, CODES), VectorQuantize(DIM, CODES + 1, update=Gradient())):
+        with pytest.raises(ValueError, match=r"^table"):
+            ImplicitVQ(DIM, CODES, MLP(4), table=wrong.table)
+    with pytest.raises(ValueError, match="table is given together"):
+        ImplicitVQ(DIM, CODES, MLP(4), table=owner.table, dead_codes=DeadCodes(1.0))
+
+
+def test_per_call_options_that_mean_nothing_are_refused(layer):
+    with pytest.raises(ValueError, match=r"temperature = 0\.5: must be None with assignment"):
+        layer.quantize(vectors(), temperature=0.5)
+    layer.assignment = Gumbel()
+    with pytest.raises(ValueError, match=r"temperature = -1\.0"):
+        layer.quantize(vectors(), temperature=-1.0)
+    with pytest.raises(ValueError, match="where indices are given"):
+        layer.quantize(vectors(), temperature=0.5, indices=torch.zeros(4, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="targets holds 7"):
+        layer.quantize(vectors(), targets=torch.full((4, 6), CODES))

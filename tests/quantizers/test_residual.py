@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from thread_ranks import in_ranks
+from vqkit.dist import LocalReducer
 from vqkit.ops.codebook import merge_statistics
 from vqkit.quantizers import (
     EMA,
@@ -23,6 +25,7 @@ from vqkit.quantizers import (
     Quantizer,
     Residual,
     ResidualVQ,
+    Softmax,
     VectorQuantize,
     update_codebooks_,
 )
@@ -44,6 +47,8 @@ FAMILY = {
     "layers": {"estimate": "layers", "gradient_fraction": 0.5},
     "implicit": {"implicit": MLP(8, 2)},
     "implicit beam": {"implicit": MLP(8, 2), "beam": BeamSearch(3)},
+    "implicit shared": {"implicit": MLP(8, 2), "shared_codebook": True, "dead_codes": DeadCodes(1.0)},
+    "implicit drawn": {"implicit": MLP(8, 2), "assignment": Gumbel(0.5, "reinmax")},
     "dead codes": {"dead_codes": DeadCodes(1.0), "shared_codebook": True},
     "first": {"layout": "first", "codebook_dim": 4},
 }
@@ -566,7 +571,7 @@ def test_targets_give_the_cross_entropy_of_every_layer():
 # The start
 
 
-@pytest.mark.parametrize("name", ["plain", "shared", "projected", "sizes", "implicit"])
+@pytest.mark.parametrize("name", ["plain", "shared", "projected", "sizes", "implicit", "implicit shared"])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_kmeans_starts_every_layer_where_its_residuals_are(name, by_name):
     module = build(**{"codebook_size": 16, **FAMILY[name], "init": KMeans()})
@@ -583,7 +588,242 @@ def test_kmeans_starts_every_layer_where_its_residuals_are(name, by_name):
     layers = module.decode_layers(module.encode(x))
     left = [vectors_in.square().mean()] + [(vectors_in - layers[: i + 1].sum(0)).square().mean() for i in range(LAYERS)]
     steps = list(itertools.pairwise(left))
-    assert all(after < before for before, after in (steps[:1] if name == "shared" and not by_name else steps))
+    assert all(after < before for before, after in steps)
+
+
+def residuals(module, x):
+    """What each layer sees of x, greedily: [Q, P..., d]."""
+    layers = module.decode_layers(module.encode(x))
+    return [x - layers[:i].sum(0) for i in range(LAYERS)]
+
+
+def test_a_start_is_the_kmeans_of_each_residual():
+    x = vectors(4, 32)
+    by_itself, by_name, by_hand = (build(codebook_size=16, init=KMeans(), commit="manual") for _ in range(3))
+    by_itself(x)
+    by_name.initialize_(x)
+    residual = x
+    for number, layer in enumerate(by_hand.layers):
+        layer.initialize_(residual, seed=number)
+        residual = residual - layer.decode(layer.encode(residual))
+    torch.testing.assert_close(by_name.codebook, by_hand.codebook, rtol=0, atol=0)
+    for module in (by_itself, by_name):
+        for layer, seen in zip(module.layers, residuals(module, x), strict=True):
+            means = torch.stack([seen[layer.encode(seen) == code].mean(0) for code in layer.encode(seen).unique()])
+            assert torch.cdist(layer.codebook, means).min(1).values.median() < 0.05
+
+
+@pytest.mark.parametrize("implicit", [None, MLP(4)])
+def test_a_shared_codebook_starts_at_what_all_its_uses_see(implicit):
+    x = vectors(4, 64)
+    mask = torch.rand(4, 64) < 0.8
+    modules = {
+        name: build(codebook_size=16, shared_codebook=True, init=KMeans(), implicit=implicit) for name in ("itself", "name", "first")
+    }
+    modules["itself"](x.masked_fill(~mask.unsqueeze(-1), 50.0), mask)
+    modules["name"].initialize_(x, mask)
+    modules["first"].layers[0].initialize_(x, mask)
+    left = {}
+    for name, module in modules.items():
+        layers = module.eval().decode_layers(module.encode(x))
+        left[name] = (x - layers.sum(0))[mask].square().mean()
+    assert left["itself"] < 0.9 * left["first"]
+    torch.testing.assert_close(left["itself"], left["name"], rtol=0.1, atol=0)
+
+
+def test_a_shared_start_waits_for_vectors_and_happens_once():
+    module = build(shared_codebook=True, init=KMeans(), commit="manual")
+    x = vectors(4, 32)
+    out = module(x, torch.zeros(4, 32, dtype=torch.bool))
+    assert not module.codebooks()[0].initialized
+    assert (out.indices == -1).all()
+    for frozen_or_eval in ({"freeze_codebook": True}, {}):
+        module.train(bool(frozen_or_eval))
+        with pytest.raises(ValueError, match="waits for its k-means start"):
+            module(x, **frozen_or_eval)
+    module.train()
+    out = module(x)
+    codes = module.codebook.clone()
+    torch.testing.assert_close(out.quantized, module.decode(out.indices), rtol=0, atol=1e-6)
+    module(vectors(4, 32, seed=9))
+    assert torch.equal(module.codebook, codes)
+
+
+@pytest.mark.parametrize("name", ["plain", "shared", "implicit"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_processes_start_from_the_vectors_of_all(name, by_name):
+    x = vectors(4, 32)
+    x[3] += 6.0  # one process has what no other has
+    shares = [x[:3], x[3:]]
+
+    def start(module, share, reducer):
+        if by_name:
+            module.initialize_(share, reducer=reducer)
+        else:
+            module.reducer = reducer
+            module(share)
+        return module.eval()
+
+    torch.manual_seed(0)
+    template = build(**{"codebook_size": 16, **FAMILY[name], "init": KMeans(), "commit": "manual"})
+    modules = [copy.deepcopy(template) for _ in shares]
+    ranks = in_ranks(len(shares), lambda reducer: start(modules[reducer.rank], shares[reducer.rank], reducer))
+    codes = [[book.codes() for book in rank.codebooks()] for rank in ranks]
+    torch.testing.assert_close(codes[0], codes[1], rtol=0, atol=0)
+    one, all_of_them = (start(copy.deepcopy(template), part, LocalReducer()) for part in (shares[0], x))
+    found, partly, wholly = (error(module, x, module.encode(x)).mean() for module in (ranks[0], one, all_of_them))
+    assert (found - wholly).abs() < 0.1 * (partly - wholly)  # k-means ends where it started from, a little
+
+
+def test_layers_that_dropout_cuts_off_start_when_they_take_part():
+    module = build(init=KMeans(), quantize_dropout=QuantizeDropout(seed=2), commit="manual")
+    for commits in range(12):
+        module(vectors())
+        started = [layer.table.initialized for layer in module.layers]
+        deepest = max(dropout_depth(QuantizeDropout(seed=2), i, LAYERS) for i in range(commits + 1))
+        assert started == [i < deepest for i in range(LAYERS)]
+        update_codebooks_(module)
+    assert all(started)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"indices": torch.tensor([0, 0, CODES]).expand(3, 10, 3)},
+        {"targets": torch.tensor([0, 0, CODES]).expand(3, 10, 3)},
+        {"temperature": 0.5},
+        {"top_k": 2},
+    ],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_call_that_raises_starts_nothing(options, shared):
+    module = build(init=KMeans(), shared_codebook=shared)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises((ValueError, TypeError), match=next(iter(options))):
+        module(vectors(), **options)
+    torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
+
+
+# Options of a call
+
+
+def test_weights_reach_every_layer():
+    module = build(commit="manual")
+    x, weights = vectors(), torch.rand(3, 10)
+    found = module.quantize(x, weights=weights)
+    for entry in found.statistics:
+        torch.testing.assert_close(entry.count.sum(), weights.sum())
+    doubled = module.quantize(x, weights=lambda rows, indices: torch.full(indices.shape, 2.0) + 0 * rows[..., 0])
+    torch.testing.assert_close(doubled.statistics[2].count, 2 * module.quantize(x).statistics[2].count)
+    with pytest.raises(TypeError, match="weights: is no option of part 1, a ImplicitVQ"):
+        build(implicit=MLP(4))(x, weights=weights)
+
+
+@pytest.mark.parametrize("implicit", [None, MLP(4)])
+def test_temperature_reaches_every_layer(implicit):
+    module = build(assignment=Gumbel(1.0), implicit=implicit)
+    x = vectors()
+    assert torch.equal(module.quantize(x, temperature=0.0).indices, module.encode(x))
+    drawn = module.quantize(x, temperature=100.0).indices != module.encode(x)
+    assert drawn.flatten(0, 1).any(0).all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_targets_of_implicit_layers(shared):
+    module = build(implicit=MLP(8), shared_codebook=shared)
+    x = vectors()
+    targets = torch.randint(CODES, (3, 10, LAYERS))
+    found = module.quantize(x, targets=targets)
+    residual = x
+    for i, layer in enumerate(module.layers):
+        logits = -torch.cdist(residual.detach(), layer.codebook)  # at the start the network is the identity in the code
+        torch.testing.assert_close(found.losses[f"cross_entropy/{i}"], F.cross_entropy(logits.flatten(0, 1), targets[..., i].flatten()))
+        residual = residual - module.decode_layers(found.indices)[i]
+    module(x, targets=targets).loss.backward()
+    assert all(layer.network.join.weight.grad.any() for layer in list(module.layers)[1:])
+
+
+def test_implicit_layers_share_one_base_and_have_networks_of_their_own():
+    module = build(implicit=MLP(8), shared_codebook=True, commit="manual")
+    assert len(module.codebooks()) == 1
+    assert len(module.layers) == LAYERS
+    assert [key for key in module.state_dict() if key.endswith("table.weight")] == ["layers.0.table.weight"]
+    assert module.codebook.shape == (CODES, DIM)
+    found = module.quantize(vectors())
+    counts = sum(F.one_hot(found.indices[..., i], CODES).flatten(0, 1).sum(0) for i in range(LAYERS))
+    torch.testing.assert_close(found.statistics[0].count.squeeze(0), counts, check_dtype=False)
+    sum(found.losses.values()).backward()
+    alone = build(implicit=MLP(8))
+    alone.codebook = module.codebook.detach().expand(LAYERS, -1, -1)
+    sum(alone.quantize(vectors()).losses.values()).backward()
+    grads = [layer.table.weight.grad for layer in alone.layers]
+    torch.testing.assert_close(module.layers[0].table.weight.grad, sum(grads))
+    twin = copy.deepcopy(module)
+    twin.codebook = torch.zeros(CODES, DIM)
+    assert not twin.layers[2].codebook.any()
+    assert module.layers[2].codebook.any()
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_the_synchronous_rule_adds_to_the_codes_of_all_layers(estimator):
+    module = build(update=Gradient(), estimator=estimator, sync_update=0.25)
+    x, cotangent = vectors(), torch.randn(3, 10, DIM)
+    found = module.quantize(x)
+    (found.quantized * cotangent).sum().backward()
+    for i, layer in enumerate(module.layers):
+        expected = torch.zeros(CODES, DIM).index_add(0, found.indices[..., i].flatten(), 0.25 * cotangent.flatten(0, 1))
+        torch.testing.assert_close(layer.table.weight.grad.squeeze(0), expected)
+    plain = build(update=Gradient(), estimator=estimator)
+    plain.codebook = module.codebook.detach()
+    assert torch.equal(gradient(module, x, cotangent), gradient(plain, x, cotangent))
+
+
+@pytest.mark.parametrize("options", [{}, {"estimate": "layers"}, {"update": Gradient()}, {"codebook_dim": 4}])
+def test_the_gradient_to_the_input_can_be_switched_off(options):
+    module = build(input_gradient=False, **options)
+    x = vectors().requires_grad_()
+    out = module(x)
+    if out.quantized.requires_grad or out.loss.requires_grad:
+        (out.quantized.sum() + out.loss).backward()
+    assert x.grad is None or not x.grad.any()
+    if "codebook_dim" in options:
+        assert module.project_in.weight.grad.any()
+
+
+@pytest.mark.parametrize("assignment", [Gumbel(0.5, "straight_through"), Softmax(0.5)])
+def test_the_gradient_of_a_softmax_comes_from_the_layers(assignment):
+    cotangent = torch.randn(3, 10, DIM)
+    torch.manual_seed(0)
+    module = build(assignment=assignment)
+    assert module.estimator == "layers"
+    torch.manual_seed(1)
+    own = gradient(module, vectors(), cotangent)
+    torch.manual_seed(1)
+    x = vectors().requires_grad_()
+    residual, total = x, 0.0
+    for layer in module.layers:
+        output = layer.quantize(residual).quantized
+        residual, total = residual - output.detach(), total + output
+    (total * cotangent).sum().backward()
+    torch.testing.assert_close(own, x.grad)
+    assert build(assignment=Gumbel(0.5)).estimator == "rotation"
+
+
+@pytest.mark.parametrize("name", ["plain", "beam", "implicit", "dropout"])
+def test_lengths_are_a_mask_in_every_layout(name):
+    for layout, shape in (("last", (3, 5, DIM)), ("first", (3, DIM, 5)), ("first", (3, DIM, 5, 2)), ("last", (3, 5, 2, DIM))):
+        module = build(**{**FAMILY[name], "layout": layout}).eval()
+        x = torch.randn(shape)
+        lengths = torch.tensor([5, 2, 0])
+        mask = torch.arange(5) < lengths.unsqueeze(-1)
+        if len(shape) == 4:
+            mask = mask.unsqueeze(-1).expand(3, 5, 2)
+        found = module.quantize(x, lengths=lengths)
+        assert torch.equal(found.indices, module.quantize(x, mask).indices)
+        assert torch.equal(found.indices, module.encode(x, lengths=lengths))
+        assert torch.equal(found.indices >= 0, mask.unsqueeze(-1).expand_as(found.indices))
+        rows = found.quantized.movedim(1, -1) if layout == "first" else found.quantized
+        assert not rows[~mask].any()
 
 
 # Anything may be a layer
@@ -670,8 +910,14 @@ def test_compiled_is_eager(name):
         ({"codebook_size": (4, 4)}, "num_quantizers = 3"),
         ({"codebook_size": (), "num_quantizers": None}, "codebook_size = "),
         ({"codebook_size": (4, 4, 5), "shared_codebook": True}, "codebook_size = "),
-        ({"shared_codebook": True, "implicit": MLP(4)}, "shared_codebook = True"),
         ({"implicit": MLP(4), "update": EMA()}, "update = EMA"),
+        ({"implicit": MLP(4), "update": EMA(), "shared_codebook": True}, "update = EMA"),
+        ({"implicit": MLP(4), "metric": "cosine"}, "metric = 'cosine': must be 'euclidean' with implicit codebooks"),
+        ({"implicit": MLP(4), "heads": 2}, "heads = 2: must be 1 with implicit codebooks"),
+        ({"implicit": MLP(4), "separate_heads": True}, "separate_heads = True"),
+        ({"assignment": Gumbel(estimator="reinmax"), "estimate": "sum"}, 'estimate = "sum": must be "layers"'),
+        ({"sync_update": 0.5}, "sync_update = 0.5: must be 0 unless the codes learn"),
+        ({"sync_update": 1.5, "update": Gradient()}, "sync_update = 1.5"),
         ({"estimate": "all"}, "estimate = 'all'"),
         ({"estimator": "reinmax"}, "estimator = 'reinmax'"),
         ({"masked": "one"}, "masked = 'one'"),
@@ -704,6 +950,16 @@ def test_misspelled_options_are_refused():
         (lambda m: m(vectors(), torch.ones(3, 10)), TypeError, "mask is torch.float32"),
         (lambda m: m(vectors(), depth=0), ValueError, "depth = 0"),
         (lambda m: m(vectors(), depth=4), ValueError, "depth = 4"),
+        (lambda m: m(vectors(), top_k=2), TypeError, "top_k: is no option"),
+        (lambda m: m(vectors(), partial=vectors()), TypeError, "partial: is no option"),
+        (lambda m: m(vectors(), temperature=0.5), ValueError, "temperature = 0.5"),
+        (lambda m: m(vectors(), weights=torch.ones(3, 9)), ValueError, "weights has shape"),
+        (lambda m: m(vectors(), lengths=torch.tensor([1, 2])), ValueError, "lengths has shape"),
+        (lambda m: m(vectors(), torch.ones(3, 10, dtype=torch.bool), lengths=torch.ones(3).long()), ValueError, "mask and lengths"),
+        (lambda m: m(vectors()[0, 0]), ValueError, "x has shape"),
+        (lambda m: m(vectors(), beam_size=2, indices=torch.zeros(3, 10, 3, dtype=torch.int64)), ValueError, "beam_size = 2"),
+        (lambda m: m(vectors(), targets=torch.full((3, 10, 3), CODES)), ValueError, "targets holds 8"),
+        (lambda m: m.encode(vectors(), depth=9), ValueError, "depth = 9"),
         (lambda m: m(vectors(), beam_size=0), ValueError, "beam_size = 0"),
         (lambda m: m(vectors(), indices=torch.zeros(3, 10, 2, dtype=torch.int64)), ValueError, "indices has shape"),
         (lambda m: m(vectors(), indices=torch.zeros(3, 10, 3)), TypeError, "indices is torch.float32"),

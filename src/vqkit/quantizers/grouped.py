@@ -5,7 +5,7 @@ Shapes: P positions of the input, D width of the input, G groups, Q layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,10 @@ from vqkit.quantizers.config import Commit
 from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, width_back, width_last
 from vqkit.quantizers.residual import (
     ResidualVQ,
+    call_options,
+    check_options,
     check_parts,
+    check_path,
     codebook_slots,
     gather_statistics,
     joined_codebook,
@@ -45,6 +48,7 @@ class Grouped(Quantizer):
         self.parts = nn.ModuleList(dict.fromkeys(parts))
         self._order = [list(self.parts).index(part) for part in parts]
         self._slots = codebook_slots(parts)
+        self._options = call_options(parts)
         self.widths: tuple[int, ...] = tuple(part.dim for part in self._each())
         self.dim = sum(self.widths)
         self.layout = layout
@@ -106,16 +110,27 @@ class Grouped(Quantizer):
     ) -> Quantized:
         """x [B, ..., D] or, with layout "first", [B, D, ...]; mask [P...] bool or lengths [B].
 
-        `indices` and `targets` [P..., G, ...] mean what they mean to the parts, which must know them and all other options.
+        `indices` and `targets` [P..., G, ...] mean what they mean to the parts, and so do all other options, which every part must know:
+        of `ResidualVQ`, `depth`, `beam_size`, `temperature` and `weights` [P...].
         """
         rows = self._rows(x)
         positions = rows.shape[:-1]
         counted = position_mask(positions, mask, lengths)
-        given = {"indices": indices, "targets": targets}
-        paths = {name: self._split(name, path, len(positions)) for name, path in given.items() if path is not None}
+        given = {name: path for name, path in (("indices", indices), ("targets", targets)) if path is not None}
+        for name, path in given.items():
+            check_path(name, path, positions, self.code_shape, self.codebook_sizes)
+        check_options((*given, *options), self._options, type(self).__name__)
+        pieces = rows.split(self.widths, dim=-1)
+        self._start_shared(pieces, counted, options)
         found = [
-            part.quantize(piece, counted, freeze_codebook=freeze_codebook, **{name: path[g] for name, path in paths.items()}, **options)
-            for g, (part, piece) in enumerate(zip(self._each(), rows.split(self.widths, dim=-1), strict=True))
+            part.quantize(
+                piece,
+                counted,
+                freeze_codebook=freeze_codebook,
+                **{name: path.select(len(positions), g) for name, path in given.items()},
+                **options,
+            )
+            for g, (part, piece) in enumerate(zip(self._each(), pieces, strict=True))
         ]
         return Quantized(
             width_back(torch.cat([part.quantized for part in found], dim=-1), self.layout),
@@ -152,7 +167,7 @@ class Grouped(Quantizer):
         """The part of each group, of indices that have so many axes of positions."""
         if not is_integer(path):
             raise TypeError(f"{name} is {path.dtype}: must be an integer type")
-        if axis < 0 or path.dim() <= axis or path.shape[axis] != self.groups:
+        if axis < 0 or path.shape[axis] != self.groups:
             raise ValueError(f"{name} has shape {tuple(path.shape)}: must be [positions, {', '.join(map(str, self.code_shape))}]")
         return path.unbind(axis)
 
@@ -176,6 +191,15 @@ class Grouped(Quantizer):
         for g, (part, pieces) in enumerate(seen.items()):
             if part.codebooks():
                 part.initialize_(torch.cat(pieces), kept.repeat(len(pieces)), seed=seed + g, reducer=reducer)
+
+    @torch.no_grad()
+    def _start_shared(self, pieces: Sequence[Tensor], counted: Tensor | None, options: dict[str, Any]) -> None:
+        """Before a training forward: a shared part that waits for k-means starts at what all its uses see."""
+        parts: Iterable[Any] = self.parts
+        for number, part in enumerate(parts):
+            uses = [piece for piece, own in zip(pieces, self._order, strict=True) if own == number]
+            if len(uses) > 1 and not all(codebook.initialized for codebook in unique_codebooks([part])):
+                part.quantize(torch.cat(uses), None if counted is None else torch.cat([counted] * len(uses)), **options)
 
 
 class GroupedResidualVQ(Grouped):
@@ -201,3 +225,8 @@ class GroupedResidualVQ(Grouped):
             raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
         parts = [ResidualVQ(dim // groups, codebook_size, num_quantizers, masked=masked, **options) for _ in range(groups)]
         super().__init__(parts, layout=layout, commit=commit)
+
+    def decode_layers(self, indices: Tensor) -> Tensor:
+        """indices [P..., G, L] of the first L <= Q layers -> the codes of each [G, L, P..., d], before the output projections."""
+        pieces = self._split("indices", indices, indices.dim() - len(self.code_shape))
+        return torch.stack([part.decode_layers(own) for part, own in zip(self._each(), pieces, strict=True)])

@@ -2,39 +2,82 @@
 
 A small network turns each code of a base codebook into one for the vector at hand, given the partial reconstruction of that vector. So
 every vector has a codebook of its own, which is built in chunks of vectors, searched, and forgotten; only the chosen code is computed
-once more, with a gradient.
+once more, with a gradient. What needs a softmax over all codes (a cross-entropy, a diversity, a draw) computes its chunks again in the
+backward.
 
-Shapes: N vectors, C codes, D width, P nearest codes asked for.
+Shapes: N vectors, C codes, D width, P nearest codes asked for, R vectors of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqkit.dist import Reducer
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
-from vqkit.ops.losses import mean_commitment_loss
+from vqkit.ops.losses import mean_commitment_loss, orthogonality_loss
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
-from vqkit.quantizers.config import MLP, Commit, Commitment, DeadCodes, DiVeQ, Estimator, Gradient, Init, check_choice
+from vqkit.quantizers.config import (
+    MLP,
+    Affine,
+    Assignment,
+    Commit,
+    Commitment,
+    CrossEntropyCommitment,
+    DeadCodes,
+    DiVeQ,
+    Diversity,
+    Estimator,
+    Frozen,
+    Gradient,
+    Gumbel,
+    Init,
+    Loss,
+    Orthogonality,
+    Softmax,
+    check_choice,
+)
 from vqkit.quantizers.layout import check_indices, position_mask, width_last
 
 _ELEMENTS = 2**22
 """About how many numbers one table of codes may hold."""
 
+_LOSS_NAMES: dict[type, str] = {
+    Commitment: "commitment",
+    CrossEntropyCommitment: "cross_entropy_commitment",
+    Orthogonality: "orthogonality",
+    Diversity: "diversity",
+}
+
+
+class _Given(NamedTuple):
+    """An input, ready to have codes assigned."""
+
+    vectors: Tensor  # [N, D] float32 or wider; 0 where not kept
+    partial: Tensor  # [N, D] of that dtype
+    mask: Tensor | None  # [N] bool, those that count
+    kept: Tensor  # [N] bool, those of them that are finite
+    positions: torch.Size
+
 
 class ImplicitVQ(Quantizer):
     """A layer of `Residual` whose codes are those of a base codebook after a network that also sees the partial reconstruction.
 
-    Codes and network learn by the optimizer of the model: from the loss "codebook", the mean squared distance of the codes to their
-    vectors, which are constants there, of weight 1; `losses` may weigh the commitment of the vectors. Called on its own the partial
-    reconstruction is zero. Other arguments as for `VectorQuantize`.
+    Codes and network learn by the optimizer of the model (with update=Frozen() the network alone), from the losses as in a
+    `VectorQuantize` with update=Gradient(). Called on its own the partial reconstruction is zero. `table` is the codebook of another
+    layer of the same `Residual`, to be shared: it belongs to that layer, and so do the choices about it. Arguments as for
+    `VectorQuantize`.
+
+    There are no heads, no cosine metric (a code that a network makes has no fixed length), no other update (the codes are not where
+    the vectors are), no layout, projection and pass-through of masked vectors (`Residual` has these) and no weights of vectors, in which
+    only moving averages differ. Raises ValueError for choices that contradict each other.
     """
 
     def __init__(
@@ -43,28 +86,44 @@ class ImplicitVQ(Quantizer):
         codebook_size: int,
         network: MLP,
         *,
+        table: Codebook | None = None,
+        assignment: Assignment = "nearest",
         estimator: Estimator = "rotation",
+        update: Gradient | Frozen | None = None,
         init: Init = "uniform",
         dead_codes: DeadCodes | None = None,
-        update: Gradient | None = None,
-        losses: Sequence[Commitment] = (Commitment(),),
+        transform: str | MLP | nn.Module | None = None,
+        affine: Affine | None = None,
+        losses: Sequence[Loss] = (Commitment(),),
+        sync_update: float = 0.0,
         commit: Commit = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        update = Gradient() if update is None else update
-        if not isinstance(update, Gradient):
-            raise ValueError(f"update = {update}: must be Gradient(), as codes behind a network learn")
-        if not all(isinstance(loss, Commitment) for loss in losses) or len(losses) > 1:
-            raise ValueError(f"losses = {tuple(losses)}: must be () or one Commitment")
+        if not isinstance(assignment, Gumbel | Softmax):
+            check_choice("assignment", assignment, ("nearest",))
         check_estimator(estimator)
-        self.dim, self.codebook_size, self.estimator, self.losses = dim, codebook_size, estimator, tuple(losses)
-        self.table = Codebook(1, codebook_size, dim, update=update, init=init, dead_codes=dead_codes, device=device)
+        check_sync_update(sync_update)
+        _check_losses(losses)
+        self.dim, self.codebook_size = dim, codebook_size
+        self.assignment, self.estimator, self.losses, self.sync_update = assignment, estimator, tuple(losses), sync_update
+        if table is None:
+            update = Gradient() if update is None else update
+            if not isinstance(update, Gradient | Frozen):
+                raise ValueError(
+                    f"update = {update}: must be Gradient() or Frozen(), as codes behind a network learn by gradient or not at all"
+                )
+            self.table = Codebook(
+                1, codebook_size, dim, update=update, init=init, dead_codes=dead_codes, transform=transform, affine=affine, device=device
+            )
+        else:
+            _check_table(table, codebook_size, dim, update, init, dead_codes, transform, affine)
+            object.__setattr__(self, "table", table)  # no module of this one, so that it is stored once, with its owner
         self.network = ConditionalCodes(dim, network.hidden, network.depth, device=device)
         self.commit = commit
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, codebook_size={self.codebook_size}, estimator={self.estimator!r}"
+        return f"dim={self.dim}, codebook_size={self.codebook_size}, assignment={self.assignment!r}, estimator={self.estimator!r}"
 
     def codebooks(self) -> list[Codebook]:
         return [self.table]
@@ -79,7 +138,7 @@ class ImplicitVQ(Quantizer):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        return {"codebook": 1.0} | ({"commitment": self.losses[0].weight} if self.losses else {})
+        return {_LOSS_NAMES[type(loss)]: loss.weight for loss in self.losses} | {"cross_entropy": 1.0}
 
     @property
     def codebook(self) -> Tensor:
@@ -92,6 +151,8 @@ class ImplicitVQ(Quantizer):
             raise ValueError(f"codebook has shape {tuple(codes.shape)}: must be {(self.codebook_size, self.dim)}")
         self.table.codebook = codes.unsqueeze(0)
 
+    # Quantizing
+
     def quantize(
         self,
         x: Tensor,
@@ -100,37 +161,26 @@ class ImplicitVQ(Quantizer):
         partial: Tensor | None = None,
         freeze_codebook: bool = False,
         indices: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float | None = None,
     ) -> Quantized:
-        """x [B, ..., D], mask [B, ...] bool, `partial` the partial reconstruction of the shape of x; `indices` instead of the nearest."""
-        rows = width_last(x, self.dim, "last")
-        positions = rows.shape[:-1]
-        counted = position_mask(positions, mask, None)
-        wide = rows.to(torch.promote_types(x.dtype, self.table.dtype))
-        partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype)
-        _check_partial(partial, wide)
-        flat = wide.reshape(positions.numel(), self.dim)
-        self.table.start_(flat.unsqueeze(0), None if counted is None else counted.reshape(-1))
-        if indices is None:
-            indices = self._nearest(flat, partial.reshape(flat.shape), 1)[0].reshape(positions)
-        else:
-            check_indices("indices", indices, self.codebook_size, positions)
-            indices = torch.where(wide.detach().isfinite().all(-1), indices, -1)
-        if counted is not None:
-            indices = torch.where(counted, indices, -1)
-        known = indices >= 0
-        codes = self.decode(indices, partial=partial.where(known.unsqueeze(-1), 0.0)).to(wide.dtype)
-        if freeze_codebook:
-            codes = codes.detach()
-        wide = wide.where(known.unsqueeze(-1), 0.0)
-        losses = {"codebook": mean_commitment_loss(codes, wide, known)}
-        if self.losses:
-            losses["commitment"] = mean_commitment_loss(wide, codes, known)
-        statistics = None
-        if self.training and not freeze_codebook:
-            chosen = codes.detach().reshape(1, *flat.shape)
-            kept = None if counted is None else counted.reshape(-1)
-            statistics = (self.table.statistics(flat.unsqueeze(0), indices.reshape(1, -1), mask=kept, quantized=chosen),)
-        return Quantized(pass_gradient(self.estimator, wide, codes, self.training).to(x.dtype), indices, losses, statistics)
+        """x [B, ..., D], mask [B, ...] bool, `partial` the partial reconstruction of the shape of x; other options as `VectorQuantize`."""
+        self._check_temperature(temperature, indices)
+        given = self._read(x, mask, partial)
+        own, labels = (self._flat_indices(*named, given.positions) for named in (("indices", indices), ("targets", targets)))
+        self.table.start_(given.vectors.unsqueeze(0), given.kept)
+        codes = _Codes(self.network, self.table.codes().squeeze(0).to(given.vectors.dtype), frozen=freeze_codebook)
+        found, chosen, soft = self._choose(given, codes, own, temperature)
+        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, given, codes, found, chosen) for loss in self.losses}
+        if labels is not None:
+            losses["cross_entropy"] = _mean_cross_entropy(codes, given, labels.where(found >= 0, -1))
+        counted = self.training and not freeze_codebook
+        statistics = (self._statistics(given, found, chosen, own),) if counted else None
+        output = chosen if soft else pass_gradient(self.estimator, given.vectors, chosen, self.training)
+        if self.sync_update > 0:
+            output = output + self.sync_update * (chosen - chosen.detach())
+        output = output.where((found >= 0).unsqueeze(-1), 0.0)
+        return Quantized(output.reshape(x.shape).to(x.dtype), found.reshape(given.positions), losses, statistics)
 
     def nearest(self, x: Tensor, num: int, *, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The nearest codes of x [N, D], given its partial reconstruction [N, D]: indices [N, P] and codes [N, P, D]; P = min(num, C)."""
@@ -142,12 +192,9 @@ class ImplicitVQ(Quantizer):
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, partial: Tensor | None = None) -> Tensor:
         """x [B, ..., D], `partial` of its shape -> indices [B, ...]."""
-        rows = width_last(x, self.dim, "last")
-        counted = position_mask(rows.shape[:-1], mask, None)
-        wide = rows.to(torch.promote_types(x.dtype, self.table.dtype)).reshape(-1, self.dim)
-        partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype).reshape(wide.shape)
-        indices = self._nearest(wide, partial, 1)[0].reshape(rows.shape[:-1])
-        return indices if counted is None else torch.where(counted, indices, -1)
+        given = self._read(x, mask, partial)
+        indices = self._nearest(given.vectors, given.partial, 1)[0].squeeze(-1)
+        return indices.where(given.kept, -1).reshape(given.positions)
 
     def decode(self, indices: Tensor, *, partial: Tensor | None = None) -> Tensor:
         """indices [B, ...], `partial` [B, ..., D] -> codes [B, ..., D]; -1 gives zeros."""
@@ -165,10 +212,99 @@ class ImplicitVQ(Quantizer):
     @torch.no_grad()
     def initialize_(self, x: Tensor, mask: Tensor | None = None, *, seed: int = 0, reducer: Reducer | None = None) -> None:
         """Set the base codebook to the k-means of x [B, ..., D]."""
+        given = self._read(x, mask, None)
+        self.table.initialize_(given.vectors.unsqueeze(0), given.kept, seed=seed, reducer=reducer)
+
+    # Steps of `quantize`
+
+    def _read(self, x: Tensor, mask: Tensor | None, partial: Tensor | None) -> _Given:
         rows = width_last(x, self.dim, "last")
-        counted = position_mask(rows.shape[:-1], mask, None)
-        kept = None if counted is None else counted.reshape(-1)
-        self.table.initialize_(rows.reshape(1, -1, self.dim), kept, seed=seed, reducer=reducer)
+        positions = rows.shape[:-1]
+        counted = position_mask(positions, mask, None)
+        wide = rows.to(torch.promote_types(x.dtype, self.table.dtype))
+        partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype)
+        _check_partial(partial, wide)
+        kept = (wide.isfinite() & partial.isfinite()).all(-1)
+        kept = kept if counted is None else kept & counted
+        vectors, partial = (values.where(kept.unsqueeze(-1), 0.0).reshape(-1, self.dim) for values in (wide, partial))
+        return _Given(vectors, partial, None if counted is None else counted.reshape(-1), kept.reshape(-1), positions)
+
+    def _flat_indices(self, name: str, indices: Tensor | None, positions: torch.Size) -> Tensor | None:
+        if indices is None:
+            return None
+        check_indices(name, indices, self.codebook_size, positions)
+        return indices.to(torch.int64).reshape(-1)
+
+    def _choose(self, given: _Given, codes: _Codes, indices: Tensor | None, temperature: float | None) -> tuple[Tensor, Tensor, bool]:
+        """The index [N] and the code [N, D] of each vector, and whether the gradient of the choice is in the code already."""
+        if isinstance(self.assignment, Gumbel | Softmax) and self.training and indices is None:
+            temperature = self.assignment.temperature if temperature is None else temperature
+            if temperature > 0:
+                indices, drawn = codes.draw(given.vectors, given.partial, self.assignment, temperature)
+                soft = self.assignment.estimator is not None
+                return indices.where(given.kept, -1), drawn.where(given.kept.unsqueeze(-1), 0.0), soft
+        if indices is None:
+            indices = nearest_implicit(self.network, given.vectors, given.partial, codes.base)[0].squeeze(-1)
+        indices = indices.where(given.kept, -1)
+        return indices, codes.of(indices, given.partial), False
+
+    def _loss(self, loss: Loss, given: _Given, codes: _Codes, indices: Tensor, chosen: Tensor) -> Tensor:
+        known = indices >= 0
+        if isinstance(loss, Commitment):
+            own = codes.of(indices, given.partial)
+            value = mean_commitment_loss(given.vectors, own, known)
+            pull = mean_commitment_loss(own, given.vectors, known)
+            return value + (pull - pull.detach())
+        if isinstance(loss, CrossEntropyCommitment):
+            return _mean_cross_entropy(codes, given, indices)
+        if isinstance(loss, Diversity):
+            mean = codes.mean_softmax(given.vectors, given.partial, known, loss.temperature)
+            return torch.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum()
+        noise = None if self.training else torch.zeros_like(codes.base[:, 0])  # evaluation draws nothing
+        active = _active(indices, self.codebook_size) if loss.active_only else None
+        return orthogonality_loss(codes.base, active, max_codes=loss.max_codes, noise=noise)
+
+    def _statistics(self, given: _Given, indices: Tensor, chosen: Tensor, own: Tensor | None) -> Any:
+        mask = given.mask
+        if own is not None:
+            mask = own >= 0 if mask is None else mask & (own >= 0)
+        # What is not kept stands as 0 in the vectors; NaN is what the statistics count as not finite.
+        vectors = given.vectors.detach().where(given.kept.unsqueeze(-1), torch.nan)
+        return self.table.statistics(vectors.unsqueeze(0), indices.unsqueeze(0), mask=mask, quantized=chosen.detach().unsqueeze(0))
+
+    def _check_temperature(self, temperature: float | None, indices: Tensor | None) -> None:
+        if temperature is None:
+            return
+        if not isinstance(self.assignment, Gumbel | Softmax):
+            raise ValueError(f'temperature = {temperature}: must be None with assignment = "nearest", which has no softmax')
+        if not temperature >= 0:
+            raise ValueError(f"temperature = {temperature}: must be 0 (the nearest code) or positive")
+        if indices is not None:
+            raise ValueError(f"temperature = {temperature}: must be None where indices are given, as nothing is drawn")
+
+
+def _check_losses(losses: Sequence[Loss]) -> None:
+    kinds = [type(loss) for loss in losses]
+    for loss in losses:
+        if type(loss) not in _LOSS_NAMES:
+            raise TypeError(f"losses holds {loss!r}: must be of {', '.join(kind.__name__ for kind in _LOSS_NAMES)}")
+        if kinds.count(type(loss)) > 1:
+            raise ValueError(f"losses holds several of {type(loss).__name__}: must be at most one of each kind")
+
+
+def _check_table(table: Codebook, size: int, dim: int, update: object, init: Init, *more: object) -> None:
+    if (table.heads, table.size, table.dim, table.metric) != (1, size, dim, "euclidean"):
+        raise ValueError(f"table is {table.extra_repr()}: must have one head, size={size}, dim={dim}, metric='euclidean'")
+    if not isinstance(table.update, Gradient | Frozen):
+        raise ValueError(f"table learns by {table.update}: must learn by Gradient() or be Frozen(), as codes behind a network")
+    if update is not None or init != "uniform" or any(choice is not None for choice in more):
+        raise ValueError("table is given together with update, init, dead_codes, transform or affine: must be left to its owner")
+
+
+def _active(indices: Tensor, codebook_size: int) -> Tensor:
+    """[C] bool: the codes that any of indices [N] chose."""
+    chosen = torch.zeros(codebook_size + 1, dtype=torch.bool, device=indices.device)
+    return chosen.scatter(0, indices.where(indices >= 0, codebook_size), True)[:-1]
 
 
 def _check_partial(partial: Tensor, like: Tensor) -> None:
@@ -187,6 +323,12 @@ def check_estimator(estimator: object, *more: str) -> None:
         check_choice("estimator", estimator, ("straight_through", "rotation", "none", *more))
 
 
+def check_sync_update(sync_update: float) -> None:
+    """Raise ValueError for what is no fraction."""
+    if not 0.0 <= sync_update <= 1.0:
+        raise ValueError(f"sync_update = {sync_update}: must be from 0 to 1")
+
+
 def pass_gradient(estimator: Estimator, x: Tensor, codes: Tensor, training: bool) -> Tensor:
     """`codes` in value, of the shape and dtype of x, with the gradient that the estimator says; noise only in training."""
     if estimator == "none":
@@ -196,6 +338,105 @@ def pass_gradient(estimator: Estimator, x: Tensor, codes: Tensor, training: bool
     if isinstance(estimator, DiVeQ) and training:
         return directional(x, codes, sigma2=estimator.sigma2)
     return straight_through(x, codes)
+
+
+# The codes of every vector
+
+
+class _Codes:
+    """What a network makes of `base` [C, D] for vectors [N, D] and their partial reconstructions [N, D]; constants if `frozen`.
+
+    A softmax is that of minus the distances over a temperature. Tables [R, C, D] are made in chunks and again in the backward.
+    """
+
+    def __init__(self, network: ConditionalCodes, base: Tensor, *, frozen: bool) -> None:
+        self.network, self.frozen = network, frozen
+        self.base = base.detach() if frozen else base
+
+    def _make(self, base: Tensor, partial: Tensor) -> Tensor:
+        codes = self.network(base, partial)
+        return codes.detach() if self.frozen else codes
+
+    def of(self, indices: Tensor, partial: Tensor) -> Tensor:
+        """The codes of indices [N] -> [N, D]; 0 where -1."""
+        codes = self._make(gather_codes(self.base, indices), partial)
+        return codes.where((indices >= 0).unsqueeze(-1), 0.0)
+
+    def cross_entropy(self, x: Tensor, partial: Tensor, targets: Tensor) -> Tensor:
+        """-log softmax of targets [N] -> [N]; 0 where -1."""
+
+        def of_chunk(x: Tensor, partial: Tensor, targets: Tensor) -> Tensor:
+            scores = _scores(x, self._make(self.base, partial.unsqueeze(1)))
+            chosen = scores.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            return (scores.logsumexp(-1) - chosen).where(targets >= 0, 0.0)
+
+        return torch.cat(self._in_chunks(of_chunk, x, partial, targets))
+
+    def mean_softmax(self, x: Tensor, partial: Tensor, counted: Tensor, temperature: float) -> Tensor:
+        """The mean over vectors counted [N] -> [C]; 0 where none is."""
+
+        def of_chunk(x: Tensor, partial: Tensor, counted: Tensor) -> Tensor:
+            scores = _scores(x, self._make(self.base, partial.unsqueeze(1)))
+            return (scores / temperature).softmax(-1).where(counted.unsqueeze(-1), 0.0).sum(0)
+
+        return torch.stack(self._in_chunks(of_chunk, x, partial, counted)).sum(0) / counted.sum().clamp(min=1)
+
+    def draw(self, x: Tensor, partial: Tensor, assignment: Gumbel | Softmax, temperature: float) -> tuple[Tensor, Tensor]:
+        """Indices [N], drawn or the nearest, and their codes [N, D] with the gradient of the softmax if the assignment says so."""
+        drawn = isinstance(assignment, Gumbel)
+        noise = torch.rand(len(x), dtype=x.dtype, device=x.device) if drawn else x.new_zeros(len(x))
+
+        def of_chunk(x: Tensor, partial: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            table = self._make(self.base, partial.unsqueeze(1))
+            scores = _scores(x, table)
+            logits = scores / temperature
+            indices = _draw(logits.detach().softmax(-1), noise) if drawn else scores.argmax(-1)
+            chosen = table.gather(1, indices[:, None, None].expand(-1, 1, table.shape[-1])).squeeze(1)
+            if assignment.estimator is None:
+                return indices, chosen
+            soft = _soft_choice(logits, indices, assignment.estimator)
+            return indices, chosen + ((soft - soft.detach()).unsqueeze(1) @ table.detach()).squeeze(1)  # what is added is 0
+
+        indices, codes = zip(*self._in_chunks(of_chunk, x, partial, noise), strict=True)
+        return torch.cat(indices), torch.cat(codes)
+
+    def _in_chunks(self, function: Callable[..., Any], *rows: Tensor) -> list[Any]:
+        step = _chunk(self.network, self.base)
+        chunks = zip(*(part.split(step) for part in rows), strict=True)
+        if not torch.is_grad_enabled():
+            return [function(*chunk) for chunk in chunks]
+        return [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+
+
+def _chunk(network: ConditionalCodes, codebook: Tensor) -> int:
+    return max(1, _ELEMENTS // (len(codebook) * max(network.dim, network.hidden)))
+
+
+def _scores(x: Tensor, table: Tensor) -> Tensor:
+    """Minus the distances of x [R, D] to table [R, C, D] -> [R, C]; on a code itself the gradient is 0."""
+    squared = (x.unsqueeze(1) - table).square().sum(-1)
+    return -squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+
+
+def _draw(probability: Tensor, noise: Tensor) -> Tensor:
+    """[R]: the first code at which the cumulated probabilities [R, C] exceed the noise [R]."""
+    cumulated = probability.cumsum(-1)
+    total = cumulated[:, -1:]
+    threshold = torch.minimum(noise.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
+
+
+def _soft_choice(logits: Tensor, indices: Tensor, estimator: str) -> Tensor:
+    """What is differentiated in place of the one-hot choice: [R, C]."""
+    probability = logits.softmax(-1)
+    if estimator == "straight_through":
+        return probability
+    half = (probability.detach() / 2).scatter_add(1, indices.unsqueeze(-1), torch.full_like(logits[:, :1], 0.5))
+    return 2 * (half.log() - logits.detach() + logits).softmax(-1) - probability / 2
+
+
+def _mean_cross_entropy(codes: _Codes, given: _Given, targets: Tensor) -> Tensor:
+    return codes.cross_entropy(given.vectors, given.partial, targets).sum() / (targets >= 0).sum().clamp(min=1)
 
 
 class ConditionalCodes(nn.Module):
@@ -249,7 +490,7 @@ def nearest_implicit(network: ConditionalCodes, x: Tensor, partial: Tensor, code
     and code 0.
     """
     num = min(num, len(codebook))
-    step = max(1, _ELEMENTS // (len(codebook) * max(network.dim, network.hidden)))
+    step = _chunk(network, codebook)
     found = [_nearest(network, *part, codebook, num) for part in zip(x.split(step), partial.split(step), strict=True)]
     indices, codes = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
     return indices, codes

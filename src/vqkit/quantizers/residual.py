@@ -8,6 +8,7 @@ Shapes: P positions of the input, N of them flattened, D width of the input, d w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +21,21 @@ from vqkit.quantizers.base import Quantized, Quantizer, Statistics
 from vqkit.quantizers.beam import beam_search
 from vqkit.quantizers.codebook import Codebook, Committed
 from vqkit.quantizers.commit import flatten_statistics
-from vqkit.quantizers.config import MLP, BeamSearch, Commit, DiVeQ, Estimator, Gradient, QuantizeDropout, check_choice
-from vqkit.quantizers.implicit import ImplicitVQ, check_estimator, conditions, pass_gradient
-from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, width_back, width_last
+from vqkit.quantizers.config import (
+    MLP,
+    BeamSearch,
+    Commit,
+    DiVeQ,
+    Estimator,
+    Frozen,
+    Gradient,
+    Gumbel,
+    QuantizeDropout,
+    Softmax,
+    check_choice,
+)
+from vqkit.quantizers.implicit import ImplicitVQ, check_estimator, check_sync_update, conditions, pass_gradient
+from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, require, width_back, width_last
 from vqkit.quantizers.vector_quantize import VectorQuantize
 
 
@@ -40,8 +53,13 @@ class Residual(Quantizer):
     sum over its uses. `dim` is the width of the input: where it is not d, linear projections stand around the whole.
 
     `estimator` says what gradient the input gets through the sum of the codes: one of those of `VectorQuantize`, or "layers", the sum of
-    what the layers give it. `gradient_fraction` of the gradient that later layers (their losses, or with "layers" their outputs) send
-    back into what they are left with goes on into the outputs of earlier layers, and so into their codes where these are differentiable.
+    what the layers give it, which alone hands on the gradient of a softmax over codes. `sync_update` of the gradient of the output then
+    also goes to the codes of all layers (Huh et al., 2023); with input_gradient=False nothing at all reaches the input.
+    `gradient_fraction` of the gradient that later layers (their losses, or with "layers" their outputs) send back into what they are
+    left with goes on into the outputs of earlier layers, and so into their codes where these are differentiable.
+
+    Layers that wait for k-means start one after the other in the first eager training forward, each at what those before it leave; one
+    that is shared, at what all its uses see. So they do by `initialize_`.
 
     `quantize_dropout` cuts the later layers off in training, `beam` looks for better paths than the greedy one; both may be set for a
     call. Masked vectors give zeros, or with masked="input" themselves.
@@ -56,6 +74,8 @@ class Residual(Quantizer):
         dim: int | None = None,
         estimator: Estimator | Literal["layers"] = "straight_through",
         gradient_fraction: float = 0.0,
+        sync_update: float = 0.0,
+        input_gradient: bool = True,
         quantize_dropout: QuantizeDropout | None = None,
         beam: BeamSearch | None = None,
         layout: Layout = "last",
@@ -66,20 +86,22 @@ class Residual(Quantizer):
         super().__init__()
         layers = [*layers]
         check_parts("layers", layers, alike=("dim", "code_shape"))
-        _check_choices(len(layers), estimator, gradient_fraction, quantize_dropout, beam, masked)
+        _check_choices(len(layers), estimator, gradient_fraction, sync_update, quantize_dropout, beam, masked)
         if beam is not None:
             _check_beam(layers)
         check_layout(layout)
         self.layers = nn.ModuleList(dict.fromkeys(layers))
         self._order = [list(self.layers).index(layer) for layer in layers]
         self._slots = codebook_slots(layers)
+        self._options = call_options(layers)
         first: Any = layers[0]
         self.inner_dim: int = first.dim
         self.dim: int = self.inner_dim if dim is None else dim
         projected = self.dim != self.inner_dim
         self.project_in = nn.Linear(self.dim, self.inner_dim, device=device) if projected else nn.Identity()
         self.project_out = nn.Linear(self.inner_dim, self.dim, device=device) if projected else nn.Identity()
-        self.estimator, self.gradient_fraction = estimator, gradient_fraction
+        self.estimator, self.gradient_fraction, self.sync_update = estimator, gradient_fraction, sync_update
+        self.input_gradient = input_gradient
         self.quantize_dropout, self.beam = quantize_dropout, beam
         self.layout, self.masked = layout, masked
         self.clock = Committed(device=device) if quantize_dropout else None
@@ -145,17 +167,23 @@ class Residual(Quantizer):
 
         Only the first `depth` layers take part, if given, else all but those that quantize dropout cuts off. `beam_size` stands for that
         of the configuration. `indices` [P..., Q, ...] are taken instead of the nearest codes; for `targets` of that shape the
-        cross-entropy is among the losses. Other options go to the layers, which must know them. The losses of layer i are named
-        "NAME/i".
+        cross-entropy is among the losses. Other options go to every layer, and all must know them: of `VectorQuantize`, `temperature` and
+        `weights` [P...]. The losses of layer i are named "NAME/i".
         """
         rows = width_last(x, self.dim, self.layout)
         positions = rows.shape[:-1]
         counted = position_mask(positions, mask, lengths)
         for name, given in (("indices", indices), ("targets", targets)):
-            self._check_path(name, given, positions)
+            check_path(name, given, positions, self.code_shape, self.codebook_sizes)
+        check_options(options, self._options, type(self).__name__)
+        if indices is not None and beam_size is not None:
+            raise ValueError(f"beam_size = {beam_size}: must be None where indices are given, as nothing is searched")
         used = self._used_layers(depth, x.device)
         size = self._beam_size(beam_size)
+        if not self.input_gradient:
+            rows = rows.detach()
         vectors, finite = self._project_in(rows, counted)
+        self._start_shared(vectors, counted, options)
         if indices is None and size > 1 and all(codebook.initialized for codebook in self.codebooks()):
             indices = self._search(vectors, finite, used, size)
         path = self._walk(vectors, counted, used, _split(indices, positions), _split(targets, positions), freeze_codebook, options)
@@ -236,27 +264,46 @@ class Residual(Quantizer):
         kept = (finite if counted is None else finite & counted).reshape(-1)
         residual = vectors.reshape(kept.numel(), self.inner_dim)
         partial = torch.zeros_like(residual)
-        inputs: dict[Any, list[Tensor]] = {layer: [] for layer in self.layers}
-        for number, layer in enumerate(self._each()):
-            if not inputs[layer] and layer.codebooks():
+        inputs: dict[tuple[int, ...], list[Tensor]] = {}
+        for number, (layer, slots) in enumerate(zip(self._each(), map(tuple, self._slots), strict=True)):
+            if slots and slots not in inputs:
                 layer.initialize_(residual, kept, seed=seed + number, reducer=reducer)
-            inputs[layer].append(residual)
+            inputs.setdefault(slots, []).append(residual)
             given = conditions(layer, partial)
             codes = layer.decode(layer.encode(residual, **given), **given).to(residual.dtype)
             residual, partial = residual - codes, partial + codes
-        for layer, seen in inputs.items():
-            if len(seen) > 1 and layer.codebooks():
-                layer.initialize_(torch.cat(seen), kept.repeat(len(seen)), seed=seed, reducer=reducer)
+        for slots, seen in inputs.items():
+            if slots and len(seen) > 1:
+                self._owner(slots).initialize_(torch.cat(seen), kept.repeat(len(seen)), seed=seed, reducer=reducer)
+
+    def _owner(self, slots: tuple[int, ...]) -> Any:
+        """The first layer that has these codebooks."""
+        return next(layer for layer, own in zip(self._each(), self._slots, strict=True) if tuple(own) == slots)
+
+    @torch.no_grad()
+    def _start_shared(self, vectors: Tensor, counted: Tensor | None, options: dict[str, Any]) -> None:
+        """Before a training forward: where shared codebooks wait for k-means, start all layers, and these at what all their uses see."""
+        codebooks = self.codebooks()
+        uses = [tuple(slots) for slots in self._slots]
+        waiting = {own for own in uses if uses.count(own) > 1 and not all(codebooks[slot].initialized for slot in own)}
+        if not waiting:
+            return
+        residual, partial = vectors, torch.zeros_like(vectors)
+        inputs: dict[tuple[int, ...], list[Tensor]] = {own: [] for own in waiting}
+        for layer, own in zip(self._each(), uses, strict=True):
+            if own in waiting:
+                inputs[own].append(residual)
+            output = layer.quantize(residual, counted, **conditions(layer, partial), **options).quantized
+            residual, partial = residual - output, partial + output
+        for own, seen in inputs.items():
+            if not all(codebooks[slot].initialized for slot in own):
+                continue  # no rank has vectors yet
+            for slot in own:
+                codebooks[slot].initialized = False  # once more
+            mask = None if counted is None else torch.cat([counted] * len(seen))
+            self._owner(own).quantize(torch.cat(seen), mask)
 
     # Steps of `quantize`
-
-    def _check_path(self, name: str, path: Tensor | None, positions: torch.Size) -> None:
-        if path is None:
-            return
-        if not is_integer(path):
-            raise TypeError(f"{name} is {path.dtype}: must be an integer type")
-        if path.shape != (*positions, *self.code_shape):
-            raise ValueError(f"{name} has shape {tuple(path.shape)}: must be {(*positions, *self.code_shape)}")
 
     def _used_layers(self, depth: int | None, device: torch.device) -> Tensor | None:
         """How many layers take part, [] int64; None for all."""
@@ -344,17 +391,19 @@ class Residual(Quantizer):
             return _add(path.outputs)
         x = vectors.where(finite.unsqueeze(-1), 0.0)
         own = isinstance(self.estimator, DiVeQ) or self.estimator == "none"  # then the codes have a gradient, whatever that of the layers
-        codes = self.decode_codes(path.indices).to(x.dtype) if own else _add(path.outputs)
-        return pass_gradient(self.estimator, x, codes, self.training)
+        codes = self.decode_codes(path.indices).to(x.dtype) if own or self.sync_update > 0 else _add(path.outputs)
+        output = pass_gradient(self.estimator, x, codes, self.training)
+        return output + self.sync_update * (codes - codes.detach()) if self.sync_update > 0 else output
 
 
 class ResidualVQ(Residual):
     """`num_quantizers` layers of `VectorQuantize`, or one for each of the codebook sizes given.
 
     The layers work at width `codebook_dim`; the projections, where it is not `dim`, stand around the whole. With `shared_codebook` all
-    layers are one. `estimate` says where `estimator` stands: over the "sum" of the codes, or in each of the "layers", whose gradients add
-    up. With `implicit` the layers behind the first have implicit neural codebooks (see `ImplicitVQ`) of such networks, and codebooks
-    learn by gradient. All other options are those of `VectorQuantize` and `Residual`.
+    layers have one. `estimate` says where `estimator` stands: over the "sum" of the codes, or in each of the "layers", whose gradients add
+    up; None is "sum", but "layers" where `assignment` brings the gradient of a softmax. With `implicit` the layers behind
+    the first have implicit neural codebooks (see `ImplicitVQ`) of such networks, and codebooks learn by gradient; heads, the cosine metric
+    and other updates are then refused. All other options are those of `VectorQuantize` and `Residual`.
     """
 
     def __init__(
@@ -366,8 +415,10 @@ class ResidualVQ(Residual):
         codebook_dim: int | None = None,
         shared_codebook: bool = False,
         estimator: Estimator = "rotation",
-        estimate: Literal["sum", "layers"] = "sum",
+        estimate: Literal["sum", "layers"] | None = None,
         gradient_fraction: float = 0.0,
+        sync_update: float = 0.0,
+        input_gradient: bool = True,
         quantize_dropout: QuantizeDropout | None = None,
         beam: BeamSearch | None = None,
         implicit: MLP | None = None,
@@ -378,27 +429,27 @@ class ResidualVQ(Residual):
         **options: Any,
     ) -> None:
         sizes = _layer_sizes(codebook_size, num_quantizers)
-        check_choice("estimate", estimate, ("sum", "layers"))
+        if shared_codebook and len(set(sizes)) > 1:
+            raise ValueError(f"codebook_size = {sizes}: must be one size where shared_codebook = True")
+        check_estimator(estimator)
+        check_sync_update(sync_update)
+        in_layers = _in_layers(estimate, options.get("assignment"))
+        if implicit is not None:
+            options = _implicit_options(options)
+        learns = isinstance(options.get("update"), Gradient) or options.get("transform") is not None
+        if sync_update > 0 and not learns:
+            raise ValueError(
+                f"sync_update = {sync_update}: must be 0 unless the codes learn by gradient (update=Gradient() or a transform)"
+            )
+        options |= {"estimator": estimator, "sync_update": sync_update} if in_layers else {"estimator": "none"}
         width = dim if codebook_dim is None else codebook_dim
-        options["estimator"] = estimator if estimate == "layers" else "none"
-        layers: list[Quantizer]
-        if shared_codebook:
-            if len(set(sizes)) > 1:
-                raise ValueError(f"codebook_size = {sizes}: must be one size where shared_codebook = True")
-            if implicit is not None:
-                raise ValueError("shared_codebook = True: must be False with implicit codebooks, which belong to a place in the order")
-            layers = [VectorQuantize(width, sizes[0], device=device, **options)] * len(sizes)
-        elif implicit is not None:
-            options.setdefault("update", Gradient())
-            first = VectorQuantize(width, sizes[0], device=device, **options)
-            layers = [first, *(ImplicitVQ(width, size, implicit, device=device, **options) for size in sizes[1:])]
-        else:
-            layers = [VectorQuantize(width, size, device=device, **options) for size in sizes]
         super().__init__(
-            layers,
+            _make_layers(width, sizes, shared_codebook, implicit, {**options, "device": device}),
             dim=dim,
-            estimator="layers" if estimate == "layers" else estimator,
+            estimator="layers" if in_layers else estimator,
             gradient_fraction=gradient_fraction,
+            sync_update=0.0 if in_layers else sync_update,
+            input_gradient=input_gradient,
             quantize_dropout=quantize_dropout,
             beam=beam,
             layout=layout,
@@ -406,6 +457,47 @@ class ResidualVQ(Residual):
             commit=commit,
             device=device,
         )
+
+
+def _in_layers(estimate: str | None, assignment: object) -> bool:
+    """Whether the estimator stands in the layers."""
+    soft = isinstance(assignment, Gumbel | Softmax) and assignment.estimator is not None
+    if estimate is None:
+        return soft
+    check_choice("estimate", estimate, ("sum", "layers"))
+    if soft and estimate == "sum":
+        raise ValueError(f'estimate = "sum": must be "layers" with assignment = {assignment}, whose gradient is that of each layer')
+    return estimate == "layers"
+
+
+def _implicit_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Without those that have one value alone beside implicit codebooks; raises ValueError for others."""
+    for name, only in {"metric": "euclidean", "heads": 1, "separate_heads": False}.items():
+        if (value := options.get(name, only)) != only:
+            raise ValueError(f"{name} = {value!r}: must be {only!r} with implicit codebooks")
+    if not isinstance(update := options.get("update") or Gradient(), Gradient | Frozen):
+        raise ValueError(
+            f"update = {update}: must be Gradient() or Frozen() with implicit codebooks, which learn by gradient or not at all"
+        )
+    return {"update": Gradient()} | {name: value for name, value in options.items() if name not in ("metric", "heads", "separate_heads")}
+
+
+_OF_CODEBOOK = ("update", "init", "dead_codes", "transform", "affine")
+_OF_FIRST = ("on_nonfinite", "projection_norm", "code_weights")  # it sees what is not finite, and refuses the others
+
+
+def _make_layers(
+    width: int, sizes: tuple[int, ...], shared_codebook: bool, implicit: MLP | None, options: dict[str, Any]
+) -> Sequence[Quantizer]:
+    if implicit is None:
+        if shared_codebook:
+            return [VectorQuantize(width, sizes[0], **options)] * len(sizes)
+        return [VectorQuantize(width, size, **options) for size in sizes]
+    first = VectorQuantize(width, sizes[0], **options)
+    own = {name: value for name, value in options.items() if name not in _OF_FIRST}
+    if shared_codebook:
+        own = {name: value for name, value in own.items() if name not in _OF_CODEBOOK} | {"table": first.table}
+    return [first, *(ImplicitVQ(width, size, implicit, **own) for size in sizes[1:])]
 
 
 def _layer_sizes(codebook_size: int | Sequence[int], num_quantizers: int | None) -> tuple[int, ...]:
@@ -515,8 +607,8 @@ def gather_statistics(slots: Sequence[Sequence[int]], found: Sequence[Statistics
 
 
 def joined_codebook(parts: Iterable[Any]) -> Tensor:
-    """The codebooks of several parts, one behind the other; that of a single part as it is."""
-    codebooks = [part.codebook for part in parts]
+    """The codebooks of several parts, one behind the other; that of a single part, or one that all share, as it is."""
+    codebooks = [part.codebook for part in _owners(parts)]
     if len(codebooks) == 1:
         return codebooks[0]
     shapes = {tuple(codebook.shape) for codebook in codebooks}
@@ -525,9 +617,17 @@ def joined_codebook(parts: Iterable[Any]) -> Tensor:
     return torch.stack(codebooks)
 
 
+def _owners(parts: Iterable[Any]) -> list[Any]:
+    """Those whose codebooks no part before them has."""
+    owners: dict[tuple[Any, ...], Any] = {}
+    for part in parts:
+        owners.setdefault(tuple(part.codebooks()) or (part,), part)
+    return list(owners.values())
+
+
 def set_joined_codebook(parts: Iterable[Any], codes: Tensor) -> None:
     """Set what `joined_codebook` reads."""
-    parts = list(parts)
+    parts = _owners(parts)
     shape = joined_codebook(parts).shape
     if codes.shape != shape:
         raise ValueError(f"codebook has shape {tuple(codes.shape)}: must be {tuple(shape)}")
@@ -536,6 +636,51 @@ def set_joined_codebook(parts: Iterable[Any], codes: Tensor) -> None:
 
 
 # Checks
+
+
+def check_path(name: str, path: Tensor | None, positions: torch.Size, code_shape: tuple[int, ...], sizes: Sequence[int]) -> None:
+    """Raise unless a path, if given, is integers [*positions, *code_shape] of -1 ... size - 1, before any layer has started."""
+    if path is None:
+        return
+    if not is_integer(path):
+        raise TypeError(f"{name} is {path.dtype}: must be an integer type")
+    if path.shape != (*positions, *code_shape):
+        raise ValueError(f"{name} has shape {tuple(path.shape)}: must be {(*positions, *code_shape)}")
+    bounds = torch.tensor(sizes, device=path.device).reshape(code_shape)
+    right = (path >= -1) & (path < bounds)
+    what = "must lie in -1 ... codebook_size - 1 of its layer"
+    require(right.all(), f"{name} holds a value out of range: {what}", lambda: f"{name} holds {path[~right][0].item()}: {what}")
+
+
+def call_options(parts: Sequence[Any]) -> dict[str, str]:
+    """What all parts' `quantize` take by name; of another one's option the part that lacks it: NAME -> "" or "parts[i], a KIND"."""
+    each = [_own_options(part) for part in parts]
+    found = {}
+    for name in dict.fromkeys(name for own in each for name in own):
+        lacking = next((i for i, own in enumerate(each) if name not in own), None)
+        found[name] = "" if lacking is None else f"part {lacking}, a {type(parts[lacking]).__name__}"
+    return found
+
+
+def _own_options(part: Any) -> set[str]:
+    parameters = inspect.signature(part.quantize).parameters.values()
+    named = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return named | {name for name, lacking in getattr(part, "_options", {}).items() if not lacking}
+
+
+_SEVERAL = ("top_k",)
+"""Options that change the shape of a part's output."""
+
+
+def check_options(options: Iterable[str], known: dict[str, str], owner: str) -> None:
+    """Raise TypeError unless every part takes the options of a call, before any of them has started."""
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{name}: is no option of {owner}.quantize, nor of its parts'")
+        if known[name]:
+            raise TypeError(f"{name}: is no option of {known[name]}")
+        if name in _SEVERAL:
+            raise TypeError(f"{name}: is no option of {owner}.quantize, whose parts give one code each; see beam_size")
 
 
 def check_parts(name: str, parts: Sequence[Any], alike: Sequence[str]) -> None:
@@ -554,9 +699,18 @@ def check_parts(name: str, parts: Sequence[Any], alike: Sequence[str]) -> None:
 
 
 def _check_choices(
-    num_quantizers: int, estimator: object, gradient_fraction: float, dropout: QuantizeDropout | None, beam: BeamSearch | None, masked: str
+    num_quantizers: int,
+    estimator: object,
+    gradient_fraction: float,
+    sync_update: float,
+    dropout: QuantizeDropout | None,
+    beam: BeamSearch | None,
+    masked: str,
 ) -> None:
     check_estimator(estimator, "layers")
+    check_sync_update(sync_update)
+    if sync_update > 0 and estimator == "layers":
+        raise ValueError(f'sync_update = {sync_update}: must be 0 with estimator = "layers", which have their own')
     check_choice("masked", masked, ("zero", "input"))
     if not 0.0 <= gradient_fraction <= 1.0:
         raise ValueError(f"gradient_fraction = {gradient_fraction}: must be from 0 to 1")
