@@ -321,7 +321,7 @@ _RESIDUAL = [
     _rvq(beam=BeamSearch(size=3, eval_size=4, weights=(1.0, 0.8, 0.6)), represents=True),
     _rvq(implicit=MLP(hidden=12, depth=1), represents=True),
     _rvq(implicit=MLP(hidden=12), beam=BeamSearch(size=2)),
-    _rvq(implicit=MLP(hidden=12), shared_codebook=True, update=Gradient(decay=0.3), dead_codes=DeadCodes(threshold=4.0)),
+    _rvq(implicit=MLP(hidden=12), shared_codebook=True),
     _rvq(implicit=MLP(hidden=12), assignment=Softmax(), losses=(Commitment(), CrossEntropyCommitment())),
     _rvq(implicit=MLP(hidden=12), assignment=Gumbel(estimator="reinmax"), init=KMeans()),
     _rvq(sync_update=0.2, update=Gradient()),
