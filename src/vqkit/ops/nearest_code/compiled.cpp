@@ -13,8 +13,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -93,22 +95,31 @@ class Buffer {
     std::unique_ptr<T, Free> data_;
 };
 
-// task(worker, i) for each i < count; worker < threads. Threads live for this call alone: nothing to go stale in a forked process.
+// task(worker, i) for each i < count, worker < threads; what a task throws is thrown. The threads live for this call alone: nothing goes
+// stale in a forked process, and calls from several threads share nothing.
 template <class Task>
 void in_parallel(int threads, int64_t count, const Task& task) {
     threads = int(std::min<int64_t>(threads, count));
     std::atomic<int64_t> next{0};
+    std::vector<std::exception_ptr> thrown(std::max(threads, 1));
     auto work = [&](int worker) {
-        for (int64_t i = next++; i < count; i = next++) task(worker, i);
+        try {
+            for (int64_t i = next++; i < count; i = next++) task(worker, i);
+        } catch (...) {
+            thrown[worker] = std::current_exception();
+            next = count;
+        }
     };
     std::vector<std::thread> others;
-    others.reserve(std::max(threads, 1));
+    others.reserve(thrown.size());
     try {
         for (int worker = 1; worker < threads; ++worker) others.emplace_back(work, worker);
     } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
     }
     work(0);
     for (auto& other : others) other.join();
+    for (auto& exception : thrown)
+        if (exception) std::rethrow_exception(exception);
 }
 
 int threads_for(int threads, double work) { return int(std::max(1.0, std::min(double(threads), work / kMinWork))); }
@@ -124,18 +135,6 @@ struct Problem {
     const T* vector(int64_t i) const { return x + i * x_stride; }
     const T* code(int64_t c) const { return codes + c * width; }
 };
-
-template <class T>
-std::vector<T> origin_of(const Problem<T>& p) {
-    std::vector<double> sum(p.width);
-    const int64_t step = (p.size + 255) / 256;  // a point amid the codes is enough, whatever it is exactly
-    int64_t used = 0;
-    for (int64_t c = 0; c < p.size; c += step, ++used)
-        for (int64_t k = 0; k < p.width; ++k) sum[k] += p.code(c)[k];
-    std::vector<T> origin(p.width);
-    for (int64_t k = 0; k < p.width; ++k) origin[k] = T(sum[k] / double(used));
-    return origin;
-}
 
 template <class T>
 T squared_distance(const T* a, const T* b, int64_t width) {
@@ -287,7 +286,7 @@ Vec<typename P::Step, kTile * sizeof(typename P::Step)> tile_scores(const typena
 
 // The code of vector `row` whose best score is that of `tile`: the one code within the bound of it, or the nearest of these.
 template <class T, class V, class M>
-int64_t choose(const Problem<T>& p, int64_t row, int64_t tile, V score, M least) {
+int64_t pick(const Problem<T>& p, int64_t row, int64_t tile, V score, M least) {
     int64_t chosen = kDoubt;
     T smallest = 0;
     for (int j = 0; j < kTile; ++j) {
@@ -312,149 +311,554 @@ struct Packed {
     Buffer<S> codes, start;  // [tiles, steps, kTile], [tiles, kTile]
     Packed(int64_t steps, int64_t size)
         : steps(steps), tiles((size + kTile - 1) / kTile), codes(size_t(tiles) * steps * kTile), start(size_t(tiles) * kTile) {}
+    S* tile(int64_t t) const { return codes.get() + t * steps * kTile; }
 };
 
-// The largest of `values`, NaN if any is.
-template <class T>
-T largest(const T* values, int64_t num) {
-    T most = 0;
-    for (int64_t i = 0; i < num; ++i) {
-        if (!(values[i] <= most)) most = values[i];
-        if (most != most) break;
-    }
-    return most;
+template <class Task>
+void for_tiles(int threads, int64_t tiles, int64_t width, const Task& task) {
+    const int64_t at_once = std::max<int64_t>(1, 32768 / (kTile * (width + 1)));
+    in_parallel(threads_for(threads, 16.0 * kTile * tiles * width), (tiles + at_once - 1) / at_once, [&](int, int64_t i) {
+        for (int64_t t = i * at_once; t < std::min(tiles, (i + 1) * at_once); ++t) task(t);
+    });
 }
 
+// The codes around a point amid them, and how far they reach.
 template <class T>
-struct Centred {
+struct Centre {
     std::vector<T> origin;
-    Packed<T> packed;
-    Buffer<double> half_norm;  // [tiles, kTile]
-    T radius;                  // the largest length of a code around the origin
+    std::vector<double> half_norm;  // [tiles * kTile]
+    T radius;                       // at least the largest length of a code around the origin; not finite if that is not
 
-    Centred(const Problem<T>& p, int threads) : origin(origin_of(p)), packed(p.width, p.size), half_norm(packed.tiles * kTile) {
-        const int64_t at_once = std::max<int64_t>(1, 32768 / (kTile * (p.width + 1)));
-        in_parallel(threads_for(threads, 16.0 * p.size * p.width), (packed.tiles + at_once - 1) / at_once, [&](int, int64_t task) {
-            for (int64_t t = task * at_once; t < std::min(packed.tiles, (task + 1) * at_once); ++t) pack(p, t);
+    Centre(const Problem<T>& p, int threads) : origin(p.width), half_norm((p.size + kTile - 1) / kTile * kTile) {
+        std::vector<double> sum(p.width);
+        const int64_t step = (p.size + 255) / 256;  // some of the codes are enough: any point amid them will do
+        int64_t used = 0;
+        for (int64_t c = 0; c < p.size; c += step, ++used)
+            for (int64_t k = 0; k < p.width; ++k) sum[k] += p.code(c)[k];
+        for (int64_t k = 0; k < p.width; ++k) origin[k] = T(sum[k] / double(used));
+        for_tiles(threads, int64_t(half_norm.size()) / kTile, p.width, [&](int64_t tile) {
+            for (int64_t c = tile * kTile; c < std::min(p.size, (tile + 1) * kTile); ++c) half_norm[c] = 0.5 * squares(p.code(c), p.width);
         });
-        radius = std::sqrt(T(2) * T(largest(half_norm.get(), p.size))) * (T(1) + std::numeric_limits<T>::epsilon() * 4);
+        double most = 0;
+        for (double half : half_norm) most = half <= most || most != most ? most : half;
+        radius = T(std::sqrt(2 * most) * (1 + 4 * std::numeric_limits<T>::epsilon()));
     }
 
-    void pack(const Problem<T>& p, int64_t tile) {
-        T* to = packed.codes.get() + tile * packed.steps * kTile;
-        for (int j = 0; j < kTile; ++j) {
-            const int64_t c = tile * kTile + j;
-            double squares = 0;
+    double squares(const T* code, int64_t width) const {
+        constexpr int apart = 8;  // sums that do not wait for each other
+        double sum[apart] = {};
+        int64_t k = 0;
+        for (; k + apart <= width; k += apart)
+            for (int i = 0; i < apart; ++i) sum[i] += double(code[k + i] - origin[k + i]) * double(code[k + i] - origin[k + i]);
+        for (; k < width; ++k) sum[0] += double(code[k] - origin[k]) * double(code[k] - origin[k]);
+        for (int i = 1; i < apart; ++i) sum[0] += sum[i];
+        return sum[0];
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------ panels of vectors
+
+// Vectors around the origin, across the lanes: values [width, kPanel * lanes].
+template <class T>
+struct Panel {
+    static constexpr int L = kLanes<T>, R = kPanel * L;
+    Buffer<T> values;
+    alignas(64) T length[R], most[R];  // of each vector; the largest magnitude of its components
+    int num = 0, registers = 0;
+    explicit Panel(int64_t width) : values(size_t(width) * R) {}
+
+    void pack(const Problem<T>& p, const Centre<T>& centre, int64_t first, int count) {
+        num = count, registers = (count + L - 1) / L;
+        const T* origin = centre.origin.data();
+        for (int r = 0; r < registers * L; ++r) {
+            const T* from = r < num ? p.vector(first + r) : origin;  // spare lanes are zero
+            for (int64_t k = 0; k < p.width; ++k) values[k * R + r] = from[k] - origin[k];
+        }
+        for (int i = 0; i < registers; ++i) {
+            Vec<T> sum{}, top{};
             for (int64_t k = 0; k < p.width; ++k) {
-                const T value = c < p.size ? p.code(c)[k] - origin[k] : T(0);
-                to[k * kTile + j] = value;
-                squares += double(value) * double(value);
+                const Vec<T> value = load<Vec<T>>(values.get() + k * R + i * L);
+                sum = sum + value * value;
+                top = larger(larger(value, -value), top);
             }
-            half_norm[c] = 0.5 * squares;
-            packed.start[c] = c < p.size ? T(-0.5 * squares) : -std::numeric_limits<T>::infinity();
+            store(length + i * L, sum);
+            store(most + i * L, top);
+        }
+        for (int r = 0; r < registers * L; ++r) length[r] = std::sqrt(length[r]);
+    }
+};
+
+// Whether the squared distance of a vector to any code is finite beyond doubt.
+template <class T>
+bool within_range(T length, T radius) {
+    return (length + radius) * (length + radius) < std::numeric_limits<T>::max() / 4;
+}
+
+template <class S>
+struct Ranking {
+    static constexpr int R = kPanel * kLanes<S>;
+    alignas(64) S best[R], second[R];
+    alignas(64) Int<S> tile[R];
+};
+
+// ---------------------------------------------------------------------------------------------------------------------------- by floats
+
+template <class T>
+struct ByFloats {
+    const Centre<T>& centre;
+    Packed<T> packed;
+
+    ByFloats(const Problem<T>& p, const Centre<T>& centre, int threads) : centre(centre), packed(p.width, p.size) {
+        for_tiles(threads, packed.tiles, p.width, [&](int64_t tile) {
+            T* to = packed.tile(tile);
+            for (int j = 0; j < kTile; ++j) {
+                const int64_t c = tile * kTile + j;
+                for (int64_t k = 0; k < p.width; ++k) to[k * kTile + j] = c < p.size ? p.code(c)[k] - centre.origin[k] : T(0);
+                packed.start[c] = c < p.size ? T(-centre.half_norm[c]) : -std::numeric_limits<T>::infinity();
+            }
+        });
+    }
+
+    // The index of each vector of the panel, from `first` on, or kDoubt.
+    void choose(const Problem<T>& p, const Panel<T>& panel, int64_t first) const {
+        Ranking<T> race_of;
+        race<Floats<T>>(panel.registers, panel.values.get(), packed.steps, packed.codes.get(), packed.start.get(), packed.tiles,
+                        race_of.best, race_of.second, race_of.tile);
+        // Centring, products with their sum, half norm and comparison each err by their share of (width + 8) units, or by underflow.
+        const T unit = T(p.width + 8) * std::numeric_limits<T>::epsilon(), least = T(p.width + 8) * std::numeric_limits<T>::min();
+        for (int r = 0; r < panel.num; ++r) {
+            const T error = unit * (panel.length[r] + T(0.5) * centre.radius) * centre.radius + least;
+            const T bound = race_of.best[r] - error;
+            const int64_t tile = race_of.tile[r];
+            p.index[first + r] = kDoubt;
+            if (!(race_of.second[r] < bound) || !within_range(panel.length[r], centre.radius)) continue;
+            const auto score = tile_scores<Floats<T>>(panel.values.get() + r, packed.steps, packed.tile(tile), &packed.start[tile * kTile]);
+            p.index[first + r] = pick(p, first + r, tile, score, bound);
         }
     }
 };
 
-// -------------------------------------------------------------------------------------------------------------- panels of vectors
+// --------------------------------------------------------------------------------------------------------------- by pairs of integers
 
+#if VQKIT_PAIRS
+constexpr float kRange = 32767;
+constexpr double kSums = 0.95 * 2147483648.0;
+
+template <class V>
+inline V rounded(V value) {  // to the nearest integer, |value| < 2^22
+    constexpr float shift = 12582912;
+    return (value + shift) - shift;
+}
+
+// A panel and codes in 16 bits. Of a score times `scale` the sum of integers errs by what rounding took from vector and code:
+// |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|.
+struct ByPairs {
+    struct Scratch {
+        Buffer<int32_t> values, start;  // [steps, R], [tiles * kTile]
+        double scale = 0;               // what `start` was made for
+        Scratch(int64_t width, int64_t size)
+            : values(size_t(width + 1) / 2 * Panel<float>::R), start(size_t(size + kTile - 1) / kTile * kTile) {}
+    };
+
+    const Centre<float>& centre;
+    Packed<int32_t> packed;
+    float code_scale, lost;  // by how much codes were scaled; the largest length that rounding took from a scaled code
+
+    // Whether scales and squares stay within the range of floats, and the gain within reach.
+    static bool suits(const Problem<float>& p, const Centre<float>& centre) {
+        return p.width >= 8 && p.width <= 65536 && centre.radius > 1e-15f && centre.radius < 1e15f;
+    }
+
+    ByPairs(const Problem<float>& p, const Centre<float>& centre, int threads)
+        : centre(centre), packed((p.width + 1) / 2, p.size), code_scale(kRange / centre.radius) {
+        std::vector<float> most(packed.tiles);
+        for_tiles(threads, packed.tiles, p.width, [&](int64_t tile) {
+            for (int j = 0; j < kTile; ++j) {
+                const int64_t c = tile * kTile + j;
+                float squares = 0;
+                auto* to = reinterpret_cast<int16_t*>(packed.tile(tile) + j);
+                for (int64_t k = 0; k < 2 * packed.steps; ++k) {
+                    const float value = c < p.size && k < p.width ? (p.code(c)[k] - centre.origin[k]) * code_scale : 0.0f;
+                    const float whole = rounded(value);
+                    squares += (value - whole) * (value - whole);
+                    to[k / 2 * 2 * kTile + k % 2] = int16_t(whole);
+                }
+                most[tile] = std::max(most[tile], squares);
+            }
+        });
+        lost = std::sqrt(*std::max_element(most.begin(), most.end()));
+    }
+
+    // As ByFloats::choose; returns how many are in doubt.
+    int choose(const Problem<float>& p, const Panel<float>& panel, int64_t first, Scratch& scratch) const {
+        const float scale = fit(p, panel, scratch);
+        alignas(64) float taken[Panel<float>::R];
+        pack(p, panel, scale, scratch, taken);
+        Ranking<int32_t> race_of;
+        race<Pairs>(panel.registers, scratch.values.get(), packed.steps, packed.codes.get(), scratch.start.get(), packed.tiles,
+                    race_of.best, race_of.second, race_of.tile);
+        int doubtful = 0;
+        const double radius = double(code_scale) * centre.radius, slack = 1.001 + p.width * 1e-6;
+        for (int r = 0; r < panel.num; ++r) {
+            const double length = double(scale) * panel.length[r];
+            const double by_rounding = taken[r] * radius + (length + taken[r]) * lost;
+            const double by_floats = 8 * std::numeric_limits<float>::epsilon() * (length + double(scale) * centre.radius) * radius;
+            const double bound = race_of.best[r] - (2 * slack * (by_rounding + by_floats) + 2);
+            const int64_t tile = race_of.tile[r];
+            p.index[first + r] = kDoubt;
+            if (!(race_of.second[r] < bound) || !within_range(panel.length[r], centre.radius)) {
+                ++doubtful;
+                continue;
+            }
+            const auto score = tile_scores<Pairs>(scratch.values.get() + r, packed.steps, packed.tile(tile), &scratch.start[tile * kTile]);
+            p.index[first + r] = pick(p, first + r, tile, score, bound);
+        }
+        return doubtful;
+    }
+
+    // The scale of the vectors for which all components and all sums fit, in steps, so that most panels share one.
+    float fit(const Problem<float>& p, const Panel<float>& panel, Scratch& scratch) const {
+        float length = 0, most = 0;
+        for (int r = 0; r < panel.num; ++r)
+            if (within_range(panel.length[r], centre.radius)) length = std::max(length, panel.length[r]), most = std::max(most, panel.most[r]);
+        const double reach = (double(length) + 0.5 * centre.radius) * centre.radius * code_scale;
+        const double limit = std::min(kSums / reach, kRange / std::max(double(most), 1e-30));
+        const float scale = float(std::exp2(std::floor(std::log2(limit) * 8) / 8));
+        if (scratch.scale != scale) {
+            scratch.scale = scale;
+            const double both = double(scale) * double(code_scale);
+            for (int64_t c = 0; c < p.size; ++c) scratch.start[c] = int32_t(-both * centre.half_norm[c] - 0.5);
+            for (int64_t c = p.size; c < packed.tiles * kTile; ++c) scratch.start[c] = std::numeric_limits<int32_t>::min();
+        }
+        return scale;
+    }
+
+    // The panel in pairs, and the length of what rounding took from each scaled vector.
+    void pack(const Problem<float>& p, const Panel<float>& panel, float scale, Scratch& scratch, float* taken) const {
+        constexpr int L = Panel<float>::L, R = Panel<float>::R;
+        using V = Vec<float>;
+        using I = Vec<int32_t>;
+        for (int i = 0; i < panel.registers; ++i) {
+            V squares{};
+            for (int64_t s = 0; s < packed.steps; ++s) {
+                I whole[2] = {};
+                for (int half = 0; half < 2 && 2 * s + half < p.width; ++half) {
+                    const V value = load<V>(panel.values.get() + (2 * s + half) * R + i * L) * scale;
+                    const V nearest = rounded(value);
+                    squares = squares + (value - nearest) * (value - nearest);
+                    whole[half] = __builtin_convertvector(nearest, I);
+                }
+                store(scratch.values.get() + s * R + i * L, (whole[0] & 0xffff) | (whole[1] << 16));
+            }
+            store(taken + i * L, squares);
+        }
+        for (int r = 0; r < panel.num; ++r) taken[r] = std::sqrt(taken[r]);
+    }
+};
+#endif
+
+// ------------------------------------------------------------------------------------------------------------------------- whole calls
+
+// What a worker needs for itself.
 template <class T>
-struct Scratch {
-    Buffer<T> panel;
-    Buffer<int32_t> pairs;
-    explicit Scratch(int64_t width) : panel(width * kPanel * kLanes<T>), pairs((width + 1) / 2 * kPanel * kLanes<int32_t>) {}
+struct Desk {
+    Panel<T> panel;
+#if VQKIT_PAIRS
+    ByPairs::Scratch pairs;
+#endif
+    explicit Desk(const Problem<T>& p)
+        : panel(p.width)
+#if VQKIT_PAIRS
+          ,
+          pairs(p.width, p.size)
+#endif
+    {
+    }
 };
 
-// Vectors first ... first + num - 1 around the origin into panel [width, kPanel * lanes]; spare lanes of the last register are zero.
+// Chooses for all vectors, panel by panel; kDoubt where scores do not tell.
 template <class T>
-void pack_vectors(const Problem<T>& p, const T* origin, int64_t first, int num, T* panel) {
-    constexpr int R = kPanel * kLanes<T>;
-    const int used = (num + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    for (int r = 0; r < used; ++r) {
-        const T* from = r < num ? p.vector(first + r) : origin;
-        for (int64_t k = 0; k < p.width; ++k) panel[k * R + r] = from[k] - origin[k];
+void race_all(const Problem<T>& p, int threads, const std::vector<std::unique_ptr<Desk<T>>>& desks) {
+    constexpr int R = Panel<T>::R;
+    const Centre<T> centre(p, threads);
+    const int64_t panels = (p.num + R - 1) / R;
+    auto pack = [&](int worker, int64_t i) -> const Panel<T>& {
+        desks[worker]->panel.pack(p, centre, i * R, int(std::min<int64_t>(R, p.num - i * R)));
+        return desks[worker]->panel;
+    };
+#if VQKIT_PAIRS
+    if constexpr (std::is_same<T, float>::value) {
+        if (ByPairs::suits(p, centre)) {
+            const ByPairs by_pairs(p, centre, threads);
+            std::unique_ptr<ByFloats<T>> by_floats;  // made when a panel is as much in doubt that explicit differences would be slower
+            std::once_flag once;
+            in_parallel(threads, panels, [&](int worker, int64_t i) {
+                const Panel<T>& panel = pack(worker, i);
+                if (2 * by_pairs.choose(p, panel, i * R, desks[worker]->pairs) <= panel.num) return;
+                std::call_once(once, [&] { by_floats = std::make_unique<ByFloats<T>>(p, centre, 1); });
+                by_floats->choose(p, panel, i * R);
+            });
+            return;
+        }
     }
+#endif
+    const ByFloats<T> by_floats(p, centre, threads);
+    in_parallel(threads, panels, [&](int worker, int64_t i) { by_floats.choose(p, pack(worker, i), i * R); });
 }
-
-template <class T>
-void choose_by_floats(const Problem<T>& p, const Centred<T>& c, int64_t first, int num, Scratch<T>& scratch) {
-    using V = Vec<T>;
-    constexpr int L = kLanes<T>, R = kPanel * L;
-    const int registers = (num + L - 1) / L;
-    T* panel = scratch.panel.get();
-    pack_vectors(p, c.origin.data(), first, num, panel);
-    alignas(64) T squares[R], best[R], second[R];
-    alignas(64) Int<T> tile[R];
-    for (int i = 0; i < registers; ++i) {
-        V sum{};
-        for (int64_t k = 0; k < p.width; ++k) sum += load<V>(panel + k * R + i * L) * load<V>(panel + k * R + i * L);
-        store(squares + i * L, sum);
-    }
-    race<Floats<T>>(registers, panel, p.width, c.packed.codes.get(), c.packed.start.get(), c.packed.tiles, best, second, tile);
-    // Centring, products and their sum, half norm, and the comparison each err by a share of (width + 8) units of rounding, or underflow.
-    const T unit = T(p.width + 8) * std::numeric_limits<T>::epsilon(), least = T(p.width + 8) * std::numeric_limits<T>::min();
-    for (int r = 0; r < num; ++r) {
-        const T length = std::sqrt(squares[r]), reach = length + c.radius;
-        const T bound = best[r] - (unit * (length + T(0.5) * c.radius) * c.radius + least);
-        const bool certain = second[r] < bound && reach * reach < std::numeric_limits<T>::max() / 4;
-        const int64_t at = tile[r];
-        p.index[first + r] = !certain ? kDoubt
-                                      : choose(p, first + r, at,
-                                               tile_scores<Floats<T>>(panel + r, p.width, c.packed.codes.get() + at * p.width * kTile,
-                                                                      c.packed.start.get() + at * kTile),
-                                               bound);
-    }
-}
-
-// ----------------------------------------------------------------------------------------------------------------------- whole calls
 
 template <class T>
 void find_nearest(const Problem<T>& p, int threads) {
-    constexpr int L = kLanes<T>, R = kPanel * L;
-    const double work = double(p.num) * p.size * p.width;
+    constexpr int L = Panel<T>::L;
     std::vector<int64_t> doubtful;
-    std::vector<Scratch<T>> scratch;
-    threads = threads_for(threads, work);
-    for (int i = 0; i < threads; ++i) scratch.emplace_back(p.width);
+    threads = threads_for(threads, double(p.num) * p.size * p.width);
+    std::vector<std::unique_ptr<Desk<T>>> desks;
+    for (int i = 0; i < threads; ++i) desks.push_back(std::make_unique<Desk<T>>(p));
     if (p.num <= 2 * L) {
         for (int64_t i = 0; i < p.num; ++i) doubtful.push_back(i);
     } else {
-        const Centred<T> centred(p, threads);
-        in_parallel(threads, (p.num + R - 1) / R, [&](int worker, int64_t i) {
-            choose_by_floats(p, centred, i * R, int(std::min<int64_t>(R, p.num - i * R)), scratch[worker]);
-        });
+        race_all(p, threads, desks);
         for (int64_t i = 0; i < p.num; ++i)
             if (p.index[i] == kDoubt) doubtful.push_back(i);
     }
     const int64_t num = int64_t(doubtful.size());
     in_parallel(threads_for(threads, double(num) * p.size * p.width), (num + L - 1) / L, [&](int worker, int64_t i) {
-        settle(p, doubtful.data() + i * L, int(std::min<int64_t>(L, num - i * L)), scratch[worker].panel.get());
+        settle(p, doubtful.data() + i * L, int(std::min<int64_t>(L, num - i * L)), desks[worker]->panel.values.get());
     });
 }
 
+// ------------------------------------------------------------------------------------------------------------------ after the choice
+
+// One pass over the vectors in the order of their codes, so that a code and its sums stay at hand.
+template <class T>
+struct Gathering {
+    const T *x, *codes, *weights;  // weights may be null: 1 each
+    const int64_t* index;
+    int64_t num, size, width, x_stride;
+    T *quantized, *squared_distance, *count, *sum;  // the last two hold zeros
+
+    static constexpr int64_t kRows = 512;  // of a task; sums of codes that span tasks are added in the order of tasks
+
+    bool run(int threads) const {
+        std::vector<int64_t> end(size + 1), order(num);
+        for (int64_t i = 0; i < num; ++i) {
+            if (index[i] < -1 || index[i] >= size) return false;
+            if (index[i] >= 0) ++end[index[i] + 1];
+        }
+        for (int64_t c = 0; c < size; ++c) end[c + 1] += end[c];
+        const int64_t chosen = end[size];
+        int64_t lost = chosen;
+        for (int64_t i = 0; i < num; ++i) order[index[i] < 0 ? lost++ : end[index[i]]++] = i;  // now end[c] is where code c ends
+        const int64_t tasks = (chosen + kRows - 1) / kRows;
+        Buffer<T> edges(2 * size_t(tasks) * (width + 1));
+        in_parallel(threads_for(threads, 32.0 * num * width), tasks, [&](int, int64_t task) {
+            const int64_t first = task * kRows, last = std::min(chosen, first + kRows);
+            T* edge = &edges[2 * size_t(task) * (width + 1)];
+            std::fill_n(edge, 2 * (width + 1), T(0));
+            for (int64_t at = first; at < last;) {
+                const int64_t c = index[order[at]], stop = std::min(last, end[c]), start = c ? end[c - 1] : 0;
+                const bool whole = start >= first && end[c] <= last;
+                T* total = whole ? sum + c * width : start < first ? edge : edge + width + 1;
+                T* share = whole ? count + c : total + width;
+                for (; at < stop; ++at) {
+                    if (at + 4 < last) __builtin_prefetch(x + order[at + 4] * x_stride);
+                    take(order[at], c, total, share);
+                }
+            }
+        });
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t first = task * kRows, last = std::min(chosen, first + kRows) - 1;
+            const T* edge = &edges[2 * size_t(task) * (width + 1)];
+            add(index[order[first]], edge);
+            add(index[order[last]], edge + width + 1);
+        }
+        for (int64_t i = chosen; i < num; ++i) {
+            std::fill_n(quantized + order[i] * width, width, T(0));
+            squared_distance[order[i]] = 0;
+        }
+        return true;
+    }
+
+    void take(int64_t row, int64_t c, T* total, T* share) const {
+        using V = Vec<T>;
+        constexpr int L = kLanes<T>;
+        const T *from = x + row * x_stride, *code = codes + c * width;
+        const T weight = weights ? weights[row] : T(1);
+        T* to = quantized + row * width;
+        V squares{};
+        T rest = 0;
+        int64_t k = 0;
+        for (; k + L <= width; k += L) {
+            const V value = load<V>(from + k), chosen = load<V>(code + k), difference = value - chosen;
+            squares = squares + difference * difference;
+            store(to + k, chosen);
+            if (weight != 0) store(total + k, load<V>(total + k) + weight * value);
+        }
+        for (; k < width; ++k) {
+            const T value = from[k], difference = value - code[k];
+            rest += difference * difference;
+            to[k] = code[k];
+            if (weight != 0) total[k] += weight * value;
+        }
+        for (int i = 0; i < L; ++i) rest += squares[i];
+        squared_distance[row] = rest;
+        *share += weight;
+    }
+
+    void add(int64_t c, const T* edge) const {
+        for (int64_t k = 0; k < width; ++k) sum[c * width + k] += edge[k];
+        count[c] += edge[width];
+    }
+};
+
+// The gradient of the rotation trick and of `pull` * |x - code|^2 / 2 for each vector; see `rotation_trick` of ops/estimators.py.
+template <class T>
+struct Rotation {
+    const T *gradient, *x, *codes;
+    const int64_t* index;
+    int64_t width, gradient_stride, x_stride;
+    T pull;
+    T* result;
+
+    void row(int64_t i) const {
+        const T *g = gradient + i * gradient_stride, *from = x + i * x_stride;
+        T* to = result + i * width;
+        if (index[i] < 0) {
+            std::fill_n(to, width, T(0));
+            return;
+        }
+        const T* code = codes + index[i] * width;
+        const T of_x = length(from), of_code = length(code), shorter = std::min(of_x, of_code), longer = std::max(of_x, of_code);
+        const T place = shorter < std::numeric_limits<T>::min() ? T(0) : std::min(T(1), T(100) * (shorter / longer));
+        const T rotating = place * place * (3 - 2 * place);
+        if (rotating == 0) {
+            for (int64_t k = 0; k < width; ++k) to[k] = g[k] + pull * (from[k] - code[k]);
+            return;
+        }
+        const T e = 1 / of_x, q = 1 / of_code;
+        const auto [of_sum, g_e, g_q] = products(g, from, code, of_x, of_code);
+        const T along_r = of_sum > 0 ? (g_e + g_q) / of_sum : T(0);  // g.r / |e + q|
+        const T scale = rotating * std::min(of_code * e, T(10000));
+        // scale (g - 2 (g.r) r + 2 (g.q) e) + (1 - rotating) g
+        const T by_g = scale + 1 - rotating, by_x = 2 * scale * (g_q - along_r) * e, by_code = -2 * scale * along_r * q;
+        for (int64_t k = 0; k < width; ++k) to[k] = by_g * g[k] + by_x * from[k] + by_code * code[k] + pull * (from[k] - code[k]);
+    }
+
+    // Without overflow or underflow of the squares where the plain way meets neither.
+    T length(const T* v) const {
+        T most = 0;
+        const T plain = squares(v, T(1));
+        if (plain > T(1e-25) && plain < T(1e25)) return std::sqrt(plain);
+        for (int64_t k = 0; k < width; ++k) most = std::max(most, std::abs(v[k]));
+        return most == 0 ? T(0) : std::sqrt(squares(v, 1 / most)) * most;
+    }
+
+    T squares(const T* v, T scale) const {
+        return sum([&](auto at, int64_t k) {
+            const auto value = at(v + k) * scale;
+            return value * value;
+        });
+    }
+
+    struct Products {
+        T of_sum, g_e, g_q;  // |e + q|^2, g.e, g.q
+    };
+
+    Products products(const T* g, const T* from, const T* code, T of_x, T of_code) const {
+        const T of_sum = sum([&](auto at, int64_t k) {
+            const auto both = at(from + k) / of_x + at(code + k) / of_code;  // of opposite directions exactly zero
+            return both * both;
+        });
+        return {of_sum,
+                sum([&](auto at, int64_t k) { return at(g + k) * (at(from + k) / of_x); }),
+                sum([&](auto at, int64_t k) { return at(g + k) * (at(code + k) / of_code); })};
+    }
+
+    // The sum over k of term(at, k), where at(pointer) is one value or a register of them.
+    template <class Term>
+    T sum(const Term& term) const {
+        using V = Vec<T>;
+        constexpr int L = kLanes<T>;
+        V sums{};
+        T rest = 0;
+        int64_t k = 0;
+        for (; k + L <= width; k += L) sums = sums + term([](const T* p) { return load<V>(p); }, k);
+        for (; k < width; ++k) rest += term([](const T* p) { return *p; }, k);
+        for (int i = 0; i < L; ++i) rest += sums[i];
+        return rest;
+    }
+};
+
+enum Result { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
+
 template <class T>
 int nearest(const T* x, const T* codes, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group, int64_t x_stride,
-            int64_t codes_group, int threads, int64_t* index) {
+            int threads, int64_t* index) {
     try {
         for (int64_t g = 0; g < groups; ++g)
-            find_nearest(Problem<T>{x + g * x_group, codes + g * codes_group, num, size, width, x_stride, index + g * num}, threads);
-        return 0;
+            find_nearest(Problem<T>{x + g * x_group, codes + g * size * width, num, size, width, x_stride, index + g * num}, threads);
+        return kDone;
     } catch (const std::bad_alloc&) {
-        return 1;
+        return kNoMemory;
+    }
+}
+
+template <class T>
+int gather(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
+           int64_t x_group, int64_t x_stride, int threads, T* quantized, T* squared_distance, T* count, T* sum) {
+    try {
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t row = g * num, code = g * size;
+            const Gathering<T> gathering{x + g * x_group, codes + code * width, weights ? weights + row : nullptr, index + row, num, size, width,
+                                         x_stride, quantized + row * width, squared_distance + row, count + code, sum + code * width};
+            if (!gathering.run(threads)) return kBadIndex;
+        }
+        return kDone;
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+}
+
+template <class T>
+int rotate(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
+           int64_t gradient_group, int64_t gradient_stride, int64_t x_group, int64_t x_stride, double pull, int threads, T* result) {
+    constexpr int64_t at_once = 256;
+    try {
+        for (int64_t i = 0; i < groups * num; ++i)
+            if (index[i] < -1 || index[i] >= size) return kBadIndex;
+        for (int64_t g = 0; g < groups; ++g) {
+            const Rotation<T> rotation{gradient + g * gradient_group, x + g * x_group, codes + g * size * width, index + g * num, width,
+                                       gradient_stride, x_stride, T(pull), result + g * num * width};
+            in_parallel(threads_for(threads, 32.0 * num * width), (num + at_once - 1) / at_once, [&](int, int64_t task) {
+                for (int64_t i = task * at_once; i < std::min(num, (task + 1) * at_once); ++i) rotation.row(i);
+            });
+        }
+        return kDone;
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
     }
 }
 
 }  // namespace
 
+#define VQKIT_FUNCTIONS(T)                                                                                                              \
+    int vqkit_nearest_##T(const T* x, const T* codes, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group,        \
+                          int64_t x_stride, int threads, int64_t* index) {                                                              \
+        return nearest(x, codes, groups, num, size, width, x_group, x_stride, threads, index);                                          \
+    }                                                                                                                                   \
+    int vqkit_gather_##T(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, \
+                         int64_t width, int64_t x_group, int64_t x_stride, int threads, T* quantized, T* squared_distance, T* count,    \
+                         T* sum) {                                                                                                      \
+        return gather(x, codes, weights, index, groups, num, size, width, x_group, x_stride, threads, quantized, squared_distance,      \
+                      count, sum);                                                                                                      \
+    }                                                                                                                                   \
+    int vqkit_rotate_##T(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num,              \
+                         int64_t size, int64_t width, int64_t gradient_group, int64_t gradient_stride, int64_t x_group,                 \
+                         int64_t x_stride, double pull, int threads, T* result) {                                                       \
+        return rotate(gradient, x, codes, index, groups, num, size, width, gradient_group, gradient_stride, x_group, x_stride, pull,    \
+                      threads, result);                                                                                                 \
+    }
+
 extern "C" {
-
-int vqkit_nearest_float(const float* x, const float* codes, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group,
-                        int64_t x_stride, int64_t codes_group, int threads, int64_t* index) {
-    return nearest(x, codes, groups, num, size, width, x_group, x_stride, codes_group, threads, index);
-}
-
-int vqkit_nearest_double(const double* x, const double* codes, int64_t groups, int64_t num, int64_t size, int64_t width,
-                         int64_t x_group, int64_t x_stride, int64_t codes_group, int threads, int64_t* index) {
-    return nearest(x, codes, groups, num, size, width, x_group, x_stride, codes_group, threads, index);
-}
+VQKIT_FUNCTIONS(float)
+VQKIT_FUNCTIONS(double)
 }

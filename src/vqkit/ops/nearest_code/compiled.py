@@ -1,4 +1,4 @@
-"""Nearest code by C++ that is compiled on this machine; never needed, taken where it is there.
+"""Nearest code and the rest of a training step by C++ that is compiled on this machine; never needed, taken where it is there.
 
 `build_()`, or `python -m vqkit.ops.nearest_code.compiled`, compiles compiled.cpp for this processor into the folder $VQKIT_CACHE, else
 $XDG_CACHE_HOME/vqkit, else ~/.cache/vqkit. The file's name carries a hash of what it was made from and for, and one of its contents: a
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ _SOURCE = Path(__file__).with_name("compiled.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w")
 _FOR_THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
 _NAMES = {torch.float32: "float", torch.float64: "double"}
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
+_ARGUMENTS = {"nearest": "ppnnnnnnip", "gather": "ppppnnnnnnipppp", "rotate": "ppppnnnnnnnndip"}
+_NO_MEMORY, _BAD_INDEX = 1, 2
 
 
 def is_there() -> bool:
@@ -59,35 +64,95 @@ def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
     answer does not depend on the number of threads, `torch.get_num_threads()`. Builds first what is not there; errors as `build_`.
     """
     _check(x, codebook)
-    x, codebook = _with_dense_rows(x.detach()), codebook.detach().contiguous()
-    groups, num, width = x.shape
-    index = torch.empty(groups, num, dtype=torch.int64)
-    _run(
-        f"vqkit_nearest_{_NAMES[x.dtype]}",
-        *(x, codebook, groups, num, codebook.shape[1], width, x.stride(0), x.stride(1), codebook.stride(0)),
-        *(torch.get_num_threads(), index),
-    )
+    x, codebook = _with_dense_rows(x), codebook.detach().contiguous()
+    index = torch.empty(x.shape[:2], dtype=torch.int64)
+    _run("nearest", x.dtype, x, codebook, *_sizes(x, codebook), *x.stride()[:2], torch.get_num_threads(), index)
     return index
 
 
-def _check(x: Tensor, codebook: Tensor) -> None:
-    for name, tensor in (("x", x), ("codebook", codebook)):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}: the compiled form is for the CPU")
-        if tensor.dtype not in _NAMES or tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}: both must be float32 or both float64")
+class Gathered(NamedTuple):
+    """What a training step needs of vectors and their codes; of the dtype of the vectors."""
+
+    quantized: Tensor  # [G, N, K] the codes; zeros where the index is -1
+    squared_distance: Tensor  # [G, N]; 0 where the index is -1
+    count: Tensor  # [G, C] vectors per code, or the sum of their weights
+    sum: Tensor  # [G, C, K] their sum, each times its weight
+
+
+def gather_and_count(x: Tensor, codebook: Tensor, indices: Tensor, weights: Tensor | None = None) -> Gathered:
+    """Codes, errors and statistics of x [G, N, K] for indices [G, N] int64 in one pass over x.
+
+    codebook [G, C, K], weights [G, N], both of the dtype of x, float32 or float64, on the CPU. A vector of index -1 or weight 0 enters
+    neither count nor sum, whatever it holds. No gradient. The sums do not depend on the number of threads.
+    Raises ValueError for an index that is none of -1 ... C - 1; builds first what is not there; errors as `build_`.
+    """
+    _check(x, codebook, indices, weights=weights)
+    x, codebook, indices = _with_dense_rows(x), codebook.detach().contiguous(), indices.contiguous()
+    weights = None if weights is None else weights.detach().contiguous()
+    result = Gathered(x.new_empty(x.shape), x.new_empty(x.shape[:2]), x.new_zeros(codebook.shape[:2]), x.new_zeros(codebook.shape))
+    given = (x, codebook, weights, indices, *_sizes(x, codebook), *x.stride()[:2], torch.get_num_threads())
+    _run("gather", x.dtype, *given, *result)
+    return result
+
+
+def rotation_gradient(gradient: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, pull: float = 0.0) -> Tensor:
+    """The gradient for x of `rotation_trick(x, codes)`, plus `pull` * (x - codes), in one pass: [G, N, K].
+
+    gradient, x [G, N, K], codebook [G, C, K], of one dtype, float32 or float64, on the CPU; indices [G, N] int64; index -1 gets none.
+    With pull = 2 / (G N K) times the gradient of a mean commitment loss, the second part is that of the loss.
+    Raises ValueError for an index that is none of -1 ... C - 1; builds first what is not there; errors as `build_`.
+    """
+    _check(x, codebook, indices, gradient=gradient)
+    gradient, x, codebook, indices = _with_dense_rows(gradient), _with_dense_rows(x), codebook.detach().contiguous(), indices.contiguous()
+    result = x.new_empty(x.shape)
+    given = (gradient, x, codebook, indices, *_sizes(x, codebook), *gradient.stride()[:2], *x.stride()[:2], pull)
+    _run("rotate", x.dtype, *given, torch.get_num_threads(), result)
+    return result
+
+
+def _check(
+    x: Tensor, codebook: Tensor, indices: Tensor | None = None, *, weights: Tensor | None = None, gradient: Tensor | None = None
+) -> None:
+    """The functions behind trust their pointers: nothing wrong may reach them."""
     if x.dim() != 3 or codebook.dim() != 3 or x.shape[::2] != codebook.shape[::2] or codebook.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, codebook {tuple(codebook.shape)}: must be [G, N, K] and [G, C, K] with C > 0")
+    if x.dtype not in _NAMES:
+        raise TypeError(f"x is {x.dtype}: must be float32 or float64")
+    wanted = {
+        "x": (x, x.shape, x.dtype),
+        "codebook": (codebook, codebook.shape, x.dtype),
+        "indices": (indices, x.shape[:2], torch.int64),
+        "weights": (weights, x.shape[:2], x.dtype),
+        "gradient": (gradient, x.shape, x.dtype),
+    }
+    for name, (tensor, shape, dtype) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}: the compiled form is for the CPU")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype}: must be {dtype}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {tuple(shape)}")
+
+
+def _sizes(x: Tensor, codebook: Tensor) -> tuple[int, int, int, int]:
+    groups, num, width = x.shape
+    return groups, num, codebook.shape[1], width
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
+    x = x.detach()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _run(name: str, *arguments: Tensor | int | None) -> None:
+def _run(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
     given = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    if getattr(_at_hand(), name)(*given):
-        raise MemoryError(f"{name} ran out of memory")
+    result = getattr(_at_hand(), f"vqkit_{name}_{_NAMES[dtype]}")(*given)
+    if result == _NO_MEMORY:
+        raise MemoryError(f"no memory for {name}")
+    if result == _BAD_INDEX:
+        raise ValueError("indices holds a value that is none of -1 ... C - 1")
 
 
 # Finding, loading and building
@@ -150,9 +215,8 @@ def _load(path: Path) -> ctypes.CDLL | None:
         if path.stem.rpartition("-")[2] != _hash(path.read_bytes()):
             return None
         library = ctypes.CDLL(str(path))
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        for name in _NAMES.values():
-            getattr(library, f"vqkit_nearest_{name}").argtypes = [pointer, pointer, *[number] * 7, ctypes.c_int, pointer]
+        for (name, arguments), dtype in itertools.product(_ARGUMENTS.items(), _NAMES.values()):
+            getattr(library, f"vqkit_{name}_{dtype}").argtypes = [_TYPES[argument] for argument in arguments]
     except (OSError, AttributeError):
         return None
     return library
@@ -173,13 +237,15 @@ def _compiler() -> list[str]:
 def _compile(compiler: list[str], folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
         result = Path(scratch) / "nearest_code.so"
+        complaints = []
         for processor in _FOR_THIS_PROCESSOR:
             command = [*compiler, *_FLAGS, *processor, str(_SOURCE), "-o", str(result)]
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
             if done.returncode == 0:
                 break
-        else:
-            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+            complaints.append(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+        if not result.exists():
+            raise RuntimeError("\n".join(complaints))
         path = folder / f"nearest_code-{_origin()}-{_hash(result.read_bytes())}.so"
         os.replace(result, path)  # whole or absent, whoever else builds
     return path
