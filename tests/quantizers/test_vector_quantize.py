@@ -821,6 +821,23 @@ def test_compiled_is_eager(options):
     torch.testing.assert_close(traced.state_dict(), eager.state_dict())
 
 
+@pytest.mark.parametrize("options", [{}, {"assignment": Gumbel(estimator="reinmax"), "update": Gradient()}])
+def test_compiled_candidates_are_eager_ones(options):
+    torch._dynamo.reset()
+    quantizer = spread_out(**options)
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    rows, mask = vectors(), torch.rand(BATCH, TIME) < 0.7
+    results = []
+    for run in (quantizer, compiled):
+        torch.manual_seed(1)
+        x = rows.clone().requires_grad_()
+        out = run(x, mask, top_k=3, reduction="none")
+        (out.quantized.sin().sum() + out.loss.sum()).backward()
+        results.append([*out, x.grad])
+    for found, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 class _Verb(nn.Module):
     def __init__(self, quantizer, verb):
         super().__init__()
