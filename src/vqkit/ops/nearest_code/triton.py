@@ -246,7 +246,7 @@ def _race_kernel() -> Any:
         best = tl.full([BLOCK_N], float("-inf"), tl.float32)
         second = tl.full([BLOCK_N], float("-inf"), tl.float32)
         index = tl.zeros([BLOCK_N], tl.int32)
-        for first_code in range(0, size, BLOCK_C):
+        for first_code in tl.range(0, size, BLOCK_C):
             code = first_code + tl.arange(0, BLOCK_C)
             norms = tl.load(half_norm + code, mask=code < size, other=float("inf"))
             score = tl.zeros([BLOCK_N, BLOCK_C], tl.float32) - norms[None, :]
@@ -299,7 +299,7 @@ def _settle_kernel() -> Any:
         codebook += group * WIDTH * size
         count = tl.load(num_doubtful + group)
         tiles = tl.cdiv(size, BLOCK_C)
-        for item in range(tl.program_id(0), tl.cdiv(count, BLOCK_N) * tiles, tl.num_programs(0)):
+        for item in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_N) * tiles, tl.num_programs(0)):
             place = (item // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
             code = (item % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
             row = tl.load(doubtful + group * num + place, mask=place < count, other=0).to(tl.int64)
@@ -338,7 +338,7 @@ def _sum_kernel() -> Any:
         last = tl.load(stop + segment)
         dtype = total.dtype.element_ty
         sums = tl.zeros([BLOCK_N, BLOCK_K], dtype)
-        for first in range(tl.load(start + segment), last, BLOCK_N):
+        for first in tl.range(tl.load(start + segment), last, BLOCK_N):
             row = first + tl.arange(0, BLOCK_N)
             present = row < last
             if order is not None:
