@@ -6,11 +6,13 @@ group, and tests can bring their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 
 class Reducer(Protocol):
@@ -86,9 +88,28 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def is_managed(module: nn.Module) -> bool:
+    """Whether FSDP2 (`fully_shard`) manages what `module` itself holds: its parameters are whole inside a forward, and sharded outside."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """`tensor`, copied where it is a view of another: what FSDP2 hands out must be none, as it hooks on to it."""
+    return tensor if tensor._base is None else tensor.clone()
+
+
 def register_forward_methods(module: nn.Module, names: Iterable[str]) -> None:
     """Let these methods of `module` gather its parameters as its forward does, where FSDP2 has sharded it; else nothing happens."""
-    from torch.distributed.fsdp import register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-    for name in names:
+    for name in names if isinstance(module, FSDPModule) else ():
+        setattr(module, name, _without_views(getattr(module, name)))
         register_fsdp_forward_method(module, name)
+
+
+def _without_views(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, own_storage, method(*args, **kwargs))
+
+    return call

@@ -2,10 +2,15 @@
 
 import copy
 import gc
+import warnings
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from plain_quantizer import Plain
 from thread_ranks import in_ranks
@@ -16,6 +21,8 @@ from vqkit.quantizers import (
     DeadCodes,
     Gradient,
     OwnOptimizer,
+    ResidualVQ,
+    VectorQuantize,
     add_statistics_,
     attach,
     register_fsdp_methods,
@@ -23,6 +30,7 @@ from vqkit.quantizers import (
     update_codebooks_,
 )
 from vqkit.quantizers.codebook import Committed
+from vqkit.quantizers.update import stored_codes
 
 CHOICES = {
     "ema": {"update": EMA(0.5)},
@@ -185,12 +193,41 @@ def test_attached_is_committed_after_every_step():
         assert attached.second.table.updates == 3 and attached.second.table.pending.count.any()
 
 
+def test_one_optimizer_alone_commits():
+    """A model that two optimizers train, as in a GAN: attached to one, it is committed once a round; to both, it is refused."""
+    model = Pair(commit="auto")
+    generator, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    handle = attach(model, generator)
+    before = snapshot(model)
+    whole = nn.ModuleList([model, Pair(commit="auto")])
+    for part, optimizer in ((model, generator), (model, other), (model.first, other), (whole, other)):
+        with pytest.raises(ValueError, match=r"^model: an optimizer commits its codebooks already"):
+            attach(part, optimizer)
+    assert whole[1].first.commit == "auto"
+    assert_same(snapshot(model), before)
+    step_(model, generator, batch(0))
+    step_(model, other, batch(1))
+    assert model.first.table.updates == 1
+    step_(model, generator, batch(2))
+    assert model.first.table.updates == 2
+    attach(whole[1], other)  # another model is free
+    attach(copy.deepcopy(model), other)
+    handle.remove()
+    second = attach(model, other)
+    step_(model, other, batch(3))
+    assert model.first.table.updates == 3
+    del other, second, optimizer
+    gc.collect()
+    attach(model, generator)
+
+
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_scaler_skips_commits_nothing(fused):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_step_that_the_scaler_skips_commits_nothing(fused, named):
     model = Pair()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
-    attach(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    attach(model, optimizer, scaler=scaler if named else None)
     step_(model, optimizer, batch(0), scaler)
     assert model.first.table.updates == 1
     before = {name: value for name, value in snapshot(model).items() if "pending" not in name}
@@ -198,9 +235,51 @@ def test_a_step_that_the_scaler_skips_commits_nothing(fused):
     step_(model, optimizer, batch(1), scaler)
     hook.remove()
     assert_same({name: value for name, value in snapshot(model).items() if "pending" not in name}, before)
-    assert model.first.table.pending.count.any() != fused  # an optimizer that is not called cannot say that it dropped a step
+    waits = not (fused or named)  # an optimizer that is not called cannot say that it dropped a step
+    assert model.first.table.pending.count.any() == waits
+    expected = copy.deepcopy(model)
+    for quantizer in (expected.first, expected.second):
+        quantizer.table.discard_pending_()
+    if waits:
+        expected(batch(1))
+    expected(batch(2))
     step_(model, optimizer, batch(2), scaler)
+    update_codebooks_(expected)
     assert model.first.table.updates == 2 and model.first.clock.updates == 2
+    assert_same(snapshot(model.first), snapshot(expected.first))
+
+
+def test_a_scaler_is_watched_for_its_optimizer_alone_and_as_long_as_attached():
+    model = Pair()
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    handle = attach(model, optimizer, scaler=scaler)
+    model.layer.weight.register_hook(lambda gradient: gradient * torch.inf)
+    step_(model, other, batch(0), scaler)
+    assert model.first.table.pending.count.any()
+    step_(model, optimizer, batch(0), scaler)
+    assert not model.first.table.pending.count.any()
+    handle.remove()
+    step_(model, optimizer, batch(0), scaler)
+    assert model.first.table.pending.count.any() and model.first.table.updates == 0
+
+
+def test_one_rank_whose_step_is_skipped_skips_for_all():
+    models = [Pair() for _ in range(2)]
+    before = [snapshot(model.first) for model in models]
+
+    def work(reducer):
+        model = models[reducer.rank]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        attach(model, optimizer, scaler=scaler, reducer=reducer)
+        if reducer.rank:
+            model.layer.weight.register_hook(lambda gradient: gradient * torch.inf)
+        step_(model, optimizer, batch(0), scaler)
+        return snapshot(model.first)
+
+    for state in in_ranks(2, work):
+        assert_same(state, before[0])
 
 
 def test_one_rank_whose_gradients_overflowed_refuses_for_all():
@@ -234,6 +313,91 @@ def test_registering_for_fsdp_leaves_a_model_that_is_not_sharded_alone():
     model = Pair()
     register_fsdp_methods(model)
     assert "encode" not in vars(model.first)
+
+
+# Processes
+
+
+def test_two_processes(tmp_path):
+    """All laws of two gloo processes in one spawn; a rank that fails ends the other and raises here."""
+    mp.spawn(on_rank, args=(tmp_path,), nprocs=2)
+
+
+def on_rank(rank, folder):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler, about itself
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    for name in ("expiry", "gradient"):
+        start_equal_when_compiled_from_the_first_forward(rank, CHOICES[name])
+    refuse_to_replace_sharded_codes(rank)
+    hand_out_no_views_where_sharded(rank)
+    torch_dist.destroy_process_group()
+
+
+def assert_equal_on_both(tensor):
+    total = tensor.detach().clone()
+    torch_dist.all_reduce(total)
+    assert torch.equal(total, 2 * tensor)
+
+
+def start_equal_when_compiled_from_the_first_forward(rank, choices):
+    torch.manual_seed(rank)
+    torch._dynamo.reset()
+    model = Plain(**choices)
+    first = model.table.codebook.detach().clone()
+    torch_dist.broadcast(first, 0)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(torch.zeros(0, 4)).quantized, torch.zeros(0, 4))
+    torch.testing.assert_close(stored_codes(model.table.update, model.table.committed_state()), first)
+    for step in range(2):
+        run(batch(10 * step + rank))
+        assert_equal_on_both(model.table.codebook)
+
+
+def refuse_to_replace_sharded_codes(rank):
+    """Under FSDP2, whichever the commit; codes that are left whole are replaced."""
+    choices = {"update": Gradient(0.5), "dead_codes": DeadCodes(1.0)}
+
+    def learn(model):
+        out = model(batch(rank))
+        (out.quantized.sum() + out.loss).backward()
+        update_codebooks_(model)
+
+    for commit in ("auto", "manual"):
+        model = nn.Sequential(nn.Linear(4, 4), Plain(commit=commit, **choices))
+        fully_shard(model)
+        with pytest.raises(ValueError, match="dead_codes: the codes are a sharded parameter"):
+            learn(model)
+    quantizer = Plain(commit="manual", **choices)
+    synchronize_codebooks_(quantizer)
+    model = nn.Sequential(nn.Linear(4, 4), quantizer)
+    fully_shard(model, ignored_params={quantizer.table.weight})
+    before = quantizer.table.codebook.detach().clone()
+    for step in range(6):
+        model(100 + batch(10 * step + rank))
+        update_codebooks_(model)
+    assert not torch.equal(quantizer.table.codebook, before)
+    assert_equal_on_both(quantizer.table.codebook)
+
+
+def hand_out_no_views_where_sharded(rank):
+    """FSDP2 warns of outputs that are views of others, and warnings are errors."""
+    choices = [{"layout": "first"}, {"update": Gradient()}, {"layout": "first", "heads": 2, "codebook_dim": 6}]
+    for make in (VectorQuantize, lambda *sizes, **options: ResidualVQ(*sizes, num_quantizers=2, **options)):
+        for options in choices:
+            model = make(4, 8, commit="manual", **options)
+            fully_shard(model)
+            register_fsdp_methods(model)
+            x = torch.randn(3, 4, 4, requires_grad=True)
+            out = model(x)
+            (out.quantized.sum() + out.loss).backward()
+            found = model.quantize(x)
+            assert torch.equal(found.quantized, out.quantized) and found.quantized.stride() == out.quantized.stride()
+            assert torch.equal(model.encode(x), out.indices)
+            for vectors in (model.decode(out.indices), model.decode_codes(out.indices)):
+                assert vectors._base is None
 
 
 # A clock without codes

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqkit.dist import Reducer, has_default_group
+from vqkit.dist import Reducer, has_default_group, is_managed, own_storage
 from vqkit.quantizers.codebook import Codebook, Committed, outside_backward
 from vqkit.quantizers.commit import Committing, Statistics, flatten_statistics, reduce_in_forward, synchronize_codebooks_
 
@@ -46,6 +46,8 @@ class Quantizer(Committing):
     group, if there is one when a forward runs). A subclass ends its `__init__` with `self.commit = commit`.
     """
 
+    dim: int
+    """The width of the vectors that it takes and gives."""
     reducer: Reducer | None = None
     _synchronized = False
 
@@ -113,18 +115,29 @@ class Quantizer(Committing):
         if learning:
             self._learn_(members, found.statistics, outside)
         loss = self._weigh(found.losses, x)
-        return QuantizerOutput(found.quantized, found.indices, loss if self.training else loss.detach())
+        quantized = found.quantized
+        if is_managed(self) and not torch.compiler.is_compiling():
+            quantized = own_storage(quantized)
+        return QuantizerOutput(quantized, found.indices, loss if self.training else loss.detach())
 
     def _begin_(self, members: list[Committed], outside: Tensor | bool) -> None:
         """Automatic commits: make the codebooks equal on all ranks once, then commit what the last training forward left."""
         for member in members:
             if not member.auto:
                 member.auto = True
-        if not self._synchronized and not torch.compiler.is_compiling() and outside is True and has_default_group():
-            synchronize_codebooks_(self, self.reducer)
-            self._synchronized = True
+            if isinstance(member, Codebook):
+                member.check_commit()
+        if outside is not False and not torch.compiler.is_exporting():
+            self._synchronize_start_()
         for member in members:
             member.settle_(outside)
+
+    @torch.compiler.assume_constant_result
+    def _synchronize_start_(self) -> None:
+        """Make the codebooks equal on all ranks, once. A compiler runs this while it traces, and leaves it out of the program."""
+        if not self._synchronized and has_default_group():
+            synchronize_codebooks_(self, self.reducer)
+            self._synchronized = True
 
     def _learn_(self, members: list[Committed], statistics: Statistics, outside: Tensor | bool) -> None:
         if outside is False:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vqkit.dist import LocalReducer, Reducer, default_reducer, is_sharded
+from vqkit.dist import LocalReducer, Reducer, default_reducer, is_managed, is_sharded
 from vqkit.ops.codebook import (
     COUNT_FLOOR,
     CodebookStatistics,
@@ -504,9 +504,18 @@ class Codebook(Committed):
             tensor.zero_()
 
     def check_commit(self) -> None:
-        """Raise ValueError where a commit is impossible."""
-        if self.dead_codes and is_sharded(self.committed_state()["weight" if "weight" in self._names else "sum"]):
-            raise ValueError("dead_codes: the codes are a sharded parameter and cannot be replaced; shard the model around its quantizers")
+        """Raise ValueError where a commit is impossible: expiry writes codes, which a part of a parameter does not hold.
+
+        An automatic commit runs in a forward, for which FSDP2 has gathered the parameter: there any that it manages is refused.
+        """
+        if self.dead_codes is None:
+            return
+        codes = self.committed_state()["weight" if "weight" in self._names else "sum"]
+        if is_sharded(codes) or (self.auto and isinstance(codes, nn.Parameter) and is_managed(self)):
+            raise ValueError(
+                "dead_codes: the codes are a sharded parameter and cannot be replaced; "
+                'leave them whole (ignored_params of fully_shard) and take commit = "manual"'
+            )
 
     def _weigh_codes(self, statistics: CodebookStatistics) -> Tensor | None:
         """[H, C] what 1 - decay of each code is multiplied by."""

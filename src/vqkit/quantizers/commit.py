@@ -5,8 +5,9 @@ Every rank takes part in every sum, with zeros when it saw nothing.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +24,10 @@ _SLOTTED = ("candidates", "keys", "vectors", "moments")
 
 Statistics: TypeAlias = "CodebookStatistics | Sequence[Statistics] | None"
 """One entry a codebook, nested as the quantizers are; None where nothing was counted."""
+
+
+_ATTACHED: weakref.WeakKeyDictionary[Committed, RemovableHandle] = weakref.WeakKeyDictionary()
+"""The step hook that commits each codebook."""
 
 
 class Committing(nn.Module):
@@ -103,25 +108,79 @@ def _update_(model: nn.Module, reducer: Reducer | None, refused: Tensor | None) 
             member.commit_pending_(applied)
 
 
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer, *, reducer: Reducer | None = None) -> RemovableHandle:
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    reducer: Reducer | None = None,
+) -> RemovableHandle:
     """Commit the codebooks of `model` after every step of `optimizer`, by a hook; call it on every rank, once a model.
 
-    Switches the quantizers of the model to commit="manual" and makes the codebooks equal on all ranks. When a GradScaler found gradients
-    that are not finite, nothing is committed: an optimizer that takes the scale itself (fused) drops what is pending; one that is not
-    called at all keeps it for the next step. Remove the handle to end it. `reducer` as for `update_codebooks_`, asked at every step.
+    Switches the quantizers of the model to commit="manual" and makes the codebooks equal on all ranks. Where several optimizers train
+    the model, as in a GAN, attach to the one whose steps the codebooks are to follow. Remove the handle to end it. `reducer` as for
+    `update_codebooks_`, asked at every step.
+
+    A step that a GradScaler skips, as gradients are not finite, commits nothing and drops what is pending, on all ranks if on any. An
+    optimizer that takes the scale itself (fused) is told of it; any other is not even called, so name the `scaler`, whose method `step`
+    is watched. Without it what is pending waits for the next step, as if the skipped batch had been accumulated.
+
+    Raises ValueError, and changes nothing, where an optimizer commits any of these codebooks already.
     """
+    members = [module for module in model.modules() if isinstance(module, Committed)]
+    if any(_is_live(_ATTACHED.get(member)) for member in members):
+        raise ValueError(
+            "model: an optimizer commits its codebooks already, and two would commit twice a step; "
+            "attach to one optimizer alone, or first remove() the handle that attach returned"
+        )
     for module in model.modules():
         if isinstance(module, Committing):
             module.commit = "manual"
     synchronize_codebooks_(model, reducer)
     known = weakref.ref(model)
 
-    def commit(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def commit(refused: Tensor) -> None:
         if (model := known()) is not None:
-            found = getattr(optimizer, "found_inf", None)  # set by a GradScaler around a step that takes the scale itself
-            _update_(model, reducer, torch.zeros(()) if found is None else found)
+            _update_(model, reducer, refused)
 
-    return optimizer.register_step_post_hook(commit)
+    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        found = getattr(optimizer, "found_inf", None)  # set by a GradScaler around a step that takes the scale itself
+        commit(torch.zeros(()) if found is None else found)
+
+    handle = optimizer.register_step_post_hook(after_step)
+    _ATTACHED.update(dict.fromkeys(members, handle))
+    if scaler is not None:
+        _watch_skipped(scaler, optimizer, handle, lambda: commit(torch.ones(())))
+    return handle
+
+
+def _is_live(handle: RemovableHandle | None) -> bool:
+    """Whether the hook is still there, and its optimizer."""
+    hooks = None if handle is None else handle.hooks_dict_ref()
+    return handle is not None and hooks is not None and handle.id in hooks
+
+
+def _watch_skipped(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, handle: RemovableHandle, skipped: Callable[[], None]
+) -> None:
+    """Call `skipped` after each `scaler.step(optimizer)` that does not call the optimizer, as long as `handle` is not removed."""
+    step, own = scaler.step, weakref.ref(optimizer)
+
+    @functools.wraps(step)
+    def watched(stepped: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        if stepped is not own() or not _is_live(handle):
+            return step(stepped, *args, **kwargs)
+        calls: list[bool] = []
+        hook = stepped.register_step_pre_hook(lambda *_: calls.append(True))
+        try:
+            result = step(stepped, *args, **kwargs)
+        finally:
+            hook.remove()
+        if not calls:
+            skipped()
+        return result
+
+    scaler.step = watched
 
 
 @torch.no_grad()
