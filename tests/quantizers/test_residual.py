@@ -601,6 +601,8 @@ def test_a_start_is_the_kmeans_of_each_residual():
     x = vectors(4, 32)
     by_itself, by_name, by_hand = (build(codebook_size=16, init=KMeans(), commit="manual") for _ in range(3))
     by_itself(x)
+    by_name.initialize_(torch.cat([x, x + 9.0]), torch.arange(8).unsqueeze(-1).expand(8, 32) < 4)
+    assert all(layer.table.count.sum() == 4 * 32 for module in (by_itself, by_name) for layer in module.layers)
     by_name.initialize_(x)
     residual = x
     for number, layer in enumerate(by_hand.layers):
@@ -617,9 +619,8 @@ def test_a_start_is_the_kmeans_of_each_residual():
 def test_a_shared_codebook_starts_at_what_all_its_uses_see(implicit):
     x = vectors(4, 64)
     mask = torch.rand(4, 64) < 0.8
-    modules = {
-        name: build(codebook_size=16, shared_codebook=True, init=KMeans(), implicit=implicit) for name in ("itself", "name", "first")
-    }
+    options = {"codebook_size": 16, "shared_codebook": True, "init": KMeans(), "implicit": implicit, "commit": "manual"}
+    modules = {name: build(**options) for name in ("itself", "name", "first")}
     modules["itself"](x.masked_fill(~mask.unsqueeze(-1), 50.0), mask)
     modules["name"].initialize_(x, mask)
     modules["first"].layers[0].initialize_(x, mask)
@@ -627,6 +628,8 @@ def test_a_shared_codebook_starts_at_what_all_its_uses_see(implicit):
     for name, module in modules.items():
         layers = module.eval().decode_layers(module.encode(x))
         left[name] = (x - layers.sum(0))[mask].square().mean()
+    for name, uses in (("itself", LAYERS), ("name", LAYERS), ("first", 1)):
+        assert modules[name].codebooks()[0].count.sum() == uses * mask.sum()
     assert left["itself"] < 0.9 * left["first"]
     torch.testing.assert_close(left["itself"], left["name"], rtol=0.1, atol=0)
 
