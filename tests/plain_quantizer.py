@@ -13,6 +13,7 @@ class Plain(Quantizer):
 
     def __init__(self, dim=4, size=8, commit="auto", **choices):
         super().__init__()
+        self.dim = dim
         self.table = Codebook(1, size, dim, **choices)
         self.clock = Committed()
         self.commit = commit

@@ -304,6 +304,19 @@ def test_codebooks_stay_wide_in_narrow_modules(name):
     assert codes.dtype == torch.float32 and torch.equal(codes, module.table.codebook)
 
 
+@pytest.mark.parametrize("commit", ["auto", "manual"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_forward_on_the_meta_device_gives_shapes(name, commit):
+    with torch.device("meta"):
+        module = plain(name, commit).to("meta")
+        for training in (True, False):
+            out = module.train(training)(torch.empty(3, 5, 4))
+            assert out.quantized.shape == (3, 5, 4) and out.indices.shape == (3, 5) and out.loss.is_meta
+            assert module.decode(module.encode(torch.empty(2, 4))).shape == (2, 4)
+        if commit == "manual":
+            update_codebooks_(module)
+
+
 # K-means by itself
 
 
