@@ -215,10 +215,8 @@ def test_a_shared_part_starts_at_what_all_its_uses_see(by_name):
     module = Grouped([part, part], commit="manual")
     x = torch.cat([torch.randn(3, 20, 4), torch.randn(3, 20, 4) + 8.0], dim=-1)
     mask = torch.rand(3, 20) < 0.8
-    if by_name:
-        module.initialize_(x, mask)
-    else:
-        module(x.masked_fill(~mask.unsqueeze(-1), -50.0), mask)
+    start = module.initialize_ if by_name else module
+    start(x.masked_fill(~mask.unsqueeze(-1), -50.0), mask)
     assert 0 < (part.codebook.mean(-1) > 4.0).sum() < 16
     assert part.codebook.min() > -10
     codes = part.codebook.clone()
