@@ -21,9 +21,15 @@
 #include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #include <immintrin.h>
+#endif
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define VQKIT_HAS_SHUFFLEVECTOR 1
+#endif
 #endif
 
 namespace {
@@ -67,6 +73,50 @@ inline void store(T* to, V v) {
 template <class V, class T>
 inline V splat(T value) {
     return V{} + value;
+}
+
+// Of each two rows h apart, the blocks of h lanes on the off diagonal change places.
+template <int h, class V, int... lane>
+inline void swap_blocks(V& a, V& b, std::integer_sequence<int, lane...>) {
+    constexpr int L = sizeof...(lane);
+#if VQKIT_HAS_SHUFFLEVECTOR
+    const V upper = __builtin_shufflevector(a, b, (lane & h ? L + lane - h : lane)...);
+    b = __builtin_shufflevector(a, b, (lane & h ? L + lane : lane + h)...);
+#else
+    using I = Vec<Int<std::decay_t<decltype(a[0])>>>;
+    const V upper = __builtin_shuffle(a, b, I{(lane & h ? L + lane - h : lane)...});
+    b = __builtin_shuffle(a, b, I{(lane & h ? L + lane : lane + h)...});
+#endif
+    a = upper;
+}
+
+template <int h, class V, int L>
+inline void transpose(V (&row)[L]) {
+    if constexpr (h > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+            if ((i & h) == 0) swap_blocks<h>(row[i], row[i + h], std::make_integer_sequence<int, L>());
+        transpose<h / 2>(row);
+    }
+}
+
+// Rows of `width` values, one a lane, minus `origin` unless that is null, to to[k * stride + lane].
+template <class T>
+void across_lanes(const T* const* row, const T* origin, int64_t width, T* to, int64_t stride) {
+    using V = Vec<T>;
+    constexpr int L = kLanes<T>;
+    int64_t k = 0;
+    for (; k + L <= width; k += L) {
+        const V centre = origin ? load<V>(origin + k) : V{};
+        V block[L];
+#pragma GCC unroll 16
+        for (int r = 0; r < L; ++r) block[r] = load<V>(row[r] + k) - centre;
+        transpose<L / 2>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(to + (k + i) * stride, block[i]);
+    }
+    for (; k < width; ++k)
+        for (int r = 0; r < L; ++r) to[k * stride + r] = row[r][k] - (origin ? origin[k] : T(0));
 }
 
 template <class V>
@@ -149,10 +199,9 @@ void settle(const Problem<T>& p, const int64_t* row, int num, T* scratch) {
     using V = Vec<T>;
     using I = Vec<Int<T>>;
     constexpr int L = kLanes<T>;
-    for (int r = 0; r < L; ++r) {
-        const T* from = p.vector(row[std::min(r, num - 1)]);
-        for (int64_t k = 0; k < p.width; ++k) scratch[k * L + r] = from[k];
-    }
+    const T* from[L];
+    for (int r = 0; r < L; ++r) from[r] = p.vector(row[std::min(r, num - 1)]);
+    across_lanes<T>(from, nullptr, p.width, scratch, L);
     V best = splat<V>(std::numeric_limits<T>::infinity());
     I where = I{} - 1, broken{};
     for (int64_t first = 0; first < p.size; first += kTile) {
@@ -370,11 +419,10 @@ struct Panel {
     void pack(const Problem<T>& p, const Centre<T>& centre, int64_t first, int count) {
         num = count, registers = (count + L - 1) / L;
         const T* origin = centre.origin.data();
-        for (int r = 0; r < registers * L; ++r) {
-            const T* from = r < num ? p.vector(first + r) : origin;  // spare lanes are zero
-            for (int64_t k = 0; k < p.width; ++k) values[k * R + r] = from[k] - origin[k];
-        }
         for (int i = 0; i < registers; ++i) {
+            const T* from[L];
+            for (int r = 0; r < L; ++r) from[r] = i * L + r < num ? p.vector(first + i * L + r) : origin;  // spare lanes are zero
+            across_lanes<T>(from, origin, p.width, values.get() + i * L, R);
             Vec<T> sum{}, top{};
             for (int64_t k = 0; k < p.width; ++k) {
                 const Vec<T> value = load<Vec<T>>(values.get() + k * R + i * L);
@@ -473,20 +521,39 @@ struct ByPairs {
         : centre(centre), packed((p.width + 1) / 2, p.size), code_scale(kRange / centre.radius) {
         std::vector<float> most(packed.tiles);
         for_tiles(threads, packed.tiles, p.width, [&](int64_t tile) {
-            for (int j = 0; j < kTile; ++j) {
-                const int64_t c = tile * kTile + j;
-                float squares = 0;
-                auto* to = reinterpret_cast<int16_t*>(packed.tile(tile) + j);
-                for (int64_t k = 0; k < 2 * packed.steps; ++k) {
-                    const float value = c < p.size && k < p.width ? (p.code(c)[k] - centre.origin[k]) * code_scale : 0.0f;
-                    const float whole = rounded(value);
-                    squares += (value - whole) * (value - whole);
-                    to[k / 2 * 2 * kTile + k % 2] = int16_t(whole);
-                }
-                most[tile] = std::max(most[tile], squares);
+            std::vector<int32_t> row(packed.steps);
+            for (int j = 0; j < kTile && tile * kTile + j < p.size; ++j) {
+                most[tile] = std::max(most[tile], round(p, p.code(tile * kTile + j), reinterpret_cast<char*>(row.data())));
+                for (int64_t s = 0; s < packed.steps; ++s) packed.tile(tile)[s * kTile + j] = row[s];
             }
+            for (int64_t c = p.size; c < (tile + 1) * kTile; ++c)
+                for (int64_t s = 0; s < packed.steps; ++s) packed.tile(tile)[s * kTile + c % kTile] = 0;
         });
         lost = std::sqrt(*std::max_element(most.begin(), most.end()));
+    }
+
+    // A code in 16 bits to `to`; returns the square of what rounding took from it.
+    float round(const Problem<float>& p, const float* code, char* to) const {
+        using V = Vec<float>;
+        constexpr int L = kLanes<float>;
+        const float* origin = centre.origin.data();
+        V squares{};
+        float rest = 0;
+        int64_t k = 0;
+        for (; k + L <= p.width; k += L) {
+            const V value = (load<V>(code + k) - load<V>(origin + k)) * code_scale, whole = rounded(value);
+            squares = squares + (value - whole) * (value - whole);
+            const auto narrow = __builtin_convertvector(whole, Vec<int16_t, kBytes / 2>);
+            std::memcpy(to + 2 * k, &narrow, sizeof narrow);
+        }
+        for (; k < p.width; ++k) {
+            const float value = (code[k] - origin[k]) * code_scale, whole = rounded(value);
+            rest += (value - whole) * (value - whole);
+            const int16_t narrow = int16_t(whole);
+            std::memcpy(to + 2 * k, &narrow, sizeof narrow);
+        }
+        for (int i = 0; i < L; ++i) rest += squares[i];
+        return rest;
     }
 
     // As ByFloats::choose; returns how many are in doubt.
