@@ -114,12 +114,24 @@ def test_the_commitment_pulls_vectors_codes_and_network(layer):
     torch.testing.assert_close(x.grad, 2 * (x - codes).detach() / x.numel())
 
 
+def test_given_indices_leave_vectors_out(layer):
+    given = torch.zeros(4, 6, dtype=torch.int64)
+    given[0] = -1
+    x = vectors()
+    x[1, 0] = torch.nan
+    found = layer.quantize(x, indices=given)
+    (entry,) = found.statistics
+    assert (entry.count[0, 0], entry.vectors, entry.non_finite) == (17, 17, 1)
+    assert found.indices[1, 0] == -1
+    assert not found.quantized[found.indices < 0].any()
+
+
 def test_frozen_for_a_call(layer):
     x = vectors().requires_grad_()
     before = copy.deepcopy(layer.state_dict())
-    out = layer(x, freeze_codebook=True)
+    out = layer(x, freeze_codebook=True, targets=torch.zeros(4, 6, dtype=torch.int64))
     (out.quantized.sum() + out.loss).backward()
-    assert all(parameter.grad is None or not parameter.grad.any() for parameter in layer.table.parameters())
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in layer.parameters())
     torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
 
 
