@@ -266,14 +266,18 @@ def problem(build):
         return x, codebook, everything(x, codebook)
 
 
-def test_the_answer_does_not_depend_on_the_number_of_threads(problem):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_answer_does_not_depend_on_the_number_of_threads(problem, pooled, monkeypatch):
+    monkeypatch.setattr(compiled, "_keeps_threads", lambda process: pooled)
     x, codebook, expected = problem
     for num in (2, 3, 7):
         with threads(num):
             assert equal(everything(x, codebook), expected)
 
 
-def test_calls_from_several_threads_at_once(problem):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_calls_from_several_threads_at_once(problem, pooled, monkeypatch):
+    monkeypatch.setattr(compiled, "_keeps_threads", lambda process: pooled)
     x, codebook, expected = problem
     with threads(3), ThreadPoolExecutor(6) as pool:
         assert all(equal(found, expected) for found in pool.map(lambda _: everything(x, codebook), range(24)))

@@ -171,7 +171,7 @@ def assignment_stats(
     return CodebookStatistics(
         count.reshape(heads, codebook_size),
         total.reshape(heads, codebook_size, width),
-        *_draw_candidates(x, dropped, num_candidates),
+        *draw_candidates(x, dropped, num_candidates),
         vectors=vectors,
         squared_error=x.new_zeros(heads) if quantized is None else _squared_error(x, quantized, dropped),
         non_finite=_per_head(lost if ignored is None else lost & ~ignored).to(x.dtype),
@@ -228,7 +228,8 @@ def pool_moments(vectors: Tensor, moments: Tensor) -> Tensor:
     return torch.stack([total.sum(0), (squares + between).sum(0)], dim=-2)
 
 
-def _draw_candidates(x: Tensor, dropped: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def draw_candidates(x: Tensor, dropped: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """`candidates` and `keys` of x [..., H, N, K], drawn by the global random generator; rows `dropped` [..., H, N] are not drawn."""
     heads, _, width = x.shape[-3:]
     if num == 0:
         return x.new_zeros(heads, 0, width), x.new_zeros(heads, 0)
@@ -243,10 +244,10 @@ def largest_keys(vectors: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tenso
 
     A key of 0 says that there is no vector; such rows are zero, and fill up where N < num.
     """
-    keys = F.pad(keys, (0, num))
-    vectors = F.pad(vectors, (0, 0, 0, num))
-    keys, chosen = keys.topk(num, dim=-1)
-    rows = vectors.gather(1, chosen.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
+    keys, chosen = F.pad(keys, (0, num)).topk(num, dim=-1)
+    if vectors.shape[1] == 0:
+        return vectors.new_zeros(len(vectors), num, vectors.shape[2]), keys
+    rows = vectors.gather(1, chosen.clamp(max=vectors.shape[1] - 1).unsqueeze(-1).expand(-1, -1, vectors.shape[2]))
     return rows.where(keys.unsqueeze(-1) > 0, 0.0), keys
 
 

@@ -16,11 +16,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vqkit.ops.codebook import gather_codes
+from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
 from vqkit.ops.estimators import SMALLEST_RATIO, rotation_gradient
 
 _ENTRIES_PER_TILE = 1 << 17
 _SMALLEST_ANGLE = 0.05  # of |e + q|^2: below it the factors of the rotation lose more than a digit or two
+
+
+PlainEstimator = Literal["straight_through", "rotation", "none"]
 
 
 class Coded(NamedTuple):
@@ -33,23 +36,39 @@ class Coded(NamedTuple):
     sum: Tensor  # [G, C, K] their sum; [G, 0, K] where not asked for
 
 
-def coded(
-    x: Tensor, codebook: Tensor, indices: Tensor, *, estimator: Literal["straight_through", "rotation", "none"], count: bool = False
-) -> Coded:
+def coded(x: Tensor, codebook: Tensor, indices: Tensor, *, estimator: PlainEstimator, count: bool = False) -> Coded:
     """x [G, N, K] and codebook [G, C, K], both float32 or both float64, indices [G, N] int64 from -1 to C - 1.
 
     A vector of index -1 may hold anything; it gives 0, gets no gradient and is not counted. The codebook gets no gradient. Estimators:
     "straight_through" and "rotation" as the functions of these names; with "none" nothing passes but the gradient of the error.
     """
     run = _code if torch.compiler.is_compiling() else _Coding.apply
-    return Coded(*run(x, codebook.detach(), indices, estimator, count))
+    found = Coded(*run(x, codebook.detach(), indices, estimator, count))
+    return found._replace(quantized=found.quantized.detach()) if estimator == "none" else found
 
 
-def moments(codebook: Tensor, found: Coded) -> Tensor:
-    """The `moments` of `CodebookStatistics` [G, 2, K] of vectors that were counted, from what was counted: no pass over the vectors.
+def coded_stats(
+    x: Tensor, codebook: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None = None, *, num_candidates: int = 0
+) -> CodebookStatistics:
+    """What `assignment_stats` makes of x, indices and their codes, moments included, from what was counted of them.
 
-    Around the mean m: sum (x - m)^2 = sum (x - c)^2 + sum over codes of (c - m) (2 (sum_c - n_c c) + n_c (c - m)).
+    `ignored` [G, N] bool are vectors of index -1 that do not count as `non_finite`.
     """
+    lost = indices < 0
+    unknown = lost if ignored is None else lost & ~ignored
+    return CodebookStatistics(
+        found.count,
+        found.sum,
+        *draw_candidates(x.detach(), lost, num_candidates),
+        vectors=(~lost).sum(-1).to(x.dtype),
+        squared_error=found.squared_error.detach(),
+        non_finite=unknown.sum(-1).to(x.dtype),
+        moments=_moments(codebook, found),
+    )
+
+
+def _moments(codebook: Tensor, found: Coded) -> Tensor:
+    """Around the mean m: sum (x - m)^2 = sum (x - c)^2 + sum over codes of (c - m) (2 (sum_c - n_c c) + n_c (c - m))."""
     total, count = found.sum.sum(1), found.count.unsqueeze(-1)
     mean = (total / count.sum(1).clamp(min=1.0)).unsqueeze(1)
     around = codebook - mean

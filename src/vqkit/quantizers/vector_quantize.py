@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vqkit.dist import Reducer
 from vqkit.ops.assignment import has_scores, sample_indices, soft_codes
 from vqkit.ops.codebook import CodebookStatistics, directions, gather_codes
+from vqkit.ops.coding import PlainEstimator, coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
@@ -54,10 +55,12 @@ from vqkit.quantizers.layout import (
     check_layout,
     check_range,
     check_tensor,
+    finite_rows,
     position_mask,
     require,
     width_back,
     width_last,
+    zero_unless,
 )
 
 Weights = Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -266,16 +269,41 @@ class VectorQuantize(Quantizer):
         vectors, several = given.vectors, () if top_k is None else (top_k,)
         temperature = self._temperature(temperature) if own is None else 0.0
         picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
+        counted = self.training and not freeze_codebook and top_k is None
+        if not several and labels is None and weights is None and reduction == "mean" and self._is_plain(codes, temperature):
+            return self._quantize_plain(given, codes, picked.where(kept, -1), own, counted)
         if top_k is not None:
             vectors, kept = vectors.repeat_interleave(top_k, dim=1), kept.repeat_interleave(top_k, dim=1)
         chosen = self._take(vectors, codes, picked.where(kept, -1), temperature)
         losses = self._losses(vectors, codes, chosen, labels, reduction)
         if reduction == "none":
             losses = {name: self._join_indices(loss, positions, several) if loss.dim() else loss for name, loss in losses.items()}
-        counted = self.training and not freeze_codebook and top_k is None
         statistics = self._statistics(given, chosen, own, weights) if counted else None
         found = self._join_indices(chosen.indices, positions, several)
         return Quantized(self._write(given, self._estimate(vectors, chosen), found, several), found, losses, statistics)
+
+    def _is_plain(self, codes: Tensor, temperature: float) -> bool:
+        """Whether one pass over the vectors does: the codes are constants, nothing is drawn, and no loss but the commitment's."""
+        drawn = isinstance(self.estimator, DiVeQ) or temperature > 0
+        return not (drawn or codes.requires_grad) and all(isinstance(loss, Commitment) for loss in self.losses)
+
+    def _quantize_plain(self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, counted: bool) -> Quantized:
+        """As the other steps of `quantize` together, in one pass forward and one backward; indices [H, M]."""
+        vectors = given.vectors
+        codes = codes.to(vectors.dtype)
+        found = coded(vectors, codes, indices, estimator=cast(PlainEstimator, self.estimator), count=counted)
+        share = (indices >= 0).sum().clamp(min=1) * self.codebook_dim
+        losses = {_LOSS_NAMES[type(loss)]: found.squared_error.sum() / share for loss in self.losses}
+        statistics = None
+        if counted:
+            ignored = None if given.mask is None else ~self._spread(given.mask)
+            if own is not None:
+                ignored = own < 0 if ignored is None else ignored | (own < 0)
+            with torch.no_grad():
+                statistics = coded_stats(vectors, codes, indices, found, ignored, num_candidates=self.table.num_candidates)
+            statistics = self._count_once(statistics)
+        joined = self._join_indices(indices, given.rows.shape[:-1], ())
+        return Quantized(self._write(given, found.quantized, joined, ()), joined, losses, statistics)
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64 of the nearest codes, [P...] or [P..., heads]; -1: masked or not finite."""
@@ -351,21 +379,21 @@ class VectorQuantize(Quantizer):
         mask = position_mask(rows.shape[:-1], mask, lengths)
         if not self.input_gradient:
             rows = rows.detach()
-        kept = rows.isfinite().all(-1)
+        kept = finite_rows(rows)
         if mask is not None:
             kept = kept & mask
         # Before the projections, whose gradients what is not finite would reach even with weight 0.
-        projected = rows.where(kept.unsqueeze(-1), 0.0)
+        projected = zero_unless(kept, rows)
         if self.project_in is not None:
             projected = self.project_in(projected.to(self.project_in.weight.dtype))
-            kept = kept & projected.detach().isfinite().all(-1)
-            projected = projected.where(kept.unsqueeze(-1), 0.0)
+            kept = kept & finite_rows(projected)
+            projected = zero_unless(kept, projected)
         if self.norm is not None:
             projected = self.norm(projected)
         vectors = projected.to(torch.promote_types(projected.dtype, self.table.dtype))
         vectors = vectors.reshape(kept.numel(), self.heads, self.codebook_dim)
         kept = kept & has_scores(vectors, self.metric).all(-1).reshape(kept.shape)
-        vectors = self._to_heads(vectors.where(kept.reshape(-1, 1, 1), 0.0))
+        vectors = self._to_heads(zero_unless(kept.reshape(-1, 1), vectors))
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
 
     def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor, several: tuple[int, ...]) -> Tensor:
@@ -380,9 +408,10 @@ class VectorQuantize(Quantizer):
         return width_back(output, self.layout)
 
     def _project_out(self, codes: Tensor, valid: Tensor) -> Tensor:
-        if self.project_out is not None:
-            codes = self.project_out(codes.to(self.project_out.weight.dtype))
-        return codes.where(valid.unsqueeze(-1), 0.0)
+        """Codes, 0 where there is none, in the width of the input."""
+        if self.project_out is None:
+            return codes
+        return zero_unless(valid, self.project_out(codes.to(self.project_out.weight.dtype)))
 
     def _look_up(self, indices: Tensor) -> Tensor:
         """[P...] or [P..., heads] -> codes [P..., heads * K]."""
@@ -501,8 +530,11 @@ class VectorQuantize(Quantizer):
         if weights is not None:
             own = self._weigh_vectors(weights, given.rows, chosen.indices)
             share = own if share is None else share * own
-        found = self.table.statistics(given.vectors, chosen.indices, share, quantized=chosen.codes.to(given.vectors.dtype))
-        return found._replace(non_finite=found.non_finite * self.table.heads / self.heads)  # a vector counts once, not once a head
+        return self._count_once(self.table.statistics(given.vectors, chosen.indices, share, quantized=chosen.codes.to(given.vectors.dtype)))
+
+    def _count_once(self, found: CodebookStatistics) -> CodebookStatistics:
+        """A vector that is not finite counts once, not once a head."""
+        return found._replace(non_finite=found.non_finite * self.table.heads / self.heads)
 
     def _weigh_vectors(self, weights: Weights, rows: Tensor, indices: Tensor) -> Tensor:
         """[H, M]."""

@@ -1,4 +1,4 @@
-"""Nearest code of each vector: one meaning (reference.py), a fast form (blocked.py), one door (api.py)."""
+"""Nearest code of each vector: one meaning (reference.py), fast forms (blocked, compiled, triton), one door (api.py)."""
 
 from __future__ import annotations
 

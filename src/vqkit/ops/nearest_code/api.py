@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
-from vqkit.ops.nearest_code import blocked, reference
+from vqkit.ops.nearest_code import blocked, compiled, reference, triton
 from vqkit.ops.precision import full_precision, widest
 
-Impl = Literal["auto", "reference", "blocked"]
+Impl = Literal["auto", "reference", "blocked", "compiled", "triton"]
 Metric = Literal["euclidean", "cosine"]
 
+
+def _best(x: Tensor, codebook: Tensor) -> Tensor:
+    """The fastest that is there."""
+    if x.is_cuda and triton.is_importable():
+        return triton.nearest_index(x, codebook)
+    if x.device.type == "cpu" and compiled.is_there():
+        return compiled.nearest_index(x, codebook)
+    return blocked.nearest_index(x, codebook)
+
+
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "auto": blocked.nearest_index,
-    "blocked": blocked.nearest_index,
+    "auto": _best,
     "reference": reference.nearest_index,
+    "blocked": blocked.nearest_index,
+    "compiled": compiled.nearest_index,
+    "triton": triton.nearest_index,
 }
 _BACKENDS_K: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
     "auto": blocked.nearest_codes,
@@ -43,8 +55,9 @@ def nearest_code(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", i
 
     Metrics: "euclidean"; "cosine" is the euclidean distance of the directions, of vectors and codes alike, whose square is
     2 - 2 * cosine; zero has direction zero. Implementations: "reference" computes all differences, "blocked" works on tiles of scores
-    and settles close races by explicit differences. Raises TypeError for tensors that are not floating point, ValueError for shapes
-    that do not fit, an empty codebook and an unknown `metric` or `impl`.
+    and settles close races by explicit differences, "compiled" does so in C++ built on this machine (see compiled.py) and "triton" on
+    CUDA; "auto" takes "triton" and "compiled" where they are there, else "blocked". Raises TypeError for tensors that are not floating
+    point, ValueError for shapes that do not fit, an empty codebook and an unknown `metric` or `impl`.
     """
     _validate(x, codebook, metric, impl)
     x, codebook = _comparable(x, codebook, metric)
@@ -60,12 +73,14 @@ def nearest_index(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", 
     return _nearest_index(*_comparable(x, codebook, metric), impl)
 
 
-def nearest_codes(x: Tensor, codebook: Tensor, k: int, *, metric: Metric = "euclidean", impl: Impl = "auto") -> NearestCode:
+def nearest_codes(
+    x: Tensor, codebook: Tensor, k: int, *, metric: Metric = "euclidean", impl: Literal["auto", "reference", "blocked"] = "auto"
+) -> NearestCode:
     """The `k` nearest codes of each vector, nearest first, the lower index first among equals: both fields [..., N, k].
 
     Otherwise as `nearest_code`. Raises ValueError unless 1 <= k <= C.
     """
-    _validate(x, codebook, metric, impl)
+    _validate(x, codebook, metric, impl, _BACKENDS_K)
     if not 1 <= k <= codebook.shape[-2]:
         raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
     x, codebook = _comparable(x, codebook, metric)
@@ -87,7 +102,7 @@ def _nearest_index(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
     return restore(run(vectors, codes, impl))
 
 
-def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str) -> None:
+def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str, backends: Collection[str] = _BACKENDS) -> None:
     for name, tensor in (("x", x), ("codebook", codebook)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}: must be floating point")
@@ -99,8 +114,8 @@ def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str) -> None:
         raise ValueError(f"codebook has shape {tuple(codebook.shape)}: must hold at least one code")
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f'metric = {metric!r}: must be "euclidean" or "cosine"')
-    if impl not in _BACKENDS:
-        raise ValueError(f"impl = {impl!r}: must be one of {', '.join(map(repr, _BACKENDS))}")
+    if impl not in backends:
+        raise ValueError(f"impl = {impl!r}: must be one of {', '.join(map(repr, backends))}")
     try:
         torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2])
     except RuntimeError:

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -32,6 +33,10 @@
 #endif
 #endif
 
+#if defined(__linux__)
+extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));  // null where none is loaded
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -45,7 +50,7 @@ constexpr int kBytes = 16, kTile = 4, kPanel = 2;
 #endif
 
 constexpr int64_t kDoubt = -2;
-constexpr int64_t kMinWork = int64_t(1) << 21;  // products that pay for one more thread
+constexpr int64_t kMinWork = int64_t(1) << 24;  // products that pay for one more thread
 
 template <class T, int bytes>
 struct Simd {
@@ -145,34 +150,50 @@ class Buffer {
     std::unique_ptr<T, Free> data_;
 };
 
-// task(worker, i) for each i < count, worker < threads; what a task throws is thrown. The threads live for this call alone: nothing goes
-// stale in a forked process, and calls from several threads share nothing.
+struct Crew {
+    int size;     // threads that a call may take
+    bool pooled;  // whether from the pool of the OpenMP that torch has loaded; its threads, waiting for work, may keep others from running
+
+    Crew for_work(double products) const { return {int(std::max(1.0, std::min(double(size), products / kMinWork))), pooled}; }
+
+    template <class Work>
+    void run(const Work& work) const {
+#if defined(__linux__)
+        if (pooled && size > 1 && GOMP_parallel) {
+            GOMP_parallel([](void* data) { (*static_cast<const Work*>(data))(); }, const_cast<Work*>(&work), unsigned(size), 0);
+            return;
+        }
+#endif
+        std::vector<std::thread> others;
+        others.reserve(size);
+        try {
+            for (int i = 1; i < size; ++i) others.emplace_back(std::cref(work));
+        } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
+        }
+        work();
+        for (auto& other : others) other.join();
+    }
+};
+
+// task(worker, i) for each i < count, worker < crew.size; what a task throws is thrown. Nothing outlives the call but the pool.
 template <class Task>
-void in_parallel(int threads, int64_t count, const Task& task) {
-    threads = int(std::min<int64_t>(threads, count));
+void in_parallel(Crew crew, int64_t count, const Task& task) {
+    crew.size = int(std::max<int64_t>(1, std::min<int64_t>(crew.size, count)));
     std::atomic<int64_t> next{0};
-    std::vector<std::exception_ptr> thrown(std::max(threads, 1));
-    auto work = [&](int worker) {
+    std::atomic<int> workers{0};
+    std::vector<std::exception_ptr> thrown(crew.size);
+    crew.run([&] {
+        const int worker = workers++;
         try {
             for (int64_t i = next++; i < count; i = next++) task(worker, i);
         } catch (...) {
             thrown[worker] = std::current_exception();
             next = count;
         }
-    };
-    std::vector<std::thread> others;
-    others.reserve(thrown.size());
-    try {
-        for (int worker = 1; worker < threads; ++worker) others.emplace_back(work, worker);
-    } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
-    }
-    work(0);
-    for (auto& other : others) other.join();
+    });
     for (auto& exception : thrown)
         if (exception) std::rethrow_exception(exception);
 }
-
-int threads_for(int threads, double work) { return int(std::max(1.0, std::min(double(threads), work / kMinWork))); }
 
 // ------------------------------------------------------------------------------------------------------------------------ the problem
 
@@ -364,9 +385,9 @@ struct Packed {
 };
 
 template <class Task>
-void for_tiles(int threads, int64_t tiles, int64_t width, const Task& task) {
+void for_tiles(Crew crew, int64_t tiles, int64_t width, const Task& task) {
     const int64_t at_once = std::max<int64_t>(1, 32768 / (kTile * (width + 1)));
-    in_parallel(threads_for(threads, 16.0 * kTile * tiles * width), (tiles + at_once - 1) / at_once, [&](int, int64_t i) {
+    in_parallel(crew.for_work(16.0 * kTile * tiles * width), (tiles + at_once - 1) / at_once, [&](int, int64_t i) {
         for (int64_t t = i * at_once; t < std::min(tiles, (i + 1) * at_once); ++t) task(t);
     });
 }
@@ -378,14 +399,14 @@ struct Centre {
     std::vector<double> half_norm;  // [tiles * kTile]
     T radius;                       // at least the largest length of a code around the origin; not finite if that is not
 
-    Centre(const Problem<T>& p, int threads) : origin(p.width), half_norm((p.size + kTile - 1) / kTile * kTile) {
+    Centre(const Problem<T>& p, Crew crew) : origin(p.width), half_norm((p.size + kTile - 1) / kTile * kTile) {
         std::vector<double> sum(p.width);
         const int64_t step = (p.size + 255) / 256;  // some of the codes are enough: any point amid them will do
         int64_t used = 0;
         for (int64_t c = 0; c < p.size; c += step, ++used)
             for (int64_t k = 0; k < p.width; ++k) sum[k] += p.code(c)[k];
         for (int64_t k = 0; k < p.width; ++k) origin[k] = T(sum[k] / double(used));
-        for_tiles(threads, int64_t(half_norm.size()) / kTile, p.width, [&](int64_t tile) {
+        for_tiles(crew, int64_t(half_norm.size()) / kTile, p.width, [&](int64_t tile) {
             for (int64_t c = tile * kTile; c < std::min(p.size, (tile + 1) * kTile); ++c) half_norm[c] = 0.5 * squares(p.code(c), p.width);
         });
         double most = 0;
@@ -456,8 +477,8 @@ struct ByFloats {
     const Centre<T>& centre;
     Packed<T> packed;
 
-    ByFloats(const Problem<T>& p, const Centre<T>& centre, int threads) : centre(centre), packed(p.width, p.size) {
-        for_tiles(threads, packed.tiles, p.width, [&](int64_t tile) {
+    ByFloats(const Problem<T>& p, const Centre<T>& centre, Crew crew) : centre(centre), packed(p.width, p.size) {
+        for_tiles(crew, packed.tiles, p.width, [&](int64_t tile) {
             T* to = packed.tile(tile);
             for (int j = 0; j < kTile; ++j) {
                 const int64_t c = tile * kTile + j;
@@ -517,10 +538,10 @@ struct ByPairs {
         return p.width >= 8 && p.width <= 65536 && centre.radius > 1e-15f && centre.radius < 1e15f;
     }
 
-    ByPairs(const Problem<float>& p, const Centre<float>& centre, int threads)
+    ByPairs(const Problem<float>& p, const Centre<float>& centre, Crew crew)
         : centre(centre), packed((p.width + 1) / 2, p.size), code_scale(kRange / centre.radius) {
         std::vector<float> most(packed.tiles);
-        for_tiles(threads, packed.tiles, p.width, [&](int64_t tile) {
+        for_tiles(crew, packed.tiles, p.width, [&](int64_t tile) {
             std::vector<int32_t> row(packed.steps);
             for (int j = 0; j < kTile && tile * kTile + j < p.size; ++j) {
                 most[tile] = std::max(most[tile], round(p, p.code(tile * kTile + j), reinterpret_cast<char*>(row.data())));
@@ -645,9 +666,9 @@ struct Desk {
 
 // Chooses for all vectors, panel by panel; kDoubt where scores do not tell.
 template <class T>
-void race_all(const Problem<T>& p, int threads, const std::vector<std::unique_ptr<Desk<T>>>& desks) {
+void race_all(const Problem<T>& p, Crew crew, const std::vector<std::unique_ptr<Desk<T>>>& desks) {
     constexpr int R = Panel<T>::R;
-    const Centre<T> centre(p, threads);
+    const Centre<T> centre(p, crew);
     const int64_t panels = (p.num + R - 1) / R;
     auto pack = [&](int worker, int64_t i) -> const Panel<T>& {
         desks[worker]->panel.pack(p, centre, i * R, int(std::min<int64_t>(R, p.num - i * R)));
@@ -656,39 +677,39 @@ void race_all(const Problem<T>& p, int threads, const std::vector<std::unique_pt
 #if VQKIT_PAIRS
     if constexpr (std::is_same<T, float>::value) {
         if (ByPairs::suits(p, centre)) {
-            const ByPairs by_pairs(p, centre, threads);
+            const ByPairs by_pairs(p, centre, crew);
             std::unique_ptr<ByFloats<T>> by_floats;  // made when a panel is as much in doubt that explicit differences would be slower
             std::once_flag once;
-            in_parallel(threads, panels, [&](int worker, int64_t i) {
+            in_parallel(crew, panels, [&](int worker, int64_t i) {
                 const Panel<T>& panel = pack(worker, i);
                 if (2 * by_pairs.choose(p, panel, i * R, desks[worker]->pairs) <= panel.num) return;
-                std::call_once(once, [&] { by_floats = std::make_unique<ByFloats<T>>(p, centre, 1); });
+                std::call_once(once, [&] { by_floats = std::make_unique<ByFloats<T>>(p, centre, Crew{1, false}); });
                 by_floats->choose(p, panel, i * R);
             });
             return;
         }
     }
 #endif
-    const ByFloats<T> by_floats(p, centre, threads);
-    in_parallel(threads, panels, [&](int worker, int64_t i) { by_floats.choose(p, pack(worker, i), i * R); });
+    const ByFloats<T> by_floats(p, centre, crew);
+    in_parallel(crew, panels, [&](int worker, int64_t i) { by_floats.choose(p, pack(worker, i), i * R); });
 }
 
 template <class T>
-void find_nearest(const Problem<T>& p, int threads) {
+void find_nearest(const Problem<T>& p, Crew crew) {
     constexpr int L = Panel<T>::L;
     std::vector<int64_t> doubtful;
-    threads = threads_for(threads, double(p.num) * p.size * p.width);
+    crew = crew.for_work(double(p.num) * p.size * p.width);
     std::vector<std::unique_ptr<Desk<T>>> desks;
-    for (int i = 0; i < threads; ++i) desks.push_back(std::make_unique<Desk<T>>(p));
+    for (int i = 0; i < crew.size; ++i) desks.push_back(std::make_unique<Desk<T>>(p));
     if (p.num <= 2 * L) {
         for (int64_t i = 0; i < p.num; ++i) doubtful.push_back(i);
     } else {
-        race_all(p, threads, desks);
+        race_all(p, crew, desks);
         for (int64_t i = 0; i < p.num; ++i)
             if (p.index[i] == kDoubt) doubtful.push_back(i);
     }
     const int64_t num = int64_t(doubtful.size());
-    in_parallel(threads_for(threads, double(num) * p.size * p.width), (num + L - 1) / L, [&](int worker, int64_t i) {
+    in_parallel(crew.for_work(double(num) * p.size * p.width), (num + L - 1) / L, [&](int worker, int64_t i) {
         settle(p, doubtful.data() + i * L, int(std::min<int64_t>(L, num - i * L)), desks[worker]->panel.values.get());
     });
 }
@@ -705,7 +726,7 @@ struct Gathering {
 
     static constexpr int64_t kRows = 512;  // of a task; sums of codes that span tasks are added in the order of tasks
 
-    bool run(int threads) const {
+    bool run(Crew crew) const {
         std::vector<int64_t> end(size + 1), order(num);
         for (int64_t i = 0; i < num; ++i) {
             if (index[i] < -1 || index[i] >= size) return false;
@@ -717,7 +738,7 @@ struct Gathering {
         for (int64_t i = 0; i < num; ++i) order[index[i] < 0 ? lost++ : end[index[i]]++] = i;  // now end[c] is where code c ends
         const int64_t tasks = (chosen + kRows - 1) / kRows;
         Buffer<T> edges(2 * size_t(tasks) * (width + 1));
-        in_parallel(threads_for(threads, 32.0 * num * width), tasks, [&](int, int64_t task) {
+        in_parallel(crew.for_work(32.0 * num * width), tasks, [&](int, int64_t task) {
             const int64_t first = task * kRows, last = std::min(chosen, first + kRows);
             T* edge = &edges[2 * size_t(task) * (width + 1)];
             std::fill_n(edge, 2 * (width + 1), T(0));
@@ -859,10 +880,10 @@ enum Result { kDone = 0, kNoMemory = 1, kBadIndex = 2 };
 
 template <class T>
 int nearest(const T* x, const T* codes, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group, int64_t x_stride,
-            int threads, int64_t* index) {
+            Crew crew, int64_t* index) {
     try {
         for (int64_t g = 0; g < groups; ++g)
-            find_nearest(Problem<T>{x + g * x_group, codes + g * size * width, num, size, width, x_stride, index + g * num}, threads);
+            find_nearest(Problem<T>{x + g * x_group, codes + g * size * width, num, size, width, x_stride, index + g * num}, crew);
         return kDone;
     } catch (const std::bad_alloc&) {
         return kNoMemory;
@@ -871,13 +892,13 @@ int nearest(const T* x, const T* codes, int64_t groups, int64_t num, int64_t siz
 
 template <class T>
 int gather(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
-           int64_t x_group, int64_t x_stride, int threads, T* quantized, T* squared_distance, T* count, T* sum) {
+           int64_t x_group, int64_t x_stride, Crew crew, T* quantized, T* squared_distance, T* count, T* sum) {
     try {
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t row = g * num, code = g * size;
             const Gathering<T> gathering{x + g * x_group, codes + code * width, weights ? weights + row : nullptr, index + row, num, size, width,
                                          x_stride, quantized + row * width, squared_distance + row, count + code, sum + code * width};
-            if (!gathering.run(threads)) return kBadIndex;
+            if (!gathering.run(crew)) return kBadIndex;
         }
         return kDone;
     } catch (const std::bad_alloc&) {
@@ -887,7 +908,7 @@ int gather(const T* x, const T* codes, const T* weights, const int64_t* index, i
 
 template <class T>
 int rotate(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
-           int64_t gradient_group, int64_t gradient_stride, int64_t x_group, int64_t x_stride, double pull, int threads, T* result) {
+           int64_t gradient_group, int64_t gradient_stride, int64_t x_group, int64_t x_stride, double pull, Crew crew, T* result) {
     constexpr int64_t at_once = 256;
     try {
         for (int64_t i = 0; i < groups * num; ++i)
@@ -895,7 +916,7 @@ int rotate(const T* gradient, const T* x, const T* codes, const int64_t* index, 
         for (int64_t g = 0; g < groups; ++g) {
             const Rotation<T> rotation{gradient + g * gradient_group, x + g * x_group, codes + g * size * width, index + g * num, width,
                                        gradient_stride, x_stride, T(pull), result + g * num * width};
-            in_parallel(threads_for(threads, 32.0 * num * width), (num + at_once - 1) / at_once, [&](int, int64_t task) {
+            in_parallel(crew.for_work(32.0 * num * width), (num + at_once - 1) / at_once, [&](int, int64_t task) {
                 for (int64_t i = task * at_once; i < std::min(num, (task + 1) * at_once); ++i) rotation.row(i);
             });
         }
@@ -909,20 +930,20 @@ int rotate(const T* gradient, const T* x, const T* codes, const int64_t* index, 
 
 #define VQKIT_FUNCTIONS(T)                                                                                                              \
     int vqkit_nearest_##T(const T* x, const T* codes, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group,        \
-                          int64_t x_stride, int threads, int64_t* index) {                                                              \
-        return nearest(x, codes, groups, num, size, width, x_group, x_stride, threads, index);                                          \
+                          int64_t x_stride, int threads, int pooled, int64_t* index) {                                                              \
+        return nearest(x, codes, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, index);                                          \
     }                                                                                                                                   \
     int vqkit_gather_##T(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, \
-                         int64_t width, int64_t x_group, int64_t x_stride, int threads, T* quantized, T* squared_distance, T* count,    \
+                         int64_t width, int64_t x_group, int64_t x_stride, int threads, int pooled, T* quantized, T* squared_distance, T* count,    \
                          T* sum) {                                                                                                      \
-        return gather(x, codes, weights, index, groups, num, size, width, x_group, x_stride, threads, quantized, squared_distance,      \
+        return gather(x, codes, weights, index, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, quantized, squared_distance,      \
                       count, sum);                                                                                                      \
     }                                                                                                                                   \
     int vqkit_rotate_##T(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num,              \
                          int64_t size, int64_t width, int64_t gradient_group, int64_t gradient_stride, int64_t x_group,                 \
-                         int64_t x_stride, double pull, int threads, T* result) {                                                       \
+                         int64_t x_stride, double pull, int threads, int pooled, T* result) {                                                       \
         return rotate(gradient, x, codes, index, groups, num, size, width, gradient_group, gradient_stride, x_group, x_stride, pull,    \
-                      threads, result);                                                                                                 \
+                      Crew{threads, pooled != 0}, result);                                                                                                 \
     }
 
 extern "C" {

@@ -30,7 +30,7 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w")
 _FOR_THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
-_ARGUMENTS = {"nearest": "ppnnnnnnip", "gather": "ppppnnnnnnipppp", "rotate": "ppppnnnnnnnndip"}
+_ARGUMENTS = {"nearest": "ppnnnnnniip", "gather": "ppppnnnnnniipppp", "rotate": "ppppnnnnnnnndiip"}
 _NO_MEMORY, _BAD_INDEX = 1, 2
 
 
@@ -66,7 +66,7 @@ def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
     _check(x, codebook)
     x, codebook = _with_dense_rows(x), codebook.detach().contiguous()
     index = torch.empty(x.shape[:2], dtype=torch.int64)
-    _run("nearest", x.dtype, x, codebook, *_sizes(x, codebook), *x.stride()[:2], torch.get_num_threads(), index)
+    _run("nearest", x.dtype, x, codebook, *_sizes(x, codebook), *x.stride()[:2], *_threads(), index)
     return index
 
 
@@ -90,7 +90,7 @@ def gather_and_count(x: Tensor, codebook: Tensor, indices: Tensor, weights: Tens
     x, codebook, indices = _with_dense_rows(x), codebook.detach().contiguous(), indices.contiguous()
     weights = None if weights is None else weights.detach().contiguous()
     result = Gathered(x.new_empty(x.shape), x.new_empty(x.shape[:2]), x.new_zeros(codebook.shape[:2]), x.new_zeros(codebook.shape))
-    given = (x, codebook, weights, indices, *_sizes(x, codebook), *x.stride()[:2], torch.get_num_threads())
+    given = (x, codebook, weights, indices, *_sizes(x, codebook), *x.stride()[:2], *_threads())
     _run("gather", x.dtype, *given, *result)
     return result
 
@@ -106,7 +106,7 @@ def rotation_gradient(gradient: Tensor, x: Tensor, codebook: Tensor, indices: Te
     gradient, x, codebook, indices = _with_dense_rows(gradient), _with_dense_rows(x), codebook.detach().contiguous(), indices.contiguous()
     result = x.new_empty(x.shape)
     given = (gradient, x, codebook, indices, *_sizes(x, codebook), *gradient.stride()[:2], *x.stride()[:2], pull)
-    _run("rotate", x.dtype, *given, torch.get_num_threads(), result)
+    _run("rotate", x.dtype, *given, *_threads(), result)
     return result
 
 
@@ -139,6 +139,21 @@ def _check(
 def _sizes(x: Tensor, codebook: Tensor) -> tuple[int, int, int, int]:
     groups, num, width = x.shape
     return groups, num, codebook.shape[1], width
+
+
+def _threads() -> tuple[int, bool]:
+    """How many, and whether those that torch's OpenMP keeps may be taken; they still wait for work after an operation of torch."""
+    return torch.get_num_threads(), _keeps_threads(os.getpid())
+
+
+@functools.cache
+def _keeps_threads(process: int) -> bool:
+    """False for a process that was forked: it has none of its parent's threads, and OpenMP would wait for them for ever."""
+    try:
+        flags = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6])
+    except OSError:
+        return False
+    return not flags & 0x40  # PF_FORKNOEXEC of Linux
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
