@@ -389,10 +389,10 @@ def hand_out_no_views_where_sharded(rank):
         for options in choices:
             model = make(4, 8, commit="manual", **options)
             fully_shard(model)
-            register_fsdp_methods(model)
             x = torch.randn(3, 4, 4, requires_grad=True)
             out = model(x)
             (out.quantized.sum() + out.loss).backward()
+            register_fsdp_methods(model)
             found = model.quantize(x)
             assert torch.equal(found.quantized, out.quantized) and found.quantized.stride() == out.quantized.stride()
             assert torch.equal(model.encode(x), out.indices)
