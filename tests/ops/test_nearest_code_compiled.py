@@ -261,7 +261,7 @@ def equal(first, second):
 
 @pytest.fixture
 def problem(build):
-    x, codebook = torch.randn(1, 3000, 32), torch.randn(1, 500, 32)
+    x, codebook = torch.randn(1, 40000, 32), torch.randn(1, 100, 32)
     with threads(1):
         return x, codebook, everything(x, codebook)
 
