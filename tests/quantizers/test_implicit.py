@@ -268,6 +268,20 @@ def test_losses_are_those_of_all_codes_at_once(layer, name, chunked, monkeypatch
     assert layer.loss_weights[name] == 1.0
 
 
+def test_orthogonality_may_look_at_some_codes(layer):
+    layer.losses = (Orthogonality(active_only=True),)
+    found = layer.quantize(vectors(3))
+    active = torch.zeros(CODES, dtype=torch.bool)
+    active[found.indices] = True
+    torch.testing.assert_close(found.losses["orthogonality"], orthogonality_loss(layer.codebook, active))
+    layer.losses = (Orthogonality(max_codes=3),)
+    before = torch.get_rng_state()
+    layer.eval().quantize(torch.ones(3, DIM))
+    assert torch.equal(torch.get_rng_state(), before)
+    layer.train().quantize(torch.ones(3, DIM))
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_tables_are_made_again_and_not_kept(layer):
     x = vectors(50, 6)
     kept = []
