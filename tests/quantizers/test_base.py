@@ -347,6 +347,23 @@ def test_a_kmeans_start_happens_in_the_first_training_forward_and_nowhere_else()
             assert torch.equal(other.table.codebook, module.table.codebook)
 
 
+def test_a_kmeans_start_of_directions_waits_for_vectors_that_have_one():
+    module = Plain(init=KMeans(), metric="cosine")
+    module(torch.zeros(5, 4))
+    assert not module.table.initialized
+    module(batch(0))
+    assert module.table.initialized
+
+
+def test_a_forward_that_raises_leaves_the_state_as_readers_saw_it():
+    module = plain("ema")
+    module(batch(0))
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="must"):
+        module(torch.zeros(3, 5))
+    assert_same(snapshot(module), before)
+
+
 # Health
 
 
@@ -364,6 +381,11 @@ def test_metrics_are_those_of_the_last_commit_and_warn_of_collapse():
         found = module.metrics()
         assert found["perplexity"] == pytest.approx(4, rel=0.02) and found["active"] == found["dead"] == 0.5
         assert found["non_finite"] == 1 and found["relative_error"] == 0
+    expiring = plain("expiry")
+    expiring(torch.zeros(6, 4))  # one code alone is chosen: the counts of the others, 2 at the start, halve to what is not yet dead
+    assert expiring.metrics()["dead"] == 0
+    expiring(torch.zeros(6, 4))
+    assert expiring.metrics()["dead"] == pytest.approx(1 / 8)  # six of seven vectors replace codes
     wide = Plain(size=16)
     wide.table.codebook = torch.arange(16.0)[:, None].expand(1, 16, 4)
     wide(torch.zeros(30, 4))

@@ -242,6 +242,40 @@ def test_expiry_by_hand():
         codebook.expire_(x)
 
 
+@pytest.mark.parametrize("choices", [{"metric": "cosine"}, {"affine": Affine(0.5, 0.5)}, {"update": ClipEMA()}, {"update": OwnOptimizer()}])
+def test_what_expiry_by_hand_writes_is_read_as_vectors(choices):
+    codebook = Codebook(HEADS, SIZE, DIM, **choices)
+    x = 3 + 2 * vectors()
+    see_(codebook, x)
+    codebook.count[0, 1] = 0.0
+    codebook.expire_(x, threshold=0.5)
+    expected = nn.functional.normalize(x[0], dim=-1) if codebook.metric == "cosine" else x[0]
+    # Laplace smoothing counts the other codes a little less, now that this one counts
+    assert (codebook.codebook[0, 1] - expected).abs().amax(-1).min() < 1e-4
+
+
+def test_expiry_by_hand_comes_after_the_commit_of_what_is_pending():
+    found = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        codebook = Codebook(HEADS, SIZE, DIM, update=EMA(0.5))
+        codebook.auto = True
+        codebook.replace_statistics_(codebook.statistics(vectors(), torch.zeros(HEADS, 30, dtype=torch.int64)))
+        if early:
+            codebook.eval().train()
+        codebook.expire_(vectors(seed=1), threshold=0.6)
+        found.append(snapshot(codebook))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+def test_codes_that_a_kmeans_start_leaves_over_have_their_time():
+    x = vectors(3)
+    for dead_codes, least in ((None, 0.01), (DeadCodes(0.5), 1.0), (DeadCodes(2.0), 4.0)):
+        codebook = Codebook(HEADS, SIZE, DIM, init=KMeans(), dead_codes=dead_codes)
+        codebook.initialize_(x)
+        assert codebook.count.min() == pytest.approx(least)
+
+
 # What stands between the stored vectors and the codes
 
 

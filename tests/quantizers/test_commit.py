@@ -20,6 +20,7 @@ from vqkit.quantizers import (
     Codebook,
     DeadCodes,
     Gradient,
+    KMeans,
     OwnOptimizer,
     ResidualVQ,
     VectorQuantize,
@@ -140,6 +141,25 @@ def test_one_sum_for_the_codebooks_of_a_model_whatever_a_rank_saw():
         update_codebooks_(model, reducer)
         assert reducer.sums == 1
         model(batch(0))
+
+
+@pytest.mark.parametrize("commit", ["auto", "manual"])
+def test_a_kmeans_start_by_itself_is_that_of_all_ranks(commit):
+    ranks = [Plain(commit=commit, init=KMeans()) for _ in range(3)]
+
+    def work(reducer):
+        module = ranks[reducer.rank]
+        module.reducer = reducer
+        module(torch.full((4, 4), torch.nan))  # nobody has a vector: all wait
+        waiting = not module.table.initialized
+        module(batch(0, 24).split([20, 0, 4])[reducer.rank])
+        return waiting and module.table.initialized, snapshot(module)
+
+    results = in_ranks(3, work)
+    for ready, state in results:
+        assert ready
+        for name in ("table.sum", "table.count"):
+            assert torch.equal(state[name], results[0][1][name])
 
 
 def test_ranks_start_from_the_first():
