@@ -19,7 +19,7 @@ from torch import Tensor
 from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
 from vqkit.ops.estimators import SMALLEST_RATIO, rotation_gradient
 
-_ENTRIES_PER_TILE = 1 << 17
+_ENTRIES_PER_TILE = 1 << 16
 _SMALLEST_ANGLE = 0.05  # of |e + q|^2: below it the factors of the rotation lose more than a digit or two
 
 
@@ -189,9 +189,10 @@ class _Coding(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, of_output: Tensor, of_error: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         run = _whole_backward if torch.is_grad_enabled() else _backward
-        return run(of_output, of_error, *ctx.saved_tensors, ctx.estimator), *_NO_GRADIENT
+        x, codebook, indices = ctx.saved_tensors
+        return run(gradients[0], gradients[1], x, codebook, indices, ctx.estimator), *_NO_GRADIENT
 
 
 # Under compile

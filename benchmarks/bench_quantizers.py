@@ -1,0 +1,431 @@
+"""Speed and memory of the quantizers against vector-quantize-pytorch, faiss and a bare matrix product of the same run.
+
+    python benchmarks/bench_quantizers.py [--only train encode ...] [--seconds 6] [--no-memory]
+
+Every row is a problem, every column somebody who solves it. All solve it in turn, again and again, in one process; a figure is the median
+of its times, in brackets the least and the most, and its ratio is that to the median of the bare product (of the row's products, for what
+takes several). Memory is the peak of a process of its own beyond what is there before the call, that is inputs, outputs, gradients and
+the module. "vqkit" is what `pip install vqkit` gives, "vqkit, compiled" has its C++ form built.
+Writes quantizers.json, quantizers.md and quantizers.png to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from machine import RESULTS, describe
+from torch import Tensor, nn
+
+from vqkit import GroupedResidualVQ, ResidualVQ, VectorQuantize
+from vqkit.files import write_text_atomic
+from vqkit.ops.kmeans import kmeans
+from vqkit.quantizers import BeamSearch
+
+Call = Callable[[], object]
+HAS_PEER = importlib.util.find_spec("vector_quantize_pytorch") is not None
+HAS_FAISS = importlib.util.find_spec("faiss") is not None
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be done. `products` is the number of N x C x dim products that nobody can avoid."""
+
+    kind: str
+    num: int
+    codes: int
+    dim: int
+    products: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+    compile_peer: bool = False
+
+    @property
+    def name(self) -> str:
+        options = "".join(f", {name} {value}" for name, value in self.options)
+        return f"{self.kind}: N {self.num:,}, C {self.codes:,}, dim {self.dim}{options}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.options)
+
+
+PROBLEMS = [
+    *(
+        Problem("train", num, codes, dim, compile_peer=num == 16_384 and codes == 1_024)
+        for dim in (64, 256)
+        for codes in (1_024, 8_192)
+        for num in (1_024, 16_384, 65_536)
+        if num > 1_024 or (codes, dim) == (1_024, 64)
+    ),
+    *(
+        Problem("encode", num, codes, dim, compile_peer=num == 16_384 and codes == 1_024 and dim == 64)
+        for dim in (8, 64, 256)
+        for codes in (1_024, 8_192)
+        for num in (16_384, 65_536)
+    ),
+    Problem("encode", 65_536, 65_536, 64),
+    *(Problem("residual", num, 1_024, 128, products=8) for num in (1_024, 16_384, 65_536)),
+    *(Problem("grouped", num, 1_024, 128, products=8) for num in (1_024, 16_384, 65_536)),
+    Problem("beam", 4_096, 1_024, 64, products=4 * 4, options=(("beam", 4),)),
+    Problem("heads", 16_384, 1_024, 64, products=4, options=(("separate heads", 4),)),
+    *(Problem("kmeans", 65_536, codes, 64, products=10, options=(("iterations", 10),)) for codes in (1_024, 4_096)),
+]
+
+
+# Who solves them
+
+
+def bare_product(problem: Problem) -> Call:
+    """x @ codes into memory that is there, as often as the row asks."""
+    x, codes = torch.randn(problem.num, problem.dim), torch.randn(problem.dim, problem.codes)
+    if problem.num * problem.codes > 1 << 30:  # 4 GiB of scores: by rows, each into the same memory
+        parts = x.split((1 << 30) // problem.codes)
+        out = torch.empty(len(parts[0]), problem.codes)
+        return lambda: [torch.mm(part, codes, out=out[: len(part)]) for part in parts]
+    out = torch.empty(problem.num, problem.codes)
+    return lambda: [torch.mm(x, codes, out=out) for _ in range(problem.products)]
+
+
+def training_step(module: nn.Module, x: Tensor) -> Call:
+    """Forward, backward and commit, the gradient of the output being given."""
+    x = x.requires_grad_()
+    gradient = torch.randn(x.shape)
+    module.train()
+
+    def step() -> None:
+        x.grad = None
+        quantized, _, loss = module(x)
+        torch.autograd.backward([quantized, loss.sum()], [gradient, torch.ones(())])
+
+    return step
+
+
+def vqkit_call(problem: Problem) -> Call:
+    """A call of the quantizer here."""
+    num, codes, dim = problem.num, problem.codes, problem.dim
+    x = torch.randn(1, num, dim)
+    if problem.kind == "kmeans":
+        iterations = problem.settings["iterations"]
+        return lambda: kmeans(x, codes, iterations=iterations, start="random", generator=torch.Generator().manual_seed(0))
+    if problem.kind == "encode":
+        module = VectorQuantize(dim, codes).eval()
+        return lambda: module.encode(x)
+    return training_step(vqkit_module(problem), x if problem.kind != "grouped" else torch.randn(1, num, 2 * dim))
+
+
+def vqkit_module(problem: Problem) -> nn.Module:
+    """The quantizer here."""
+    codes, dim = problem.codes, problem.dim
+    if problem.kind == "residual":
+        return ResidualVQ(dim, codes, num_quantizers=problem.products)
+    if problem.kind == "grouped":
+        return GroupedResidualVQ(2 * dim, codes, num_quantizers=problem.products // 2, groups=2)
+    if problem.kind == "beam":
+        return ResidualVQ(dim, codes, num_quantizers=4, beam=BeamSearch(problem.settings["beam"]))
+    if problem.kind == "heads":
+        heads = problem.settings["separate heads"]
+        return VectorQuantize(dim, codes, codebook_dim=dim, heads=heads, separate_heads=True)
+    return VectorQuantize(dim, codes)
+
+
+def peer_call(problem: Problem) -> Call:
+    """A call of the same of vector-quantize-pytorch."""
+    from vector_quantize_pytorch.vector_quantize_pytorch import kmeans as peer_kmeans
+
+    num, dim = problem.num, problem.dim
+    if problem.kind == "kmeans":
+        x, iterations = torch.randn(1, num, dim), problem.settings["iterations"]
+        return lambda: peer_kmeans(x, problem.codes, num_iters=iterations)
+    module = peer_module(problem)
+    if problem.kind == "encode":
+        x = torch.randn(1, num, dim)
+        module.eval()
+
+        def encode() -> object:
+            with torch.no_grad():
+                return module(x)[1]
+
+        return encode
+    return training_step(module, torch.randn(1, num, dim if problem.kind != "grouped" else 2 * dim))
+
+
+def peer_module(problem: Problem) -> nn.Module:
+    """The same quantizer of vector-quantize-pytorch."""
+    import vector_quantize_pytorch as peer
+
+    codes, dim = problem.codes, problem.dim
+    if problem.kind == "residual":
+        return peer.ResidualVQ(dim=dim, codebook_size=codes, num_quantizers=problem.products)
+    if problem.kind == "grouped":
+        return peer.GroupedResidualVQ(dim=2 * dim, codebook_size=codes, num_quantizers=problem.products // 2, groups=2)
+    if problem.kind == "beam":
+        return peer.ResidualVQ(dim=dim, codebook_size=codes, num_quantizers=4, beam_size=problem.settings["beam"])
+    if problem.kind == "heads":
+        heads = problem.settings["separate heads"]
+        return peer.VectorQuantize(dim=dim, codebook_size=codes, codebook_dim=dim, heads=heads, separate_codebook_per_head=True)
+    return peer.VectorQuantize(dim=dim, codebook_size=codes)
+
+
+def compiled_peer_call(problem: Problem) -> Call:
+    """The peer under torch.compile, graph breaks allowed."""
+    torch._dynamo.reset()
+    module = peer_module(problem)
+    module.compile()
+    if problem.kind == "train":
+        return training_step(module, torch.randn(1, problem.num, problem.dim))
+    x = torch.randn(1, problem.num, problem.dim)
+    module.eval()
+
+    def encode() -> object:
+        with torch.no_grad():
+            return module(x)[1]
+
+    return encode
+
+
+def faiss_call(problem: Problem) -> Call:
+    """Exact search or k-means by faiss."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    x = torch.randn(problem.num, problem.dim).numpy()
+    if problem.kind == "kmeans":
+
+        def cluster() -> None:
+            found = faiss.Kmeans(problem.dim, problem.codes, niter=problem.settings["iterations"], max_points_per_centroid=10**9)
+            found.train(x)
+
+        return cluster
+    index = faiss.IndexFlatL2(problem.dim)
+    index.add(torch.randn(problem.codes, problem.dim).numpy())
+    return lambda: index.search(x, 1)
+
+
+@dataclass
+class Solver:
+    """One column: who, how a call is made, and which rows it can solve."""
+
+    name: str
+    make: Callable[[Problem], Call]
+    solves: Callable[[Problem], bool] = lambda problem: True
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+BARE = "bare product"
+SOLVERS = [
+    Solver(BARE, bare_product),
+    Solver("vqkit", vqkit_call, environment={"VQKIT_COMPILED": "0"}),
+    Solver("vqkit, compiled", vqkit_call, environment={"VQKIT_COMPILED": "1"}),
+    Solver("peer", peer_call, lambda problem: HAS_PEER),
+    Solver("peer under torch.compile", compiled_peer_call, lambda problem: HAS_PEER and problem.compile_peer),
+    Solver("faiss", faiss_call, lambda problem: HAS_FAISS and problem.kind in ("encode", "kmeans")),
+]
+
+
+# Measuring
+
+
+def peer_bytes(problem: Problem) -> float:
+    """What the peer is known to take: 24 bytes for each of N x C in training, 16 else."""
+    each = 16 if problem.kind in ("encode", "kmeans") else 24
+    several = problem.settings.get("separate heads", 1) * problem.settings.get("beam", 1)
+    return each * problem.num * problem.codes * several
+
+
+def available_bytes() -> int:
+    """Memory that is free now."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def measure(problem: Problem, budget: float) -> dict[str, list[float] | str]:
+    """Seconds of each solver, in turn; those that cannot are named with the reason."""
+    times: dict[str, list[float] | str] = {}
+    calls: list[tuple[Solver, Call]] = []
+    for solver in SOLVERS:
+        if not solver.solves(problem):
+            continue
+        if solver.name.startswith("peer") and peer_bytes(problem) > 0.9 * available_bytes():
+            times[solver.name] = f"{OUT_OF_MEMORY} ({peer_bytes(problem) / 2**30:.0f} GiB)"
+            continue
+        torch.manual_seed(0)
+        calls.append((solver, solver.make(problem)))
+    rounds = {solver.name: [] for solver, _ in calls}
+    start, least = time.perf_counter(), 3
+    while least > 0 or time.perf_counter() - start < budget:
+        for solver, call in calls:
+            slow = sum(rounds[solver.name]) > 2 * budget and len(rounds[solver.name]) >= 2
+            if not slow:
+                os.environ |= solver.environment
+                rounds[solver.name].append(_seconds(call))
+        least -= 1
+    return times | {name: found[1:] for name, found in rounds.items()}  # the first call of each is for warming up
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def peak_memory(problem: Problem, name: str) -> float | str:
+    """MiB of the second call in a process of its own beyond what was there before it, inputs, gradients and module included."""
+    solver = next(solver for solver in SOLVERS if solver.name == name)
+    if name.startswith("peer") and peer_bytes(problem) > 0.9 * available_bytes():
+        return OUT_OF_MEMORY
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (problem, solver.name))
+
+
+def _peak(problem: Problem, name: str) -> float:
+    solver = next(solver for solver in SOLVERS if solver.name == name)
+    os.environ |= solver.environment
+    small = Problem(problem.kind, 64, 32, problem.dim, problem.products, problem.options)
+    solver.make(small)()  # what is loaded at first use is nobody's memory
+    call = solver.make(problem)
+    gc.collect()
+    # What belongs to the caller: the output and its gradient, the gradient of the input; all of the input's size.
+    caller = 0 if problem.kind in ("encode", "kmeans") else 2 * 4 * problem.num * problem.dim * (2 if problem.kind == "grouped" else 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10 - caller / 2**20
+
+
+# Telling
+
+
+def rows(problems: list[Problem], budget: float, memory: bool) -> Iterator[dict[str, Any]]:
+    """Measure one problem after the other."""
+    for problem in problems:
+        times = measure(problem, budget)
+        base = statistics.median(cast("list[float]", times[BARE]))
+        row: dict[str, Any] = {"problem": problem.name, "kind": problem.kind, "solvers": {}}
+        for name, found in times.items():
+            if isinstance(found, str):
+                row["solvers"][name] = {"failed": found}
+                continue
+            row["solvers"][name] = {
+                "seconds": statistics.median(found),
+                "least": min(found),
+                "most": max(found),
+                "ratio": statistics.median(found) / base,
+                "runs": len(found),
+            }
+            if memory and name.startswith(("vqkit", "peer")) and "torch.compile" not in name:
+                row["solvers"][name]["extra_mib"] = peak_memory(problem, name)
+        row["gflops"] = 2e-9 * problem.num * problem.codes * problem.dim * problem.products / base
+        print(line(row), file=sys.stderr, flush=True)
+        yield row
+        gc.collect()
+
+
+COLUMNS = [solver.name for solver in SOLVERS if solver.name != BARE]
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    """A solver's figures as text."""
+    if found is None:
+        return ""
+    if "failed" in found:
+        return found["failed"]
+    memory = found.get("extra_mib", "")
+    memory = f", {memory:.0f} MiB" if isinstance(memory, float) else ""
+    return f"**{found['ratio']:.2f}** ({1e3 * found['least']:.1f} {1e3 * found['seconds']:.1f} {1e3 * found['most']:.1f}{memory})"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    bare = row["solvers"][BARE]
+    bare = f"{1e3 * bare['seconds']:.1f} ({1e3 * bare['least']:.1f} - {1e3 * bare['most']:.1f}), {row['gflops']:.0f} GFLOP/s"
+    return f"| {row['problem']} | {bare} | " + " | ".join(cell(row["solvers"].get(name)) for name in COLUMNS) + " |"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    machine = result["machine"]
+    head = [
+        "# Speed of the quantizers",
+        "",
+        f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}; torch {machine['torch']}; "
+        f"{'; '.join(f'{name} {version}' for name, version in result['versions'].items())}; "
+        f"revision {machine['revision']}; {machine['date']}. float32.",
+        "",
+        "A figure is the ratio to the bare product of the row; in brackets least, median and most milliseconds, and peak memory beyond",
+        'inputs, outputs and gradients. "peer" is vector-quantize-pytorch. "vqkit" is what `pip install vqkit` gives.',
+        "",
+        "| problem | bare product, ms | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    return "\n".join([*head, *map(line, result["rows"])]) + "\n"
+
+
+def plot(result: dict[str, Any]) -> None:
+    """The ratios as quantizers.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
+    for name, marker in zip(COLUMNS, "osDv^", strict=True):
+        points = [(row["solvers"][name]["ratio"], place) for place, row in enumerate(rows) if "ratio" in row["solvers"].get(name, {})]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, label=name)
+    axes.axvline(1.0, color="0.6", linestyle="--", label="bare product")
+    axes.set(xscale="log", xlabel="time, in bare products")
+    axes.set_yticks(range(len(rows)), [row["problem"] for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(RESULTS / "quantizers.png", dpi=120)
+
+
+def versions() -> dict[str, str]:
+    """Of the others."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("vector-quantize-pytorch", "faiss-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = list(dict.fromkeys(problem.kind for problem in PROBLEMS))
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="kinds of problem; writes no files")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of a row")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", module="vector_quantize_pytorch")
+    chosen = [problem for problem in PROBLEMS if problem.kind in arguments.only]
+    result = {"machine": describe(), "versions": versions(), "rows": list(rows(chosen, arguments.seconds, not arguments.no_memory))}
+    if len(chosen) < len(PROBLEMS):
+        return
+    RESULTS.mkdir(exist_ok=True)
+    write_text_atomic(RESULTS / "quantizers.json", json.dumps(result, indent=2) + "\n")
+    write_text_atomic(RESULTS / "quantizers.md", table(result))
+    plot(result)
+
+
+if __name__ == "__main__":
+    main()
