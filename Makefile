@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint types unit wheel laws triton format bench-train clean
+.PHONY: help demo test lint types unit wheel laws triton format bench-train bench-quantizers clean
 
 help:
 	@echo "make demo         train on this machine's Python library, measure, sample (minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make wheel        build the wheel and use it from a folder of its own"
 	@echo "make format       let ruff write the format"
 	@echo "make bench-train  training speed against a bare matrix product"
+	@echo "make bench-quantizers  the quantizers against the peer, faiss and a bare matrix product"
 	@echo "make clean        remove .venv and what was built"
 
 demo: $(VENV)/.train
@@ -57,6 +58,10 @@ format: $(VENV)/.dev
 bench-train: $(VENV)/.train
 	$(BIN)/python benchmarks/bench_train.py
 
+bench-quantizers: $(VENV)/.bench
+	$(BIN)/python -m vqkit.ops.nearest_code.compiled
+	$(BIN)/python benchmarks/bench_quantizers.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) build
 
@@ -72,6 +77,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.triton: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[train,dev,triton]"
 	@touch $@ $(VENV)/.dev $(VENV)/.train
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[train,bench]"
+	@touch $@ $(VENV)/.train
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqkit needs Python 3.11 or newer; $(PYTHON) is " + sys.version)'
