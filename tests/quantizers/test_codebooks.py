@@ -22,6 +22,7 @@ from vqkit.quantizers import (
     OwnOptimizer,
     update_codebooks_,
 )
+from vqkit.quantizers.update import stored_codes
 
 HEADS, SIZE, DIM = 2, 6, 3
 RULES = [EMA(0.8), ClipEMA(0.8), Gradient(0.8), OwnOptimizer(), OwnOptimizer("sgd"), Frozen()]
@@ -250,8 +251,9 @@ def test_what_expiry_by_hand_writes_is_read_as_vectors(choices):
     codebook.count[0, 1] = 0.0
     codebook.expire_(x, threshold=0.5)
     expected = nn.functional.normalize(x[0], dim=-1) if codebook.metric == "cosine" else x[0]
-    # Laplace smoothing counts the other codes a little less, now that this one counts
     assert (codebook.codebook[0, 1] - expected).abs().amax(-1).min() < 1e-4
+    if codebook.metric == "cosine":  # a longer one would weigh more in the average
+        assert stored_codes(codebook.update, codebook.committed_state())[0, 1].norm() == pytest.approx(1.0)
 
 
 def test_expiry_by_hand_comes_after_the_commit_of_what_is_pending():
@@ -317,6 +319,12 @@ def test_the_affine_variance_is_right_far_from_the_origin_from_the_first_commit_
     update_codebooks_(codebook)
     torch.testing.assert_close(codebook.batch_variance, x.double().var(1, correction=0).float(), rtol=1e-3, atol=0)
     torch.testing.assert_close(codebook.batch_mean, x.double().mean(1).float(), rtol=1e-6, atol=0)
+    first = stored_codes(codebook.update, codebook.committed_state())
+    torch.testing.assert_close(codebook.code_mean, first.mean(1))
+    torch.testing.assert_close(codebook.code_variance, first.var(1, correction=0))
+    see_(codebook, x)
+    codes = stored_codes(codebook.update, codebook.committed_state())
+    torch.testing.assert_close(codebook.code_mean, (first.mean(1) + codes.mean(1)) / 2)
 
 
 @pytest.mark.parametrize("rule", [EMA(0.8), OwnOptimizer("sgd", learning_rate=0.1)])
