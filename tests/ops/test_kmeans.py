@@ -219,3 +219,14 @@ def test_all_ranks_hear_that_there_is_no_vector():
             on_ranks(shards, lambda part, reducer: kmeans(part, 2, generator=generator(), reducer=reducer))
     with pytest.raises(ValueError, match=r"^metric = 'l1'"):
         kmeans(torch.randn(1, 4, 3), 2, metric="l1")
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_count_is_of_the_vectors_whose_mean_a_code_is(metric):
+    x = torch.randn(2, 300, 5)
+    codes, count = kmeans(x, 12, iterations=3, metric=metric, generator=torch.Generator().manual_seed(0))
+    assert (count.sum(-1) == 300).all()
+    vectors = directions(x) if metric == "cosine" else x
+    if metric == "euclidean":
+        torch.testing.assert_close((codes * count.unsqueeze(-1)).sum(1), vectors.sum(1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(codes, kmeans(x, 12, iterations=3, metric=metric, generator=torch.Generator().manual_seed(0)).codes)

@@ -23,7 +23,7 @@ class KMeans(NamedTuple):
     """Codes and how many vectors chose each."""
 
     codes: Tensor  # [H, C, K]
-    count: Tensor  # [H, C]; 0 where there are fewer distinct vectors than codes
+    count: Tensor  # [H, C] the vectors whose mean a code is; 0 where there are fewer distinct vectors than codes
 
 
 @torch.no_grad()
@@ -70,12 +70,13 @@ def kmeans(
     if not present.any(-1).all():
         raise ValueError(f"x has shape {tuple(x.shape)}, and a head of it holds no finite vector that counts: must hold at least one")
     codes = _start(start, metric, sample, present, codebook_size, generator)
-    for step in range(iterations):
-        count, total = _assign(x, valid, codes, reducer)
+    count, total = _assign(x, valid, codes, reducer)
+    for _ in range(iterations - 1):
         codes = place(codes, count, total)
-        if step < iterations - 1:
+        if not count.all():  # the counts are those of all ranks, so that all ranks agree
             codes = _reseed(codes, count, sample, present)
-    return KMeans(codes, _assign(x, valid, codes, reducer)[0])
+        count, total = _assign(x, valid, codes, reducer)
+    return KMeans(place(codes, count, total), count)
 
 
 def _start(start: str | Tensor, metric: str, sample: Tensor, present: Tensor, num: int, generator: torch.Generator | None) -> Tensor:
