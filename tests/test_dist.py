@@ -33,6 +33,20 @@ def test_without_a_group_the_error_says_what_to_do() -> None:
     assert torch.equal(flat, torch.ones(2))
 
 
+def test_a_view_gets_storage_of_its_own_and_nothing_else_is_copied() -> None:
+    x = torch.randn(2, 3, 4, requires_grad=True) * 2
+    assert dist.own_storage(x) is x
+    view = x.movedim(-1, 1)
+    owned = dist.own_storage(view)
+    assert owned._base is None and owned.stride() == view.stride() and torch.equal(owned, view)
+
+
+def test_a_module_that_nothing_shards_is_left_alone() -> None:
+    layer = torch.nn.Linear(2, 2)
+    dist.register_forward_methods(layer, ["forward"])
+    assert "forward" not in vars(layer) and not dist.is_managed(layer) and not dist.is_sharded(layer.weight)
+
+
 def test_two_processes(tmp_path: Path) -> None:
     """All laws of two gloo processes in one spawn; a rank that fails ends the other and raises here."""
     mp.spawn(_on_rank, args=(tmp_path,), nprocs=WORLD)
