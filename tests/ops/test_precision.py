@@ -31,14 +31,19 @@ def test_the_meta_device_which_knows_no_autocast_is_left_alone(guard):
 
 
 @pytest.mark.parametrize("allowed", ["tf32", "bf16"])
-def test_products_are_whole_inside_and_as_allowed_behind(allowed):
+def test_products_are_whole_inside_and_as_allowed_behind_also_when_something_raises(allowed):
     matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
+    before, inside = matmul.fp32_precision, []
+
+    def fail():
+        with full_precision("cpu"):
+            inside.append(matmul.fp32_precision)
+            raise RuntimeError("stop")
+
     try:
         matmul.fp32_precision = allowed
-        with pytest.raises(RuntimeError, match="stop"), full_precision("cpu"):
-            assert matmul.fp32_precision == "ieee"
-            raise RuntimeError("stop")
-        assert matmul.fp32_precision == allowed
+        with pytest.raises(RuntimeError, match="stop"):
+            fail()
+        assert inside == ["ieee"] and matmul.fp32_precision == allowed
     finally:
         matmul.fp32_precision = before
