@@ -126,6 +126,15 @@ def test_given_indices_leave_vectors_out(layer):
     assert not found.quantized[found.indices < 0].any()
 
 
+def test_a_partial_reconstruction_that_is_not_finite_leaves_its_vector_out(layer):
+    x, partial = vectors(), vectors()
+    partial[1, 2, 0] = torch.nan
+    found = layer.quantize(x, partial=partial, targets=torch.zeros(4, 6, dtype=torch.int64))
+    assert found.indices[1, 2] == layer.encode(x, partial=partial)[1, 2] == -1
+    assert all(loss.isfinite() for loss in found.losses.values())
+    assert not found.quantized[1, 2].any()
+
+
 def test_frozen_for_a_call(layer):
     x = vectors().requires_grad_()
     before = copy.deepcopy(layer.state_dict())
