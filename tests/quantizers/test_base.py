@@ -21,6 +21,7 @@ from vqkit.quantizers import (
     KMeans,
     OwnOptimizer,
     QuantizerOutput,
+    ResidualVQ,
     VectorQuantize,
     update_codebooks_,
 )
@@ -401,6 +402,16 @@ def test_a_vector_that_is_not_finite_counts_once_however_many_heads(heads, separ
     x[0, 1, 2] = x[3, 3, 5] = torch.nan
     module(x)
     assert module.metrics()["non_finite"] == 2
+
+
+def test_metrics_of_several_codebooks_are_their_means():
+    module = ResidualVQ(4, 8, num_quantizers=3)
+    module(batch(0))
+    found = module.metrics()
+    for name in ("perplexity", "active", "dead", "relative_error", "non_finite"):
+        each = [found[f"{name}/{number}"] for number in range(3)]
+        assert found[name] == pytest.approx(sum(each) / 3)
+    assert len({found[f"perplexity/{number}"] for number in range(3)}) > 1
 
 
 def test_the_switch_of_commit_reaches_all_parts():
