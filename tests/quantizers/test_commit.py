@@ -173,6 +173,25 @@ def test_ranks_start_from_the_first():
         assert_same(found, {name: value for name, value in expected.items() if name != "table.updates"})
 
 
+def test_what_ranks_saw_apart_does_not_part_them_again():
+    ranks = [Plain(**CHOICES["ema"]) for _ in range(3)]
+    for number, rank in enumerate(ranks):
+        rank(batch(number))  # pending, before there are several ranks
+    expected = snapshot(ranks[0])
+    in_ranks(3, lambda reducer: synchronize_codebooks_(ranks[reducer.rank], reducer))
+    for rank in ranks:
+        assert_same(snapshot(rank), expected)
+        assert_same(snapshot(rank.eval()), expected)
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_codebooks_wait_for_their_start_as_that_of_the_first_rank_does(started):
+    ranks = [Plain(init=KMeans()) for _ in range(2)]
+    ranks[started].table.initialize_(batch(0)[None])
+    in_ranks(2, lambda reducer: synchronize_codebooks_(ranks[reducer.rank], reducer))
+    assert [rank.table.initialized for rank in ranks] == [started == 0] * 2
+
+
 # Other people's loops
 
 
