@@ -11,6 +11,7 @@ import torch.distributed as torch_dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from plain_quantizer import Plain
 from thread_ranks import in_ranks
@@ -160,6 +161,15 @@ def test_a_kmeans_start_by_itself_is_that_of_all_ranks(commit):
         assert ready
         for name in ("table.sum", "table.count"):
             assert torch.equal(state[name], results[0][1][name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_sums_nothing(reentrant):
+    model, reducer = Plain(), Counting(0)
+    model.reducer = reducer
+    x = batch(0).requires_grad_()
+    checkpoint(lambda x: model(x).quantized, x, use_reentrant=reentrant).sum().backward()
+    assert x.grad is not None and reducer.sums == 1
 
 
 def test_ranks_start_from_the_first():
