@@ -191,6 +191,9 @@ def test_gathers_and_counts_as_the_plain_functions(build, dtype, weighted):
         bound = 4 * num * torch.finfo(dtype).eps
         torch.testing.assert_close(count, statistics.count, rtol=bound, atol=bound)
         torch.testing.assert_close(total, statistics.sum, rtol=bound, atol=bound)
+        if weights is not None:
+            x[weights == 0] = torch.nan
+            assert equal(compiled.gather_and_count(x, codebook, indices, weights)[2:], (count, total))
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.7])
