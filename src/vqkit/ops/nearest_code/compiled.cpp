@@ -415,14 +415,18 @@ struct Centre {
     }
 
     double squares(const T* code, int64_t width) const {
-        constexpr int apart = 8;  // sums that do not wait for each other
-        double sum[apart] = {};
+        using V = Vec<double>;
+        constexpr int L = kLanes<double>;
+        V sum{};
+        double rest = 0;
         int64_t k = 0;
-        for (; k + apart <= width; k += apart)
-            for (int i = 0; i < apart; ++i) sum[i] += double(code[k + i] - origin[k + i]) * double(code[k + i] - origin[k + i]);
-        for (; k < width; ++k) sum[0] += double(code[k] - origin[k]) * double(code[k] - origin[k]);
-        for (int i = 1; i < apart; ++i) sum[0] += sum[i];
-        return sum[0];
+        for (; k + L <= width; k += L) {
+            const V value = __builtin_convertvector(load<Vec<T, L * int(sizeof(T))>>(code + k) - load<Vec<T, L * int(sizeof(T))>>(&origin[k]), V);
+            sum = sum + value * value;
+        }
+        for (; k < width; ++k) rest += double(code[k] - origin[k]) * double(code[k] - origin[k]);
+        for (int i = 0; i < L; ++i) rest += sum[i];
+        return rest;
     }
 };
 
@@ -564,7 +568,7 @@ struct ByPairs {
         for (; k + L <= p.width; k += L) {
             const V value = (load<V>(code + k) - load<V>(origin + k)) * code_scale, whole = rounded(value);
             squares = squares + (value - whole) * (value - whole);
-            const auto narrow = __builtin_convertvector(whole, Vec<int16_t, kBytes / 2>);
+            const auto narrow = __builtin_convertvector(__builtin_convertvector(whole, Vec<int32_t>), Vec<int16_t, kBytes / 2>);
             std::memcpy(to + 2 * k, &narrow, sizeof narrow);
         }
         for (; k < p.width; ++k) {
