@@ -99,7 +99,7 @@ _LAWS = [
     Law("eval_changes_nothing", "eval calls of every verb, with gradients, leave state and random generator as they were"),
     Law("frozen_changes_nothing", "training calls with freeze_codebook leave the state as it was", **_QUANTIZERS),
     Law("a_call_that_raises_changes_nothing", "wrong width, rank, dtype, mask, indices: an error that names them, the state as it was"),
-    Law("the_loss_is_nobodys_buffer", "changing a returned loss or output in place changes nothing; eval losses need no gradient"),
+    Law("the_loss_is_nobodys_buffer", "changing a returned loss or output in place changes nothing; eval losses have no gradient"),
     Law("reading_writes_nothing", "state_dict() and codebook give the committed value and write nothing; twice is once", **_LEARNING),
     Law("the_codebook_learns", "a training step changes the codes", **_LEARNING),
     Law("any_state_survives_the_state_dict", "strict round trip before, between and after steps; then both go on alike"),

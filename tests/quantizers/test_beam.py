@@ -118,6 +118,18 @@ def test_chunks_are_the_whole(x, books, monkeypatch):
     assert torch.equal(beam_search(x, LAYERS, proposing(books), 3), whole)
 
 
+def test_no_layer_is_asked_for_more_than_a_chunk(x, books, monkeypatch):
+    asked = []
+
+    def propose(layer, residual, partial, num):
+        asked.append(len(residual))
+        return proposing(books)(layer, residual, partial, num)
+
+    monkeypatch.setattr("vqkit.quantizers.beam._ELEMENTS", 7 * 9 * DIM)
+    beam_search(x, LAYERS, propose, 3)
+    assert max(asked) == 7 * 3
+
+
 def test_a_vector_that_is_not_finite_leaves_the_others_alone(x, books):
     spoiled = x.clone()
     spoiled[3] = torch.nan

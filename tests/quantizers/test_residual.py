@@ -17,6 +17,7 @@ from vqkit.quantizers import (
     Commitment,
     DeadCodes,
     DiVeQ,
+    Frozen,
     Gradient,
     Gumbel,
     KMeans,
@@ -389,6 +390,33 @@ def test_a_beam_trains_every_layer_on_its_path():
         residual = residual - layer.decode(found.indices[..., i])
 
 
+@pytest.mark.parametrize("options", [{}, {"shared_codebook": True}, {"beam": BeamSearch(3)}, {"implicit": MLP(8)}])
+def test_codebooks_made_frozen_never_change(options):
+    module = build(update=Frozen(), **options)
+    before = [book.codes().clone() for book in module.codebooks()]
+    for seed in range(3):
+        out = module(vectors(seed=seed).requires_grad_())
+        (out.quantized.square().sum() + out.loss).backward()
+    assert all(torch.equal(book.codes(), codes) for book, codes in zip(module.codebooks(), before, strict=True))
+    assert not any("table" in name for name, _ in module.named_parameters())
+    assert module.metrics()["perplexity"] > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"beam": BeamSearch(3)}])
+def test_a_shared_codebook_that_is_frozen_keeps_its_dead_codes(options):
+    module = build(shared_codebook=True, update=EMA(0.1), dead_codes=DeadCodes(5.0), **options)
+    module(vectors())
+    (book,) = module.codebooks()
+    book.frozen = True
+    before = book.codes().clone()
+    for seed in range(3):
+        module(vectors(seed=seed))
+        assert torch.equal(book.codes(), before)
+    book.frozen = False
+    module(vectors())
+    assert not torch.equal(book.codes(), before)
+
+
 def test_a_shared_layer_is_stored_once_and_learns_from_all_uses():
     module = build(shared_codebook=True, commit="manual", dead_codes=DeadCodes(0.5))
     assert len(module.codebooks()) == 1
@@ -533,6 +561,18 @@ def test_weights_reach_the_search():
     fine.codebook = coarse.codebook
     assert torch.equal(coarse.encode(x)[..., 0], coarse.encode(x, beam_size=1)[..., 0])
     assert not torch.equal(fine.encode(x)[..., 0], coarse.encode(x)[..., 0])
+
+
+@pytest.mark.parametrize("name", ["dropout", "beam and dropout", "shared", "dead codes", "projected"])
+def test_no_value_is_looked_at(name):
+    """On the meta device there is none to look at; elsewhere than on CPU looking would wait for the device."""
+    module = build(**FAMILY[name]).to("meta")
+    x = vectors().to("meta").requires_grad_()
+    for _ in range(2):
+        out = module(x, torch.ones(3, 10, dtype=torch.bool, device="meta"))
+        (out.quantized.sum() + out.loss).backward()
+    module.eval()
+    assert module.decode(module.encode(x)).shape == x.shape
 
 
 # Given indices

@@ -78,6 +78,17 @@ def test_one_call_has_one_codebook(update):
         torch.testing.assert_close(out.loss, F.mse_loss(codes[out.indices], x))
 
 
+@pytest.mark.parametrize("update", [EMA(0.1), Gradient(), OwnOptimizer(learning_rate=0.5)])
+def test_losses_have_the_gradient_of_the_codebook_that_made_the_output(update):
+    quantizer = spread_out(update=update, losses=(Commitment(), CrossEntropyCommitment(), Diversity(temperature=1.0)))
+    for _ in range(3):
+        x = vectors().requires_grad_()
+        frozen, learning = quantizer(x, freeze_codebook=True), quantizer(x)
+        quantizer(vectors())  # commits what the call before left, ahead of its backward
+        found, expected = (torch.autograd.grad(out.quantized.sin().sum() + out.loss, x)[0] for out in (learning, frozen))
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("heads, code_shape", [(1, ()), (2, (2,))])
 @pytest.mark.parametrize("positions", [(5,), (2, 5), (2, 3, 4), (2, 2, 3, 2)])
 @pytest.mark.parametrize("layout", ["last", "first"])
@@ -359,6 +370,19 @@ def test_estimators():
     assert gradient(estimator="none", **frozen) is None
 
 
+@pytest.mark.parametrize("options", [{"assignment": Softmax()}, {"update": Gradient()}, {"estimator": DiVeQ()}])
+def test_each_choice_stands_alone(options):
+    quantizer = spread_out(**options)
+    x, before = vectors().requires_grad_(), quantizer.codebook.detach().clone()
+    out = quantizer(x)
+    (out.quantized.sin().sum() + out.loss).backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+    if "update" in options:
+        assert quantizer.table.weight.grad.any()
+    else:
+        assert not torch.equal(quantizer.codebook, before)
+
+
 def test_no_gradient_for_the_input():
     quantizer = VectorQuantize(DIM, CODES, codebook_dim=4, input_gradient=False)
     x = vectors().requires_grad_()
@@ -624,6 +648,21 @@ def test_orthogonality_of_active_codes():
     x = quantizer.codebook[torch.tensor([[1, 4, 4]])].detach()
     cosine = F.cosine_similarity(*quantizer.codebook[[1, 4]], dim=0)
     torch.testing.assert_close(quantizer.quantize(x).losses["orthogonality"], 2 * cosine**2 / 4)
+
+
+@pytest.mark.parametrize("losses", [(Orthogonality(10.0),), (Commitment(), Orthogonality(active_only=True))])
+def test_no_commit_undoes_the_step_of_the_optimizer(losses):
+    quantizer = spread_out(update=Gradient(), losses=losses)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    for _ in range(3):
+        before = quantizer.codebook.detach().clone()
+        optimizer.zero_grad()
+        quantizer(vectors()).loss.backward()
+        optimizer.step()
+        stepped = before - 0.1 * quantizer.table.weight.grad.squeeze(0)
+        quantizer.eval().train()
+        assert not torch.equal(stepped, before)
+        torch.testing.assert_close(quantizer.codebook, stepped)
 
 
 # The codebook
