@@ -6,9 +6,9 @@ import torch
 from vqkit.ops import coding
 from vqkit.ops.codebook import assignment_stats, gather_codes
 from vqkit.ops.coding import coded, coded_stats
-from vqkit.ops.estimators import rotation_trick, straight_through
+from vqkit.ops.estimators import _rotated, straight_through
 
-PLAIN = {"straight_through": straight_through, "rotation": rotation_trick, "none": lambda x, codes: codes}
+PLAIN = {"straight_through": straight_through, "rotation": _rotated, "none": lambda x, codes: codes}
 KINDS = {
     "plain": lambda x, codes: (x, codes),
     "off centre": lambda x, codes: (x + 1000.0, codes + 1000.0),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vqkit.ops import estimators
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 
 EXACT = {"straight through": straight_through, "rotation": rotation_trick}
@@ -160,3 +161,19 @@ def test_bad_arguments_of_the_directional_estimator_are_named():
         directional(x, x, sigma2=-1)
     with pytest.raises(ValueError, match=r"^noise has shape \(3,\)"):
         directional(x, x, noise=torch.randn(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entries", [1 << 16, 32], ids=["one tile", "tiles"])
+def test_the_rotation_in_tiles_is_that_in_plain_operations(dtype, entries, monkeypatch):
+    monkeypatch.setattr(estimators, "_ENTRIES_PER_TILE", entries)
+    x, codes, weight = (torch.randn(3, 40, 7, dtype=torch.float64).to(dtype) for _ in range(3))
+    x[0, 0], codes[0, 1], x[0, 2], codes[0, 3] = 0.0, 0.0, 1e-3 * x[0, 2], -x[0, 3]
+    found = []
+    for rotate in (rotation_trick, estimators._rotated):
+        leaf = x.clone().requires_grad_()
+        output = rotate(leaf, codes)
+        assert torch.equal(output, codes) and output.dtype == dtype
+        found.append(torch.autograd.grad((output * weight).sum(), leaf)[0])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(*found, rtol=200 * eps, atol=200 * eps)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
-from vqkit.ops.precision import full_precision, widest
+from vqkit.ops.precision import finite_rows, full_precision, widest
 
 Metric = Literal["euclidean", "cosine"]
 SoftEstimator = Literal["straight_through", "reinmax"]
@@ -160,7 +160,7 @@ def mean_assignment(
 def has_scores(x: Tensor, metric: Metric) -> Tensor:
     """Whether vectors x [..., K] are finite and, for distances, not so long that their squares overflow: [...] bool."""
     x = x.detach().to(widest(x))
-    return x.isfinite().all(-1) if metric == "cosine" else x.square().sum(-1).isfinite()
+    return finite_rows(x) if metric == "cosine" else x.square().sum(-1).isfinite()
 
 
 class _Scored(NamedTuple):

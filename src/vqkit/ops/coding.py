@@ -1,9 +1,8 @@
 """Vectors become their codes: values, squared error and both gradients, each in one pass over the vectors.
 
 The same as `gather_codes` with an estimator and a squared error behind it, which it is proved against, without their intermediate
-tensors: forward and backward run over tiles of rows that stay in cache and keep nothing but their arguments. On CPU the gradient of the
-rotation is the sum of three rows, of the gradient, the vector and its code, by factors that follow from their products; rows for which
-these would lose precision take the long way. Each direction is one opaque node under compile.
+tensors: forward and backward run over tiles of rows that stay in cache and keep nothing but their arguments. Each direction is one
+opaque node under compile.
 
 Shapes: G codebooks, N vectors, C codes, K width, R rows of a tile.
 """
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
-from vqkit.ops.estimators import SMALLEST_RATIO, rotation_gradient
+from vqkit.ops.estimators import rotate_back_, rotation_gradient
 
 _ENTRIES_PER_TILE = 1 << 16
-_SMALLEST_ANGLE = 0.05  # of |e + q|^2: below it the factors of the rotation lose more than a digit or two
 
 
 PlainEstimator = Literal["straight_through", "rotation", "none"]
@@ -93,10 +91,17 @@ def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> tu
             errors[g] += difference.square_().sum(0)
     if counting:
         row = torch.where(indices < 0, size, indices)
+        count = torch.stack([_histogram(row[g], size + 1) for g in range(len(x))]).to(x.dtype)[:, :size]
         for g in range(len(x)):
             total[g].index_add_(0, row[g], x[g])
-        count = torch.zeros_like(total[..., 0]).scatter_add_(1, row, x.new_ones(1, 1).expand(row.shape))[:, :size]
     return quantized, errors.sum(1), errors, count.contiguous(), total[:, :size].contiguous()
+
+
+def _histogram(indices: Tensor, size: int) -> Tensor:
+    """[N] -> [size]: how often each index is there."""
+    if indices.device.type == "cpu":
+        return torch.bincount(indices, minlength=size)
+    return indices.new_zeros(size).scatter_add_(0, indices, torch.ones_like(indices))  # bincount would wait for the device
 
 
 def _tiles(x: Tensor) -> Iterator[tuple[int, slice]]:
@@ -128,7 +133,7 @@ def _backward(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, 
         vectors, gradient, out = x[g, rows], of_output[g, rows], result[g, rows]
         codes, lost = _look_up(codebook[g], indices[g, rows], vectors.new_empty(vectors.shape))
         if estimator == "rotation":
-            _rotate_back(gradient, vectors, codes, pulls[g], out)
+            rotate_back_(out, gradient, vectors, codes, pulls[g])
         else:
             torch.sub(vectors, codes, out=out).mul_(pulls[g])
             if estimator == "straight_through":
@@ -149,31 +154,6 @@ def _whole_backward(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Te
     elif estimator == "straight_through":
         result = result + of_output
     return result.where(kept, 0.0)
-
-
-def _rotate_back(gradient: Tensor, x: Tensor, codes: Tensor, pull: float, out: Tensor) -> None:
-    """Into `out` the gradient of the rotation plus pull * (x - codes), all [R, K].
-
-    With unit vectors e of x and q of the code, m = |e + q|^2 and h = g.(e + q) / m, the transpose of the map of `rotation_trick` is
-    scale * (g + 2 (g.q - h) e - 2 h q) + (1 - rotating) * g: a sum of the rows g, x and code.
-    """
-    dtype = x.dtype
-    of_x, of_code = torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(codes, dim=-1)
-    along_e, along_q = torch.linalg.vecdot(gradient, x) / of_x, torch.linalg.vecdot(gradient, codes) / of_code
-    angle = 2.0 + 2.0 * torch.linalg.vecdot(x, codes) / (of_x * of_code)
-    ratio = of_code / of_x
-    turn = (along_e + along_q) / angle
-    of_vector = torch.addcmul(turn.new_full((), pull), ratio / of_x, along_q - turn, value=2.0)
-    of_codes = torch.addcdiv(turn.new_full((), -pull), turn, of_x, value=-2.0)
-    torch.mul(gradient, ratio.unsqueeze(-1), out=out)
-    out.addcmul_(x, of_vector.unsqueeze(-1)).addcmul_(codes, of_codes.unsqueeze(-1))
-    lengths = torch.stack([of_x, of_code])
-    right = (angle > _SMALLEST_ANGLE) & (ratio > SMALLEST_RATIO) & (ratio < 1.0 / SMALLEST_RATIO)
-    safe = torch.finfo(dtype).max ** 0.25
-    row = (~(right & ((lengths > 1.0 / safe) & (lengths < safe)).all(0))).nonzero().squeeze(-1)
-    if row.numel():
-        vectors = x[row].where(x[row].isfinite(), 0.0)
-        out[row] = rotation_gradient(gradient[row], vectors, codes[row]) + pull * (vectors - codes[row])
 
 
 _NO_GRADIENT = (None, None, None, None)

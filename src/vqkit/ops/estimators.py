@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from vqkit.ops.precision import widest
 
 SMALLEST_RATIO = 0.01
 """Of the lengths of a vector and its code: above it the rotation is whole."""
+_SMALLEST_ANGLE = 0.05  # of |e + q|^2: below it the factors of the rotation lose more than a digit or two
+_ENTRIES_PER_TILE = 1 << 16
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
@@ -30,12 +34,39 @@ def rotation_trick(x: Tensor, quantized: Tensor) -> Tensor:
     the identity of `straight_through`, which it is when either is zero: no gradient grows by more than a factor of 113.
     """
     _check_alike(x, quantized)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _rotated(x, quantized)
+    return _Rotation.apply(x, quantized.detach())
+
+
+def _rotated(x: Tensor, quantized: Tensor) -> Tensor:
+    """In plain operations, which a compiler makes one of and functorch transforms."""
     dtype = widest(x)
     vector = x.to(dtype)
     e, q, r, scale, rotating = _rotation(vector.detach(), quantized.detach().to(dtype))
     along_r, along_e = ((vector * unit).sum(-1, keepdim=True) for unit in (r, e))
     rotated = scale * (vector - 2.0 * along_r * r + 2.0 * along_e * q) + (1.0 - rotating) * vector
     return quantized.detach() + (rotated - rotated.detach()).to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
+        ctx.save_for_backward(x, quantized)
+        return quantized.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (x, quantized) = gradients, ctx.saved_tensors
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return rotation_gradient(gradient, x, quantized).to(x.dtype), None
+        dtype = widest(x)
+        given = [tensor.to(dtype).reshape(-1, x.shape[-1]) for tensor in (gradient, x, quantized)]
+        result = torch.empty_like(given[1], memory_format=torch.contiguous_format)
+        rows = max(1, _ENTRIES_PER_TILE // max(1, x.shape[-1]))
+        for tile in zip(*(tensor.split(rows) for tensor in (result, *given)), strict=True):
+            rotate_back_(*tile)
+        return result.reshape(x.shape).to(x.dtype), None
 
 
 def rotation_gradient(gradient: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
@@ -45,6 +76,31 @@ def rotation_gradient(gradient: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
     e, q, r, scale, rotating = _rotation(x.detach().to(dtype), quantized.detach().to(dtype))
     along_r, along_q = ((gradient * unit).sum(-1, keepdim=True) for unit in (r, q))
     return scale * (gradient - 2.0 * along_r * r + 2.0 * along_q * e) + (1.0 - rotating) * gradient
+
+
+def rotate_back_(out: Tensor, gradient: Tensor, x: Tensor, codes: Tensor, pull: float = 0.0) -> None:
+    """Write into `out` `rotation_gradient(gradient, x, codes)` plus pull * (x - codes), all [N, K] and of one dtype; for CPU.
+
+    With unit vectors e of x and q of the code, m = |e + q|^2 and h = g.(e + q) / m, the transpose of the map of `rotation_trick` is
+    scale * (g + 2 (g.q - h) e - 2 h q) + (1 - rotating) * g: a sum of the rows g, x and code. Rows for which its factors would lose
+    precision take the long way.
+    """
+    of_x, of_code = torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(codes, dim=-1)
+    along_e, along_q = torch.linalg.vecdot(gradient, x) / of_x, torch.linalg.vecdot(gradient, codes) / of_code
+    angle = 2.0 + 2.0 * torch.linalg.vecdot(x, codes) / (of_x * of_code)
+    ratio = of_code / of_x
+    turn = (along_e + along_q) / angle
+    of_vector = torch.addcmul(turn.new_full((), pull), ratio / of_x, along_q - turn, value=2.0)
+    of_codes = torch.addcdiv(turn.new_full((), -pull), turn, of_x, value=-2.0)
+    torch.mul(gradient, ratio.unsqueeze(-1), out=out)
+    out.addcmul_(x, of_vector.unsqueeze(-1)).addcmul_(codes, of_codes.unsqueeze(-1))
+    lengths = torch.stack([of_x, of_code])
+    right = (angle > _SMALLEST_ANGLE) & (ratio > SMALLEST_RATIO) & (ratio < 1.0 / SMALLEST_RATIO)
+    safe = torch.finfo(x.dtype).max ** 0.25
+    row = (~(right & ((lengths > 1.0 / safe) & (lengths < safe)).all(0))).nonzero().squeeze(-1)
+    if row.numel():
+        vectors = x[row].where(x[row].isfinite(), 0.0)
+        out[row] = rotation_gradient(gradient[row], vectors, codes[row]) + pull * (vectors - codes[row])
 
 
 def _rotation(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -37,3 +37,8 @@ def full_precision(device_type: str) -> Iterator[None]:
         finally:
             if shorter:
                 matmul.fp32_precision = allowed
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """[..., K] -> [...] bool: whether all of a row is finite. Several times as fast as `isfinite().all(-1)`."""
+    return (x.detach() * 0.0).sum(-1) == 0.0

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.dist import Reducer
+from vqkit.ops.precision import finite_rows
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.config import Commit
-from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, width_back, width_last
+from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, where_kept, width_back, width_last
 from vqkit.quantizers.residual import (
     ResidualVQ,
     call_options,
@@ -142,7 +143,7 @@ class Grouped(Quantizer):
     def _rows(self, x: Tensor) -> Tensor:
         """The width last; a vector that is not finite in one group is NaN in all, so that it gets no code at all."""
         rows = width_last(x, self.dim, self.layout)
-        return rows.where(rows.isfinite().all(-1, keepdim=True), torch.nan)
+        return where_kept(finite_rows(rows), rows, torch.nan)
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None, **options: Any) -> Tensor:
         """x -> indices [P..., G, ...] int64; `options` are those of the parts' `encode`."""

@@ -116,13 +116,8 @@ def require(right: Tensor, message: str, detail: Callable[[], str]) -> None:
         raise ValueError(detail())
 
 
-def finite_rows(x: Tensor) -> Tensor:
-    """[..., D] -> [...] bool: whether all of a row is finite. Several times as fast as `isfinite().all(-1)`."""
-    return (x.detach() * 0.0).sum(-1) == 0.0
-
-
-def zero_unless(kept: Tensor, x: Tensor) -> Tensor:
-    """x [..., D] with zeros where kept [...] is False; x itself if that is nowhere so, where asking costs nothing: eager, on CPU."""
+def where_kept(kept: Tensor, x: Tensor, other: float = 0.0) -> Tensor:
+    """x [..., D] with `other` where kept [...] is False; x itself if that is nowhere so, where asking costs nothing: eager, on CPU."""
     if not torch.compiler.is_compiling() and x.device.type == "cpu" and bool(kept.all()):
         return x
-    return x.where(kept.unsqueeze(-1), 0.0)
+    return x.where(kept.unsqueeze(-1), other)

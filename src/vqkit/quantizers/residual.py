@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.codebook import CodebookStatistics, merge_statistics
+from vqkit.ops.precision import finite_rows
 from vqkit.quantizers.base import Quantized, Quantizer, Statistics
 from vqkit.quantizers.beam import beam_search
 from vqkit.quantizers.codebook import Codebook, Committed
@@ -35,7 +36,7 @@ from vqkit.quantizers.config import (
     check_choice,
 )
 from vqkit.quantizers.implicit import ImplicitVQ, check_estimator, check_sync_update, conditions, pass_gradient
-from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, require, width_back, width_last
+from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, require, where_kept, width_back, width_last
 from vqkit.quantizers.vector_quantize import VectorQuantize
 
 
@@ -326,17 +327,18 @@ class Residual(Quantizer):
 
     def _project_in(self, rows: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The vectors [P..., d] that the layers see, float32 or wider, and which of them are finite; all others are NaN."""
-        finite = rows.isfinite().all(-1)
+        finite = finite_rows(rows)
         clean = finite if counted is None else finite & counted
-        rows = rows.where(clean.unsqueeze(-1), 0.0)  # before the projection, whose weights shall see nothing else
+        rows = where_kept(clean, rows)  # before the projection, whose weights shall see nothing else
         vectors = _linear(self.project_in, rows)
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        finite = finite & vectors.detach().isfinite().all(-1)
-        return vectors.where(finite.unsqueeze(-1), torch.nan), finite
+        if isinstance(self.project_in, nn.Linear):
+            finite = finite & finite_rows(vectors)
+        return where_kept(finite, vectors, torch.nan), finite
 
     def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
-        known = has_code(indices, codes.dim() - 1).unsqueeze(-1)
-        return _linear(self.project_out, codes).where(known, 0.0)
+        known = has_code(indices, codes.dim() - 1)
+        return where_kept(known, _linear(self.project_out, codes))
 
     def _search(self, vectors: Tensor, finite: Tensor, used: Tensor | None, size: int) -> Tensor:
         """The indices of the best paths, [P..., Q, ...]; those of vectors that are not finite mean nothing."""
@@ -362,7 +364,8 @@ class Residual(Quantizer):
         options: dict[str, Any],
     ) -> _Path:
         """Every layer in turn, on what is left by those before it."""
-        residual, partial = vectors, torch.zeros_like(vectors)
+        conditional = any(conditions(layer, vectors) for layer in self.layers)
+        residual, partial = vectors, torch.zeros_like(vectors) if conditional else vectors
         outputs: list[Tensor] = []
         found: list[Quantized] = []
         for number, layer in enumerate(self._each()):
@@ -373,9 +376,11 @@ class Residual(Quantizer):
                 own["targets"] = targets[number]
             mask = counted if used is None else _and(number < used, counted, vectors.shape[:-1])
             part = layer.quantize(residual, mask, freeze_codebook=freeze_codebook, **own, **options)
-            output = part.quantized.where(has_code(part.indices, vectors.dim() - 1).unsqueeze(-1), 0.0)
+            output = where_kept(has_code(part.indices, vectors.dim() - 1), part.quantized)
             passed = _scale_gradient(output, self.gradient_fraction)
-            residual, partial = residual - passed, partial + passed
+            residual = residual - passed
+            if conditional:
+                partial = partial + passed
             outputs.append(output)
             found.append(part)
         return _Path(
@@ -389,7 +394,7 @@ class Residual(Quantizer):
         """The sum of the codes with the gradient that `estimator` says; vectors without a code are left to the projection behind."""
         if self.estimator == "layers":
             return _add(path.outputs)
-        x = vectors.where(finite.unsqueeze(-1), 0.0)
+        x = where_kept(finite, vectors)
         own = isinstance(self.estimator, DiVeQ) or self.estimator == "none"  # then the codes have a gradient, whatever that of the layers
         codes = self.decode_codes(path.indices).to(x.dtype) if own or self.sync_update > 0 else _add(path.outputs)
         output = pass_gradient(self.estimator, x, codes, self.training)
@@ -555,9 +560,11 @@ def _and(used: Tensor, counted: Tensor | None, positions: torch.Size) -> Tensor:
 
 def _add(parts: Sequence[Tensor]) -> Tensor:
     """Their sum in order, so that a prefix is a partial sum of the whole."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
+        total = total + part if part.requires_grad or total.requires_grad else total.add_(part)
     return total
 
 

@@ -23,6 +23,7 @@ from vqkit.ops.coding import PlainEstimator, coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
+from vqkit.ops.precision import finite_rows
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook, CodeWeights
 from vqkit.quantizers.config import (
@@ -55,12 +56,11 @@ from vqkit.quantizers.layout import (
     check_layout,
     check_range,
     check_tensor,
-    finite_rows,
     position_mask,
     require,
+    where_kept,
     width_back,
     width_last,
-    zero_unless,
 )
 
 Weights = Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -379,22 +379,27 @@ class VectorQuantize(Quantizer):
         mask = position_mask(rows.shape[:-1], mask, lengths)
         if not self.input_gradient:
             rows = rows.detach()
-        kept = finite_rows(rows)
+        kept = self._has_scores(rows) if self.project_in is None else finite_rows(rows)
         if mask is not None:
             kept = kept & mask
         # Before the projections, whose gradients what is not finite would reach even with weight 0.
-        projected = zero_unless(kept, rows)
+        projected = where_kept(kept, rows)
         if self.project_in is not None:
             projected = self.project_in(projected.to(self.project_in.weight.dtype))
             kept = kept & finite_rows(projected)
-            projected = zero_unless(kept, projected)
+            projected = where_kept(kept, projected)
         if self.norm is not None:
             projected = self.norm(projected)
         vectors = projected.to(torch.promote_types(projected.dtype, self.table.dtype))
-        vectors = vectors.reshape(kept.numel(), self.heads, self.codebook_dim)
-        kept = kept & has_scores(vectors, self.metric).all(-1).reshape(kept.shape)
-        vectors = self._to_heads(zero_unless(kept.reshape(-1, 1), vectors))
+        if self.project_in is not None:
+            kept = kept & self._has_scores(vectors)
+            vectors = where_kept(kept, vectors)
+        vectors = self._to_heads(vectors.reshape(kept.numel(), self.heads, self.codebook_dim))
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
+
+    def _has_scores(self, rows: Tensor) -> Tensor:
+        """[P..., heads * K] -> [P...] bool: whether the vectors of all heads can be compared with codes."""
+        return has_scores(rows.unflatten(-1, (self.heads, self.codebook_dim)), self.metric).all(-1)
 
     def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor, several: tuple[int, ...]) -> Tensor:
         """Vectors [H, M, K], or k times as many, to the layout, width and dtype of the input."""
@@ -411,7 +416,7 @@ class VectorQuantize(Quantizer):
         """Codes, 0 where there is none, in the width of the input."""
         if self.project_out is None:
             return codes
-        return zero_unless(valid, self.project_out(codes.to(self.project_out.weight.dtype)))
+        return where_kept(valid, self.project_out(codes.to(self.project_out.weight.dtype)))
 
     def _look_up(self, indices: Tensor) -> Tensor:
         """[P...] or [P..., heads] -> codes [P..., heads * K]."""
