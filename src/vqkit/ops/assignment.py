@@ -160,7 +160,7 @@ def mean_assignment(
 def has_scores(x: Tensor, metric: Metric) -> Tensor:
     """Whether vectors x [..., K] are finite and, for distances, not so long that their squares overflow: [...] bool."""
     x = x.detach().to(widest(x))
-    return finite_rows(x) if metric == "cosine" else x.square().sum(-1).isfinite()
+    return finite_rows(x) if metric == "cosine" else torch.linalg.vector_norm(x, dim=-1).isfinite()
 
 
 class _Scored(NamedTuple):
