@@ -18,7 +18,7 @@ from vqkit.quantizers import EMA, DeadCodes, KMeans, VectorQuantize
 def main(steps: str = "300") -> None:
     """Trains, tells how the codes are doing, and measures on the images held out."""
     torch.manual_seed(0)
-    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16  # [1797, 1, 8, 8]
+    images = torch.tensor(load_digits(return_X_y=True)[0], dtype=torch.float32).view(-1, 1, 8, 8) / 16  # [1797, 1, 8, 8]
     held_out, train = images[torch.randperm(len(images))].tensor_split([len(images) // 5])
     encoder = nn.Sequential(nn.Conv2d(1, 64, 4, stride=4), nn.GELU(), nn.Conv2d(64, 16, 1))
     dead_codes, update = DeadCodes(threshold=1.0), EMA(decay=0.8)

@@ -17,7 +17,7 @@ def execute(name: str, *words: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     return capsys.readouterr().out
 
 
-def test_the_error_falls_and_codes_stay_active_on_held_out_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_learns_and_codes_stay_active_on_held_out_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn, whose digits these are, is not installed")
     printed = execute("autoencoder.py", "150", monkeypatch=monkeypatch, capsys=capsys)
     found = re.findall(r"^step (\d+): squared error ([\d.]+), perplexity of the codes ([\d.]+)$", printed, re.MULTILINE)
