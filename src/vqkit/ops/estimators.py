@@ -34,13 +34,14 @@ def rotation_trick(x: Tensor, quantized: Tensor) -> Tensor:
     the identity of `straight_through`, which it is when either is zero: no gradient grows by more than a factor of 113.
     """
     _check_alike(x, quantized)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or (torch.compiler.is_compiling() and x.device.type != "cpu"):
         return _rotated(x, quantized)
-    return _Rotation.apply(x, quantized.detach())
+    run = _rotate if torch.compiler.is_compiling() else _Rotation.apply
+    return run(x, quantized.detach())
 
 
 def _rotated(x: Tensor, quantized: Tensor) -> Tensor:
-    """In plain operations, which a compiler makes one of and functorch transforms."""
+    """In plain operations, for functorch transforms and for compilers of devices, which make one of them."""
     dtype = widest(x)
     vector = x.to(dtype)
     e, q, r, scale, rotating = _rotation(vector.detach(), quantized.detach().to(dtype))
@@ -57,16 +58,53 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,), (x, quantized) = gradients, ctx.saved_tensors
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return rotation_gradient(gradient, x, quantized).to(x.dtype), None
-        dtype = widest(x)
-        given = [tensor.to(dtype).reshape(-1, x.shape[-1]) for tensor in (gradient, x, quantized)]
-        result = torch.empty_like(given[1], memory_format=torch.contiguous_format)
-        rows = max(1, _ENTRIES_PER_TILE // max(1, x.shape[-1]))
-        for tile in zip(*(tensor.split(rows) for tensor in (result, *given)), strict=True):
-            rotate_back_(*tile)
-        return result.reshape(x.shape).to(x.dtype), None
+        x, quantized = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            return rotation_gradient(gradients[0], x, quantized).to(x.dtype), None
+        return _rotate_back(gradients[0], x, quantized), None
+
+
+def _rotate_back(gradient: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
+    """`rotation_gradient` in the dtype of x; on CPU in tiles that stay in cache."""
+    if x.device.type != "cpu":
+        return rotation_gradient(gradient, x, quantized).to(x.dtype)
+    given = [tensor.to(widest(x)).reshape(-1, x.shape[-1]) for tensor in (gradient, x, quantized)]
+    result = torch.empty_like(given[1], memory_format=torch.contiguous_format)
+    rows = max(1, _ENTRIES_PER_TILE // max(1, x.shape[-1]))
+    for tile in zip(*(tensor.split(rows) for tensor in (result, *given)), strict=True):
+        rotate_back_(*tile)
+    return result.reshape(x.shape).to(x.dtype)
+
+
+@torch.library.custom_op("vqkit::rotate", mutates_args=())
+def _rotate(x: Tensor, quantized: Tensor) -> Tensor:
+    return quantized.clone()
+
+
+@_rotate.register_fake
+def _(x: Tensor, quantized: Tensor) -> Tensor:
+    return torch.empty_like(quantized)
+
+
+@torch.library.custom_op("vqkit::rotate_back", mutates_args=())
+def _rotate_back_operator(gradient: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
+    return _rotate_back(gradient, x, quantized)
+
+
+@_rotate_back_operator.register_fake
+def _(gradient: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return _rotate_back_operator(gradient, *ctx.saved_tensors), None
+
+
+_rotate.register_autograd(_differentiate, setup_context=_keep)
 
 
 def rotation_gradient(gradient: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
