@@ -17,10 +17,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     config = ModelConfig(dim=16, key_dim=8, value_dim=16, layers=1, codebook_size=8, block_len=8, mem_len=8)
     monkeypatch.chdir(tmp_path)
     save_weights(TransformerVQ(config), config, Path("runs/quickstart"))
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
     names: dict[str, object] = {}
-    exec(block, names)
-    assert capsys.readouterr().out
+    for block in blocks:
+        exec(block, names)
+        assert capsys.readouterr().out
+    assert getattr(names["again"], "shape", None) == (8, 100, 64)
     assert getattr(names["codes"], "shape", None) == (1000,)
 
 
