@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vqkit.ops import coding
-from vqkit.ops.codebook import assignment_stats, gather_codes
+from vqkit.ops.codebook import assignment_stats, directions, gather_codes
 from vqkit.ops.coding import coded, coded_stats
 from vqkit.ops.estimators import _rotated, straight_through
 
@@ -18,6 +18,12 @@ KINDS = {
     "opposite": lambda x, codes: (torch.full_like(x, 1.0) + 1e-3 * x, torch.full_like(codes, -1.0) + 1e-3 * codes),
     "zeros": lambda x, codes: (x.where(x[..., :1] > 0, 0.0), codes.where(codes[..., :1] > 0, 0.0)),
 }
+
+
+@pytest.fixture(params=["plain", "compiled"], autouse=True)
+def form(request):
+    if request.param == "compiled":
+        request.getfixturevalue("native_build")
 
 
 def problem(kind, dtype, groups=2, num=90, size=30, width=7):
@@ -58,7 +64,9 @@ def test_values_errors_and_gradients_are_those_of_the_plain_functions(kind, dtyp
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(error.double(), exact_error, rtol=200 * eps, atol=0.0)
     of_plain = (gradient(plain, x, codebook, indices, estimator, *weights)[2] - exact).norm(dim=-1)
-    bound = 400 * eps * exact.norm(dim=-1) + 60 * eps * weights[0].norm(dim=-1) + 2 * of_plain
+    e, q = (directions(tensor) for tensor in (wide[0].where(indices.unsqueeze(-1) >= 0, 0.0), gather_codes(wide[1], indices)))
+    condition = 1.0 + 1.0 / (e + q).norm(dim=-1).clamp(min=1e-6)  # of the direction between the two
+    bound = 400 * eps * exact.norm(dim=-1) + 60 * eps * condition * weights[0].norm(dim=-1) + 2 * of_plain
     assert ((found - exact).norm(dim=-1) <= bound).all()
 
 

@@ -21,47 +21,6 @@ from vqkit.ops.estimators import rotation_trick
 from vqkit.ops.losses import mean_commitment_loss
 from vqkit.ops.nearest_code import compiled, reference
 
-BUILDS = {"for this processor": (compiled._FLAGS, compiled._FOR_THIS_PROCESSOR), "for any": ((*compiled._FLAGS, "-O1"), ((),))}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder with a build for each of BUILDS."""
-    folder = tmp_path_factory.mktemp("compiled")
-    try:
-        compiled._compiler()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VQKIT_CACHE", str(folder))
-        for flags, processors in BUILDS.values():
-            patch.setattr(compiled, "_FLAGS", flags)
-            patch.setattr(compiled, "_FOR_THIS_PROCESSOR", processors)
-            compiled.build_()
-        compiled._found.cache_clear()
-    return folder
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """An empty cache of builds."""
-    for name in ("VQKIT_COMPILED", "CXX"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("VQKIT_CACHE", str(tmp_path / "cache"))
-    compiled._found.cache_clear()
-    yield tmp_path / "cache"
-    compiled._found.cache_clear()
-
-
-@pytest.fixture(params=BUILDS)
-def build(request, cache, fresh, monkeypatch):
-    flags, processors = BUILDS[request.param]
-    monkeypatch.setattr(compiled, "_FLAGS", flags)
-    monkeypatch.setattr(compiled, "_FOR_THIS_PROCESSOR", processors)
-    monkeypatch.setenv("VQKIT_CACHE", str(cache))
-    monkeypatch.setenv("CXX", "/no/compiler/is/run")
-    assert compiled.is_there()
-
 
 @contextlib.contextmanager
 def threads(num):
@@ -185,15 +144,17 @@ def test_gathers_and_counts_as_the_plain_functions(build, dtype, weighted):
         weights = torch.rand(groups, num, dtype=dtype).where(torch.rand(groups, num) > 0.3, 0.0) if weighted else None
         x[indices < 0] = torch.nan
         statistics = assignment_stats(x, indices, codes, weights=weights)
-        quantized, distance, count, total = compiled.gather_and_count(x, codebook, indices, weights)
+        quantized, errors, count, total = compiled.gather_and_count(x, codebook, indices, weights)
         assert torch.equal(quantized, gather_codes(codebook, indices))
-        torch.testing.assert_close(distance, (x - quantized).square().sum(-1).masked_fill(indices < 0, 0.0))
+        left_out = indices < 0 if weights is None else (indices < 0) | (weights == 0)
+        squares = (x - quantized).square().masked_fill(left_out.unsqueeze(-1), 0.0).double().sum(1)
+        torch.testing.assert_close(errors.double(), squares, rtol=4 * num * torch.finfo(dtype).eps, atol=0.0)
         bound = 4 * num * torch.finfo(dtype).eps
         torch.testing.assert_close(count, statistics.count, rtol=bound, atol=bound)
         torch.testing.assert_close(total, statistics.sum, rtol=bound, atol=bound)
         if weights is not None:
             x[weights == 0] = torch.nan
-            assert equal(compiled.gather_and_count(x, codebook, indices, weights)[2:], (count, total))
+            assert equal(compiled.gather_and_count(x, codebook, indices, weights)[1:], (errors, count, total))
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.7])
@@ -390,6 +351,7 @@ def test_a_build_for_another_processor_or_source_is_not_taken(compiler, monkeypa
     compiled._found.cache_clear()
     assert not compiled.is_there()
     monkeypatch.undo()
+    monkeypatch.delenv("VQKIT_COMPILED", raising=False)
     changed = tmp_path / "compiled.cpp"
     shutil.copy(compiled._SOURCE, changed)
     changed.write_text(changed.read_text() + "\n")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
 from vqkit.ops.estimators import rotate_back_, rotation_gradient
+from vqkit.ops.nearest_code import compiled
 
 _ENTRIES_PER_TILE = 1 << 16
 
@@ -75,6 +76,10 @@ def _moments(codebook: Tensor, found: Coded) -> Tensor:
 
 
 def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _is_compiled(x):
+        found = compiled.gather_and_count(x, codebook, indices)
+        count, total = (found.count, found.sum) if counting else (found.count[:, :0].clone(), found.sum[:, :0].clone())
+        return found.quantized, found.errors.sum(1), found.errors, count, total
     size = codebook.shape[1] if counting else 0
     errors, count = x.new_zeros(len(x), x.shape[2]), x.new_zeros(len(x), size)
     total = x.new_zeros(len(x), size + 1, x.shape[2])  # one row more, for what has no code
@@ -95,6 +100,10 @@ def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> tu
         for g in range(len(x)):
             total[g].index_add_(0, row[g], x[g])
     return quantized, errors.sum(1), errors, count.contiguous(), total[:, :size].contiguous()
+
+
+def _is_compiled(x: Tensor) -> bool:
+    return x.device.type == "cpu" and compiled.is_there()
 
 
 def _histogram(indices: Tensor, size: int) -> Tensor:
@@ -127,8 +136,14 @@ def _backward(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, 
     """The gradient of x [G, N, K], given those of the output [G, N, K] and of the errors [G]."""
     if x.device.type != "cpu":
         return _whole_backward(of_output, of_error, x, codebook, indices, estimator)
-    result = x.new_empty(x.shape)
     pulls = (2.0 * of_error).tolist()
+    if estimator == "rotation" and _is_compiled(x):
+        parts = [
+            compiled.rotation_gradient(*given)
+            for given in zip(*(t.split(1) for t in (of_output, x, codebook, indices)), pulls, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    result = x.new_empty(x.shape)
     for g, rows in _tiles(x):
         vectors, gradient, out = x[g, rows], of_output[g, rows], result[g, rows]
         codes, lost = _look_up(codebook[g], indices[g, rows], vectors.new_empty(vectors.shape))

@@ -726,7 +726,7 @@ struct Gathering {
     const T *x, *codes, *weights;  // weights may be null: 1 each
     const int64_t* index;
     int64_t num, size, width, x_stride;
-    T *quantized, *squared_distance, *count, *sum;  // the last two hold zeros
+    T *quantized, *errors, *count, *sum;  // the last three hold zeros
 
     static constexpr int64_t kRows = 512;  // of a task; sums of codes that span tasks are added in the order of tasks
 
@@ -741,11 +741,12 @@ struct Gathering {
         int64_t lost = chosen;
         for (int64_t i = 0; i < num; ++i) order[index[i] < 0 ? lost++ : end[index[i]]++] = i;  // now end[c] is where code c ends
         const int64_t tasks = (chosen + kRows - 1) / kRows;
-        Buffer<T> edges(2 * size_t(tasks) * (width + 1));
+        Buffer<T> edges(2 * size_t(tasks) * (width + 1)), squares(size_t(tasks) * width);
         in_parallel(crew.for_work(32.0 * num * width), tasks, [&](int, int64_t task) {
             const int64_t first = task * kRows, last = std::min(chosen, first + kRows);
             T* edge = &edges[2 * size_t(task) * (width + 1)];
             std::fill_n(edge, 2 * (width + 1), T(0));
+            std::fill_n(&squares[size_t(task) * width], width, T(0));
             for (int64_t at = first; at < last;) {
                 const int64_t c = index[order[at]], stop = std::min(last, end[c]), start = c ? end[c - 1] : 0;
                 const bool whole = start >= first && end[c] <= last;
@@ -753,7 +754,7 @@ struct Gathering {
                 T* share = whole ? count + c : total + width;
                 for (; at < stop; ++at) {
                     if (at + 4 < last) __builtin_prefetch(x + order[at + 4] * x_stride);
-                    take(order[at], c, total, share);
+                    take(order[at], c, total, share, &squares[size_t(task) * width]);
                 }
             }
         });
@@ -762,37 +763,35 @@ struct Gathering {
             const T* edge = &edges[2 * size_t(task) * (width + 1)];
             add(index[order[first]], edge);
             add(index[order[last]], edge + width + 1);
+            for (int64_t k = 0; k < width; ++k) errors[k] += squares[size_t(task) * width + k];
         }
-        for (int64_t i = chosen; i < num; ++i) {
-            std::fill_n(quantized + order[i] * width, width, T(0));
-            squared_distance[order[i]] = 0;
-        }
+        for (int64_t i = chosen; i < num; ++i) std::fill_n(quantized + order[i] * width, width, T(0));
         return true;
     }
 
-    void take(int64_t row, int64_t c, T* total, T* share) const {
+    void take(int64_t row, int64_t c, T* total, T* share, T* squares) const {
         using V = Vec<T>;
         constexpr int L = kLanes<T>;
         const T *from = x + row * x_stride, *code = codes + c * width;
         const T weight = weights ? weights[row] : T(1);
         T* to = quantized + row * width;
-        V squares{};
-        T rest = 0;
+        if (weight == 0) {
+            std::copy_n(code, width, to);
+            return;
+        }
         int64_t k = 0;
         for (; k + L <= width; k += L) {
             const V value = load<V>(from + k), chosen = load<V>(code + k), difference = value - chosen;
-            squares = squares + difference * difference;
             store(to + k, chosen);
-            if (weight != 0) store(total + k, load<V>(total + k) + weight * value);
+            store(squares + k, load<V>(squares + k) + difference * difference);
+            store(total + k, load<V>(total + k) + weight * value);
         }
         for (; k < width; ++k) {
-            const T value = from[k], difference = value - code[k];
-            rest += difference * difference;
+            const T difference = from[k] - code[k];
             to[k] = code[k];
-            if (weight != 0) total[k] += weight * value;
+            squares[k] += difference * difference;
+            total[k] += weight * from[k];
         }
-        for (int i = 0; i < L; ++i) rest += squares[i];
-        squared_distance[row] = rest;
         *share += weight;
     }
 
@@ -896,12 +895,12 @@ int nearest(const T* x, const T* codes, int64_t groups, int64_t num, int64_t siz
 
 template <class T>
 int gather(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
-           int64_t x_group, int64_t x_stride, Crew crew, T* quantized, T* squared_distance, T* count, T* sum) {
+           int64_t x_group, int64_t x_stride, Crew crew, T* quantized, T* errors, T* count, T* sum) {
     try {
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t row = g * num, code = g * size;
             const Gathering<T> gathering{x + g * x_group, codes + code * width, weights ? weights + row : nullptr, index + row, num, size, width,
-                                         x_stride, quantized + row * width, squared_distance + row, count + code, sum + code * width};
+                                         x_stride, quantized + row * width, errors + g * width, count + code, sum + code * width};
             if (!gathering.run(crew)) return kBadIndex;
         }
         return kDone;
@@ -938,9 +937,9 @@ int rotate(const T* gradient, const T* x, const T* codes, const int64_t* index, 
         return nearest(x, codes, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, index);                                          \
     }                                                                                                                                   \
     int vqkit_gather_##T(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, \
-                         int64_t width, int64_t x_group, int64_t x_stride, int threads, int pooled, T* quantized, T* squared_distance, T* count,    \
+                         int64_t width, int64_t x_group, int64_t x_stride, int threads, int pooled, T* quantized, T* errors, T* count,    \
                          T* sum) {                                                                                                      \
-        return gather(x, codes, weights, index, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, quantized, squared_distance,      \
+        return gather(x, codes, weights, index, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, quantized, errors,      \
                       count, sum);                                                                                                      \
     }                                                                                                                                   \
     int vqkit_rotate_##T(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num,              \

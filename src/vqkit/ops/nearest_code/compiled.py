@@ -74,7 +74,7 @@ class Gathered(NamedTuple):
     """What a training step needs of vectors and their codes; of the dtype of the vectors."""
 
     quantized: Tensor  # [G, N, K] the codes; zeros where the index is -1
-    squared_distance: Tensor  # [G, N]; 0 where the index is -1
+    errors: Tensor  # [G, K] the sum over vectors of their squared differences from their codes
     count: Tensor  # [G, C] vectors per code, or the sum of their weights
     sum: Tensor  # [G, C, K] their sum, each times its weight
 
@@ -83,13 +83,13 @@ def gather_and_count(x: Tensor, codebook: Tensor, indices: Tensor, weights: Tens
     """Codes, errors and statistics of x [G, N, K] for indices [G, N] int64 in one pass over x.
 
     codebook [G, C, K], weights [G, N], both of the dtype of x, float32 or float64, on the CPU. A vector of index -1 or weight 0 enters
-    neither count nor sum, whatever it holds. No gradient. The sums do not depend on the number of threads.
+    neither errors nor count nor sum, whatever it holds. No gradient. The sums do not depend on the number of threads.
     Raises ValueError for an index that is none of -1 ... C - 1; builds first what is not there; errors as `build_`.
     """
     _check(x, codebook, indices, weights=weights)
     x, codebook, indices = _with_dense_rows(x), codebook.detach().contiguous(), indices.contiguous()
     weights = None if weights is None else weights.detach().contiguous()
-    result = Gathered(x.new_empty(x.shape), x.new_empty(x.shape[:2]), x.new_zeros(codebook.shape[:2]), x.new_zeros(codebook.shape))
+    result = Gathered(x.new_empty(x.shape), x.new_zeros(x.shape[::2]), x.new_zeros(codebook.shape[:2]), x.new_zeros(codebook.shape))
     given = (x, codebook, weights, indices, *_sizes(x, codebook), *x.stride()[:2], *_threads())
     _run("gather", x.dtype, *given, *result)
     return result
