@@ -87,6 +87,14 @@ def test_many_equal_codes_and_an_all_zero_codebook(form):
         assert not FAST[form](x, codebook).any()
 
 
+@pytest.mark.parametrize("form", FAST)
+def test_more_close_races_than_a_tile_has_rows(form):
+    codebook = torch.randn(1, 8, 4).repeat(1, 2, 1)
+    x = codebook[:, torch.randint(0, 8, (5000,))] + 0.1 * torch.randn(1, 5000, 4)
+    found = FAST[form](x, codebook)
+    assert (found < 8).all() and regret(x, codebook, found) < 1e-5
+
+
 @pytest.mark.parametrize("form", [*FAST, "reference"])
 @pytest.mark.parametrize("codes", [1, 40, 1500])
 def test_what_is_not_finite_gets_no_code_and_changes_no_other(form, codes):

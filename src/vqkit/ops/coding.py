@@ -19,7 +19,7 @@ from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
 from vqkit.ops.estimators import rotate_back_, rotation_gradient
 from vqkit.ops.nearest_code import compiled
 
-_ENTRIES_PER_TILE = 1 << 16
+_ENTRIES_PER_TILE = 1 << 18
 
 
 PlainEstimator = Literal["straight_through", "rotation", "none"]

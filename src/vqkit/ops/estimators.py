@@ -13,7 +13,7 @@ from vqkit.ops.precision import widest
 SMALLEST_RATIO = 0.01
 """Of the lengths of a vector and its code: above it the rotation is whole."""
 _SMALLEST_ANGLE = 0.05  # of |e + q|^2: below it the factors of the rotation lose more than a digit or two
-_ENTRIES_PER_TILE = 1 << 16
+_ENTRIES_PER_TILE = 1 << 18
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:

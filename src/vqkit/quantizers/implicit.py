@@ -22,6 +22,7 @@ from vqkit.dist import Reducer
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import mean_commitment_loss, orthogonality_loss
+from vqkit.ops.precision import without_autocast
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.config import (
@@ -470,7 +471,7 @@ class ConditionalCodes(nn.Module):
 
     def forward(self, codes: Tensor, partial: Tensor) -> Tensor:
         """codes [..., D], partial [..., D], float32 or wider, leading axes that broadcast -> [..., D]."""
-        with torch.autocast(codes.device.type, enabled=False):
+        with without_autocast(codes.device.type):
             of_code, of_partial = self.join.weight.to(codes.dtype).split(self.dim, dim=1)
             y = codes + F.linear(codes, of_code) + F.linear(partial, of_partial, self.join.bias.to(codes.dtype))
             for widen, narrow in zip(self.widen, self.narrow, strict=True):

@@ -24,6 +24,7 @@ _ROWS_PER_TILE = 2048
 _CODES_PER_TILE_ELSEWHERE = 1 << 10
 _SCORES_PER_TILE_ELSEWHERE = 1 << 24
 _DIFFERENCES_AT_ONCE = 1 << 18
+_SCORES_AT_ONCE = 1 << 20
 _FEW_DIFFERENCES = 1 << 16
 
 
@@ -42,7 +43,8 @@ class _Tiled(NamedTuple):
     """A codebook as factors of the product."""
 
     origin: Tensor  # [K] mean code
-    tiles: list[Tensor]  # [K + 1, T] each: codes around the origin, minus half of their squared lengths
+    factor: Tensor  # [C, K + 1] codes around the origin, minus half of their squared lengths
+    tiles: list[Tensor]  # [K + 1, T] each, of the transpose of that
     radius: Tensor  # [] the largest of their lengths
 
 
@@ -54,7 +56,7 @@ def _tile(codebook: Tensor) -> _Tiled:
     squared = torch.linalg.vector_norm(around, dim=-1).square_()
     torch.mul(squared, -0.5, out=codes[:, width])
     num_tiles = -(-size // _CODES_PER_TILE)
-    return _Tiled(origin, [tile.mT for tile in codes.split(-(-size // num_tiles))], squared.amax().sqrt_())
+    return _Tiled(origin, codes, [tile.mT for tile in codes.split(-(-size // num_tiles))], squared.amax().sqrt_())
 
 
 class _Rows:
@@ -85,7 +87,7 @@ def _nearest_on_cpu(x: Tensor, codebook: Tensor) -> Tensor:
         index[start:stop], doubtful[start:stop] = _race(factor, _rounding(vectors, tiled.radius), tiled.tiles, scores)
     row = doubtful.nonzero().squeeze(-1)
     if row.numel():
-        index[row] = _settle(x[row], codebook)
+        index[row] = _settle(x[row], codebook, tiled)
     return index
 
 
@@ -118,10 +120,24 @@ def _race(factor: Tensor, margin: Tensor, tiles: list[Tensor], buffer: Tensor) -
     return torch.where(total < unit, -1, total.to(torch.int64) + first), total >= 2 * unit
 
 
-def _settle(x: Tensor, codebook: Tensor) -> Tensor:
-    """The nearest code [R] of rows x [R, K] by explicit differences."""
-    parts = x.split(max(1, _DIFFERENCES_AT_ONCE // codebook.numel()))
-    return torch.cat([reference.nearest_index(rows.unsqueeze(0), codebook.unsqueeze(0)).squeeze(0) for rows in parts])
+def _settle(x: Tensor, codebook: Tensor, tiled: _Tiled) -> Tensor:
+    """The nearest code [R] of rows x [R, K] by explicit differences to all codes that could be it."""
+    at_once = max(1, min(_ROWS_PER_TILE, _SCORES_AT_ONCE // len(codebook)))
+    return torch.cat([_settle_part(part, codebook, tiled) for part in x.split(at_once)])
+
+
+def _settle_part(x: Tensor, codebook: Tensor, tiled: _Tiled) -> Tensor:
+    vectors, factor = _Rows(x, tiled.origin).tile(0)
+    scores = factor @ tiled.factor.mT
+    row, code = (scores >= scores.amax(-1, keepdim=True) - _rounding(vectors, tiled.radius).unsqueeze(-1)).nonzero(as_tuple=True)
+    if len(row) * x.shape[1] > _DIFFERENCES_AT_ONCE:
+        parts = x.split(max(1, _DIFFERENCES_AT_ONCE // codebook.numel()))
+        return torch.cat([reference.nearest_index(part.unsqueeze(0), codebook.unsqueeze(0)).squeeze(0) for part in parts])
+    distance = (x[row] - codebook[code]).square_().sum(-1)
+    smallest = x.new_full((len(x),), torch.inf).scatter_reduce_(0, row, distance, "amin")
+    first = torch.full_like(row, len(codebook)).where(distance != smallest[row], code)
+    index = torch.full_like(smallest, len(codebook), dtype=torch.int64).scatter_reduce_(0, row, first, "amin")
+    return torch.where(smallest.isfinite(), index, -1)
 
 
 def _nearest_elsewhere(x: Tensor, codebook: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vqkit.ops.precision import without_autocast
 from vqkit.ops.vq_attention.blocked import blocked_attention
 from vqkit.ops.vq_attention.inputs import AttentionInputs, Positions
 from vqkit.ops.vq_attention.recurrent import recurrent_attention
@@ -79,7 +80,7 @@ def vq_attention(
     if impl == "auto":
         impl = "recurrent" if q.shape[2] <= block_len else "blocked"
     run = {"reference": reference_attention, "recurrent": recurrent_attention, "blocked": blocked_attention}[impl]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return VQAttentionOutput(*run(inputs, state, block_len, mem_len, cache, cache_gradient))
 
 
