@@ -80,7 +80,7 @@ PROBLEMS = [
     Problem("encode", 65_536, 65_536, 64),
     *(Problem("residual", num, 1_024, 128, products=8) for num in (1_024, 16_384, 65_536)),
     *(Problem("grouped", num, 1_024, 128, products=8) for num in (1_024, 16_384, 65_536)),
-    Problem("beam", 4_096, 1_024, 64, products=4 * 4, options=(("beam", 4),)),
+    Problem("beam", 4_096, 1_024, 64, products=1 + 3 * 4, options=(("beam", 4),)),
     Problem("heads", 16_384, 1_024, 64, products=4, options=(("separate heads", 4),)),
     *(Problem("kmeans", 65_536, codes, 64, products=10, options=(("iterations", 10),)) for codes in (1_024, 4_096)),
 ]

@@ -216,6 +216,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(blocked, "_ROWS_PER_TILE", 8)
     monkeypatch.setattr(blocked, "_CODES_PER_TILE", 16)
     monkeypatch.setattr(blocked, "_CODES_PER_TILE_ELSEWHERE", 16)
+    monkeypatch.setattr(blocked, "_CODES_PER_GROUP", 2)
+    monkeypatch.setattr(blocked, "_MIN_ROWS_PER_TILE", 8)
+    monkeypatch.setattr(blocked, "_SCORES_AT_ONCE", 512)
     monkeypatch.setattr(blocked, "_FEW_DIFFERENCES", 0)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqkit.ops.nearest_code import reference
@@ -25,6 +26,7 @@ _CODES_PER_TILE_ELSEWHERE = 1 << 10
 _SCORES_PER_TILE_ELSEWHERE = 1 << 24
 _DIFFERENCES_AT_ONCE = 1 << 18
 _SCORES_AT_ONCE = 1 << 20
+_MIN_ROWS_PER_TILE = 64
 _FEW_DIFFERENCES = 1 << 16
 
 
@@ -55,16 +57,15 @@ def _tile(codebook: Tensor) -> _Tiled:
     around = torch.sub(codebook, origin, out=codes[:, :width])
     squared = torch.linalg.vector_norm(around, dim=-1).square_()
     torch.mul(squared, -0.5, out=codes[:, width])
-    num_tiles = -(-size // _CODES_PER_TILE)
-    return _Tiled(origin, codes, [tile.mT for tile in codes.split(-(-size // num_tiles))], squared.amax().sqrt_())
+    return _Tiled(origin, codes, [tile.mT for tile in codes.split(_CODES_PER_TILE)], squared.amax().sqrt_())
 
 
 class _Rows:
     """Rows of vectors with a column of ones, around the origin of the codes; one buffer for all tiles of rows."""
 
-    def __init__(self, x: Tensor, origin: Tensor) -> None:
+    def __init__(self, x: Tensor, origin: Tensor, most: int) -> None:
         self.x, self.origin = x, origin
-        self.per_tile = max(1, min(len(x), _ROWS_PER_TILE))
+        self.per_tile = max(1, min(len(x), most))
         self.buffer = x.new_ones(self.per_tile, x.shape[1] + 1)
 
     def tile(self, start: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,7 @@ class _Rows:
 def _nearest_on_cpu(x: Tensor, codebook: Tensor) -> Tensor:
     """x [N, K], codebook [C, K] -> [N]."""
     tiled = _tile(codebook)
-    rows = _Rows(x, tiled.origin)
+    rows = _Rows(x, tiled.origin, _ROWS_PER_TILE)
     scores = x.new_empty(rows.per_tile * tiled.tiles[0].shape[1])
     index = x.new_empty(len(x), dtype=torch.int64)
     doubtful = x.new_empty(len(x), dtype=torch.bool)
@@ -122,12 +123,12 @@ def _race(factor: Tensor, margin: Tensor, tiles: list[Tensor], buffer: Tensor) -
 
 def _settle(x: Tensor, codebook: Tensor, tiled: _Tiled) -> Tensor:
     """The nearest code [R] of rows x [R, K] by explicit differences to all codes that could be it."""
-    at_once = max(1, min(_ROWS_PER_TILE, _SCORES_AT_ONCE // len(codebook)))
+    at_once = max(1, _SCORES_AT_ONCE // len(codebook))
     return torch.cat([_settle_part(part, codebook, tiled) for part in x.split(at_once)])
 
 
 def _settle_part(x: Tensor, codebook: Tensor, tiled: _Tiled) -> Tensor:
-    vectors, factor = _Rows(x, tiled.origin).tile(0)
+    vectors, factor = _Rows(x, tiled.origin, len(x)).tile(0)
     scores = factor @ tiled.factor.mT
     row, code = (scores >= scores.amax(-1, keepdim=True) - _rounding(vectors, tiled.radius).unsqueeze(-1)).nonzero(as_tuple=True)
     if len(row) * x.shape[1] > _DIFFERENCES_AT_ONCE:
@@ -163,7 +164,8 @@ def _distances(x: Tensor, codes: Tensor) -> Tensor:
     return torch.cdist(x, codes, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-_SPARE = 8
+_SPARE = 4
+_CODES_PER_GROUP = 16
 
 
 def nearest_codes(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -182,13 +184,16 @@ def _rank_by_scores(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor
     All codes for a row where still more than those could be meant.
     """
     tiled = _tile(codebook)
-    rows = _Rows(x, tiled.origin)
+    factor_of_codes = F.pad(tiled.factor, (0, 0, 0, -len(codebook) % _CODES_PER_GROUP))
+    factor_of_codes[len(codebook) :, -1] = -torch.inf  # codes that nobody is near
+    rows = _Rows(x, tiled.origin, max(_MIN_ROWS_PER_TILE, _SCORES_AT_ONCE // len(codebook)))
     index, distance = x.new_empty(len(x), k, dtype=torch.int64), x.new_empty(len(x), k)
     for start in range(0, len(x), rows.per_tile):
         vectors, factor = rows.tile(start)
-        score, code = _largest_scores(factor, tiled.tiles, k + _SPARE)
+        score, code = _largest(factor @ factor_of_codes.mT, min(k + _SPARE, len(codebook)))
         here = slice(start, start + len(vectors))
-        index[here], distance[here] = _rank(x[here], codebook, code.sort(dim=-1).values, k)
+        code = code.clamp_(max=len(codebook) - 1).sort(dim=-1).values  # a row that is not finite may hold any
+        index[here], distance[here] = _rank(x[here], codebook, code, k)
         if score.shape[-1] == len(codebook):
             continue
         decided = score[:, -1] < score[:, k - 1] - _rounding(vectors, tiled.radius)
@@ -198,15 +203,15 @@ def _rank_by_scores(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor
     return index, distance
 
 
-def _largest_scores(factor: Tensor, tiles: list[Tensor], num: int) -> tuple[Tensor, Tensor]:
-    """The largest scores [R, num], largest first, and their codes; all scores if there are fewer."""
-    score, code = factor.new_empty(len(factor), 0), factor.new_empty(len(factor), 0, dtype=torch.int64)
-    for t, tile in enumerate(tiles):
-        best, place = (factor @ tile).topk(min(num, tile.shape[1]), dim=-1)
-        score, code = torch.cat([score, best], dim=-1), torch.cat([code, place + t * tiles[0].shape[1]], dim=-1)
-        score, place = score.topk(min(num, score.shape[-1]), dim=-1)
-        code = code.gather(-1, place)
-    return score, code
+def _largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """`scores.topk(num)` of [R, C], which is slow: among the groups of the largest maxima, which hold the largest scores."""
+    groups = scores.shape[1] // _CODES_PER_GROUP
+    if groups <= num:
+        return scores.topk(num, dim=-1)
+    grouped = scores.view(len(scores), _CODES_PER_GROUP, groups)
+    group = grouped.amax(1).topk(num, dim=-1).indices
+    score, place = grouped.gather(2, group.unsqueeze(1).expand(-1, _CODES_PER_GROUP, -1)).flatten(1).topk(num, dim=-1)
+    return score, place // num * groups + group.gather(1, place % num)
 
 
 def _rank(x: Tensor, codebook: Tensor, code: Tensor, k: int) -> tuple[Tensor, Tensor]:
