@@ -20,17 +20,22 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed
+import torch.multiprocessing as multiprocessing_of_torch
 from machine import RESULTS, describe
 from torch import Tensor, nn
 
 from vqkit import GroupedResidualVQ, ResidualVQ, VectorQuantize
+from vqkit.dist import default_reducer
 from vqkit.files import write_text_atomic
 from vqkit.ops.kmeans import kmeans
 from vqkit.quantizers import BeamSearch
@@ -305,6 +310,25 @@ def _peak(problem: Problem, name: str) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10 - caller / 2**20
 
 
+def kmeans_seconds(processes: int) -> float:
+    """k-means of 65,536 vectors in 1,024 codes, 10 iterations, shared by so many processes of one thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing_of_torch.spawn(_kmeans_on_rank, args=(processes, folder), nprocs=processes)
+        return max(float((Path(folder) / f"seconds{rank}").read_text()) for rank in range(processes))
+
+
+def _kmeans_on_rank(rank: int, processes: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes)
+    x = torch.randn(1, 65_536, 64, generator=torch.Generator().manual_seed(0)).chunk(processes, dim=1)[rank].contiguous()
+    start = x[:, :1024].clone()
+    torch.distributed.broadcast(start, 0)
+    reducer = default_reducer()
+    seconds = min(_seconds(lambda: kmeans(x, 1_024, start=start, reducer=reducer)) for _ in range(4))
+    (Path(folder) / f"seconds{rank}").write_text(str(seconds))
+    torch.distributed.destroy_process_group()
+
+
 # Telling
 
 
@@ -370,7 +394,9 @@ def table(result: dict[str, Any]) -> str:
         "| problem | bare product, ms | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 2) + "|",
     ]
-    return "\n".join([*head, *map(line, result["rows"])]) + "\n"
+    ranks = ", ".join(f"{seconds:.2f} s on {processes}" for processes, seconds in result["kmeans_on_processes"].items())
+    tail = ["", f"k-means of 65,536 x 64 in 1,024 codes, 10 iterations, on processes of one thread each: {ranks}."]
+    return "\n".join([*head, *map(line, result["rows"]), *tail]) + "\n"
 
 
 def plot(result: dict[str, Any]) -> None:
@@ -418,9 +444,14 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="vector_quantize_pytorch")
     chosen = [problem for problem in PROBLEMS if problem.kind in arguments.only]
-    result = {"machine": describe(), "versions": versions(), "rows": list(rows(chosen, arguments.seconds, not arguments.no_memory))}
+    result: dict[str, Any] = {
+        "machine": describe(),
+        "versions": versions(),
+        "rows": list(rows(chosen, arguments.seconds, not arguments.no_memory)),
+    }
     if len(chosen) < len(PROBLEMS):
         return
+    result["kmeans_on_processes"] = {processes: kmeans_seconds(processes) for processes in (1, 2)}
     RESULTS.mkdir(exist_ok=True)
     write_text_atomic(RESULTS / "quantizers.json", json.dumps(result, indent=2) + "\n")
     write_text_atomic(RESULTS / "quantizers.md", table(result))
