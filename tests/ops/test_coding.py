@@ -86,6 +86,8 @@ def test_the_way_without_tiles_is_the_same(estimator):
     """What devices run, and what a gradient of the gradient is made of."""
     x, codebook, indices = problem("plain", torch.float64)
     of_output, of_error = torch.randn(x.shape, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+    for one, other in zip(*(look_up(x, codebook, indices) for look_up in (coding._look_up_at_once, coding._look_up_in_tiles)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0.0)
     whole = coding._whole_backward(of_output, of_error, x, codebook, indices, estimator)
     torch.testing.assert_close(whole, coding._backward(of_output, of_error, x, codebook, indices, estimator), rtol=1e-12, atol=1e-12)
     twice = []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
 from vqkit.ops.estimators import rotate_back_, rotation_gradient
-from vqkit.ops.nearest_code import compiled
+from vqkit.ops.nearest_code import compiled, triton
 
 _ENTRIES_PER_TILE = 1 << 18
 
@@ -80,26 +80,41 @@ def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> tu
         found = compiled.gather_and_count(x, codebook, indices)
         count, total = (found.count, found.sum) if counting else (found.count[:, :0].clone(), found.sum[:, :0].clone())
         return found.quantized, found.errors.sum(1), found.errors, count, total
-    size = codebook.shape[1] if counting else 0
-    errors, count = x.new_zeros(len(x), x.shape[2]), x.new_zeros(len(x), size)
-    total = x.new_zeros(len(x), size + 1, x.shape[2])  # one row more, for what has no code
-    if x.device.type != "cpu":
-        quantized = gather_codes(codebook, indices)
-        errors = (x - quantized).where(indices.unsqueeze(-1) >= 0, 0.0).square_().sum(1)
-    else:
-        quantized = x.new_empty(x.shape)
-        for g, rows in _tiles(x):
-            codes, lost = _look_up(codebook[g], indices[g, rows], quantized[g, rows])
-            difference = x[g, rows] - codes
-            if lost is not None:
-                difference.masked_fill_(lost, 0.0)
-            errors[g] += difference.square_().sum(0)
-    if counting:
-        row = torch.where(indices < 0, size, indices)
-        count = torch.stack([_histogram(row[g], size + 1) for g in range(len(x))]).to(x.dtype)[:, :size]
-        for g in range(len(x)):
-            total[g].index_add_(0, row[g], x[g])
-    return quantized, errors.sum(1), errors, count.contiguous(), total[:, :size].contiguous()
+    look_up = _look_up_in_tiles if x.device.type == "cpu" else _look_up_at_once
+    quantized, errors = look_up(x, codebook, indices)
+    count, total = _count(x, indices, codebook.shape[1] if counting else 0)
+    return quantized, errors.sum(1), errors, count, total
+
+
+def _look_up_at_once(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [G, N, K] and errors [G, K]."""
+    quantized = gather_codes(codebook, indices)
+    return quantized, (x - quantized).where(indices.unsqueeze(-1) >= 0, 0.0).square_().sum(1)
+
+
+def _look_up_in_tiles(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    quantized, errors = x.new_empty(x.shape), x.new_zeros(len(x), x.shape[2])
+    for g, rows in _tiles(x):
+        codes, lost = _look_up(codebook[g], indices[g, rows], quantized[g, rows])
+        difference = x[g, rows] - codes
+        if lost is not None:
+            difference.masked_fill_(lost, 0.0)
+        errors[g] += difference.square_().sum(0)
+    return quantized, errors
+
+
+def _count(x: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Vectors per code [G, C] and their sum [G, C, K]."""
+    if size == 0:
+        return x.new_zeros(len(x), 0), x.new_zeros(len(x), 0, x.shape[2])
+    if x.is_cuda and triton.is_there():
+        return triton.scatter_statistics(x, indices, size)
+    row = torch.where(indices < 0, size, indices)  # one row more, for what has no code
+    total = x.new_zeros(len(x), size + 1, x.shape[2])
+    for g in range(len(x)):
+        total[g].index_add_(0, row[g], x[g])
+    count = torch.stack([_histogram(own, size + 1) for own in row]).to(x.dtype)
+    return count[:, :size].contiguous(), total[:, :size].contiguous()
 
 
 def _is_compiled(x: Tensor) -> bool:

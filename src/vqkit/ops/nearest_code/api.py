@@ -18,7 +18,7 @@ Metric = Literal["euclidean", "cosine"]
 
 def _best(x: Tensor, codebook: Tensor) -> Tensor:
     """The fastest that is there."""
-    if x.is_cuda and triton.is_importable():
+    if x.is_cuda and triton.is_there():
         return triton.nearest_index(x, codebook)
     if x.device.type == "cpu" and compiled.is_there():
         return compiled.nearest_index(x, codebook)
@@ -56,8 +56,8 @@ def nearest_code(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", i
     Metrics: "euclidean"; "cosine" is the euclidean distance of the directions, of vectors and codes alike, whose square is
     2 - 2 * cosine; zero has direction zero. Implementations: "reference" computes all differences, "blocked" works on tiles of scores
     and settles close races by explicit differences, "compiled" does so in C++ built on this machine (see compiled.py) and "triton" on
-    CUDA; "auto" takes "triton" and "compiled" where they are there, else "blocked". Raises TypeError for tensors that are not floating
-    point, ValueError for shapes that do not fit, an empty codebook and an unknown `metric` or `impl`.
+    CUDA; "auto" takes these two where they are there (compiled.is_there, triton.is_there), else "blocked". Raises TypeError for tensors
+    that are not floating point, ValueError for shapes that do not fit, an empty codebook and an unknown `metric` or `impl`.
     """
     _validate(x, codebook, metric, impl)
     x, codebook = _comparable(x, codebook, metric)

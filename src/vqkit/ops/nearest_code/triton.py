@@ -13,6 +13,7 @@ Shapes: G codebooks or H heads, N vectors, C codes, K width.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,6 +53,11 @@ _INTERPRETED = [(16, 16, 16, 1, 1)]  # tiles small enough that tiny inputs have 
 def is_importable() -> bool:
     """Whether triton is there, without importing it."""
     return find_spec("triton") is not None
+
+
+def is_there() -> bool:
+    """Whether triton is importable and VQKIT_TRITON=1 asks for it: the kernels are proved by the interpreter, not yet on a device."""
+    return os.environ.get("VQKIT_TRITON") == "1" and is_importable()
 
 
 def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
