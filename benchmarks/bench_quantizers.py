@@ -270,7 +270,7 @@ def measure(problem: Problem, budget: float) -> dict[str, list[float] | str]:
         for _ in range(3 if "torch.compile" in solver.name else 0):
             call()  # until it compiles nothing more
         calls.append((solver, call))
-    rounds = {solver.name: [] for solver, _ in calls}
+    rounds: dict[str, list[float]] = {solver.name: [] for solver, _ in calls}
     start, least = time.perf_counter(), 3
     while least > 0 or time.perf_counter() - start < budget:
         for solver, call in calls:

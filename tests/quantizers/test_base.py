@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -20,6 +21,7 @@ from vqkit.quantizers import (
     Gradient,
     KMeans,
     OwnOptimizer,
+    QuantizeDropout,
     QuantizerOutput,
     ResidualVQ,
     VectorQuantize,
@@ -380,18 +382,49 @@ def test_metrics_are_those_of_the_last_commit_and_warn_of_collapse():
             assert module.metrics() == {}
             update_codebooks_(module)
         found = module.metrics()
-        assert found["perplexity"] == pytest.approx(4, rel=0.02) and found["active"] == found["dead"] == 0.5
+        assert found["perplexity"] == pytest.approx(4, rel=0.02) and found["active"] == 0.5 and found["dead"] == 0
         assert found["non_finite"] == 1 and found["relative_error"] == 0
     expiring = plain("expiry")
     expiring(torch.zeros(6, 4))  # one code alone is chosen: the counts of the others, 2 at the start, halve to what is not yet dead
     assert expiring.metrics()["dead"] == 0
     expiring(torch.zeros(6, 4))
-    assert expiring.metrics()["dead"] == pytest.approx(1 / 8)  # six of seven vectors replace codes
+    assert expiring.metrics()["dead"] == pytest.approx(7 / 8)  # six vectors replace six of these codes
+    expiring(torch.zeros(6, 4))
+    assert expiring.metrics()["dead"] == pytest.approx(1 / 8)
     wide = Plain(size=16)
     wide.table.codebook = torch.arange(16.0)[:, None].expand(1, 16, 4)
-    wide(torch.zeros(30, 4))
-    with pytest.warns(UserWarning, match="codebook 0 collapses"):
+    wide(torch.zeros(40, 4))
+    with pytest.warns(UserWarning, match=r"codebook 0 collapses: 40 vectors use 6\.2 % of its 16 codes"):
         wide.metrics()
+    few = Plain(size=512)
+    few.table.codebook = torch.arange(512.0)[:, None].expand(1, 512, 4)
+    few(torch.zeros(40, 4))  # fewer vectors than codes, and all at one
+    with pytest.warns(UserWarning, match="codebook 0 collapses"):
+        few.metrics()
+    few(10.0 * torch.arange(40)[:, None].expand(40, 4))  # as many codes as these vectors can use
+    assert few.metrics()["active"] == pytest.approx(40 / 512)
+
+
+def test_metrics_of_no_vector_are_not_numbers():
+    module = plain("ema")
+    module(torch.full((5, 4), torch.nan))
+    module(torch.randn(7, 4))
+    module(torch.full((5, 4), torch.nan))
+    found = module.metrics()
+    assert found.pop("non_finite") == 5
+    assert len(found) == 4 and all(math.isnan(value) for value in found.values())
+    module(torch.zeros(0, 4))
+    assert math.isnan(module.metrics()["perplexity"])
+
+
+def test_codes_that_nobody_has_chosen_for_long_are_dead():
+    module = Plain(size=8, update=EMA(decay=0.5))
+    module.table.codebook = torch.arange(8.0)[:, None].expand(1, 8, 4)
+    for _ in range(3):
+        module(torch.zeros(64, 4))
+    assert module.metrics()["dead"] == pytest.approx(7 / 8)
+    module(torch.arange(8.0)[:, None].expand(8, 4))
+    assert module.metrics()["dead"] == 0
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -422,3 +455,11 @@ def test_the_switch_of_commit_reaches_all_parts():
     with pytest.raises(ValueError, match=r"^commit = 'often'"):
         module[0].commit = "often"
     assert module[0].commit == "manual" and not module[0].table.auto and not module[0].clock.auto
+
+
+def test_what_is_not_usual_shows_in_the_representation():
+    shown = repr(VectorQuantize(8, 16, layout="first", masked="input", commit="manual", init=KMeans(), dead_codes=DeadCodes(1.0)))
+    for part in ("layout='first'", "masked='input'", "commit='manual'", "init=KMeans(", "dead_codes=DeadCodes("):
+        assert part in shown
+    assert "quantize_dropout=QuantizeDropout(" in repr(ResidualVQ(8, 16, 2, quantize_dropout=QuantizeDropout()))
+    assert "layout" not in repr(VectorQuantize(8, 16)) and "affine" not in repr(VectorQuantize(8, 16))

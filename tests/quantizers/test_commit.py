@@ -490,3 +490,12 @@ def test_codebooks_that_commit_by_themselves_are_not_committed_by_hand():
         update_codebooks_(model)
     assert_same(snapshot(model), before)
     assert isinstance(model.first.table, Codebook)
+
+
+def test_attach_wants_a_model_with_quantizers():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="model is a SGD: must be a module, and the optimizer the second argument"):
+        attach(optimizer, model)
+    with pytest.raises(ValueError, match="model is a Linear without a quantizer"):
+        attach(model, optimizer)

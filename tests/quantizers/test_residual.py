@@ -1035,3 +1035,26 @@ def test_layers_that_do_not_fit_are_refused():
         axes(beam=BeamSearch(2))
     with pytest.raises(ValueError, match=r"layers\[0\] is a Axes"):
         axes()(vectors(), beam_size=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"quantize_dropout": True}, TypeError, r"quantize_dropout = True: must be QuantizeDropout\(...\)"),
+        ({"quantize_dropout": QuantizeDropout}, TypeError, r"quantize_dropout = .*: must be QuantizeDropout\(...\)"),
+        ({"beam": 4}, TypeError, r"beam = 4: must be BeamSearch\(...\)"),
+        ({"implicit": True}, TypeError, r"implicit = True: must be MLP\(...\)"),
+        ({"shared_codebook": "no"}, TypeError, r"shared_codebook = 'no'"),
+        ({"quantize_dropout": QuantizeDropout(multiple_of=3)}, ValueError, r"multiple_of = 3: must be at most 2, the number of layers"),
+        ({"init": "kmeans"}, ValueError, r"init = 'kmeans': must be one of 'uniform', 'normal', KMeans\(...\)"),
+        ({"code_weights": 0.5}, TypeError, r"code_weights = 0.5: must be a tensor"),
+    ],
+)
+def test_choices_of_another_kind_are_named(options, error, match):
+    with pytest.raises(error, match=match):
+        ResidualVQ(8, 16, 2, **options)
+
+
+def test_layers_are_a_sequence():
+    with pytest.raises(TypeError, match="layers is a VectorQuantize: must be a sequence of quantizers"):
+        Residual(VectorQuantize(8, 16))

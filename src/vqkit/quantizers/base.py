@@ -19,6 +19,7 @@ from vqkit.quantizers.codebook import Codebook, Committed, outside_backward
 from vqkit.quantizers.commit import Committing, Statistics, flatten_statistics, reduce_in_forward, synchronize_codebooks_
 
 _COLLAPSED = 0.1
+_ENOUGH_VECTORS = 32
 
 
 class QuantizerOutput(NamedTuple):
@@ -167,20 +168,35 @@ class Quantizer(Committing):
     def metrics(self) -> dict[str, float]:
         """Health by name, of the vectors of the last commit: perplexity, active, dead, relative_error, non_finite.
 
-        Means over heads and codebooks; of several codebooks each alone as "NAME/NUMBER" too. Empty before the first commit. Warns of a
-        codebook that collapses: fewer than 10 % of its codes in use by at least as many vectors as it has codes. Waits for the device.
+        Means over heads and codebooks; of several codebooks each alone as "NAME/NUMBER" too. Empty before the first commit; NaN for what
+        no vector of that commit tells. Warns of a codebook that collapses: of its codes, or of as many as there were vectors if these were
+        fewer, less than 10 % are in use, by at least 32 vectors. Waits for the device.
         """
         each = [codebook.metrics() for codebook in self.codebooks()]
         each = [found for found in each if found]
         if not each:
             return {}
         for number, found in enumerate(each):
-            if found["active"] < _COLLAPSED and found["vectors"] >= found["codes"]:
+            possible = min(found["codes"], found["vectors"])
+            if found["vectors"] >= _ENOUGH_VECTORS and found["active"] * found["codes"] < _COLLAPSED * possible:
                 warnings.warn(
-                    f"codebook {number} collapses: {100 * found['active']:.1f} % of its {found['codes']:.0f} codes are in use", stacklevel=2
+                    f"codebook {number} collapses: {found['vectors']:.0f} vectors use {100 * found['active']:.1f} % of its "
+                    f"{found['codes']:.0f} codes",
+                    stacklevel=2,
                 )
         names = [name for name in each[0] if name not in ("vectors", "codes")]
-        result = {name: sum(found[name] for found in each) / len(each) for name in names}
+        result = {name: _mean([found[name] for found in each]) for name in names}
         if len(each) > 1:
             result |= {f"{name}/{number}": found[name] for number, found in enumerate(each) for name in names}
         return result
+
+
+def changed(module: object, **usual: object) -> str:
+    """For `extra_repr`: ", NAME=VALUE" for each attribute that is not as usual."""
+    return "".join(f", {name}={value!r}" for name, common in usual.items() if (value := getattr(module, name)) != common)
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that are numbers."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -290,8 +290,7 @@ class Codebook(Committed):
         if dtype not in _WIDE:
             raise ValueError(f"dtype = {dtype}: must be torch.float32 or torch.float64")
         check_choice("metric", metric, ("euclidean", "cosine"))
-        if not isinstance(init, KMeans):
-            check_choice("init", init, ("uniform", "normal"))
+        check_choice("init", init, ("uniform", "normal"), (KMeans,))
         _check_together(update, init, dead_codes, transform, affine, metric, code_weights)
         self.heads, self.size, self.dim, self.metric = heads, size, dim, metric
         self.update, self.init, self.dead_codes, self.affine = update, init, dead_codes, affine
@@ -313,6 +312,8 @@ class Codebook(Committed):
         if affine:
             self.register_buffer("batch_seen", empty.new_empty(heads))  # 1 where vectors have set the batch mean and variance
         self._names = ("updates", *self._rule_names, *((*_AFFINE_NAMES, "batch_seen") if affine else ()))
+        if code_weights is not None and not isinstance(code_weights, Tensor) and not callable(code_weights):
+            raise TypeError(f"code_weights = {code_weights!r}: must be a tensor, one a code, or a function of (sum, count) that gives one")
         if isinstance(code_weights, Tensor):
             weights = self._check_code_weights(code_weights).detach().to(dtype=dtype, copy=True)
             self.register_buffer("code_weights", weights if empty.is_meta else weights.to(empty.device), persistent=False)
@@ -326,7 +327,9 @@ class Codebook(Committed):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, size={self.size}, dim={self.dim}, metric={self.metric!r}, {self.update}"
+        return f"heads={self.heads}, size={self.size}, dim={self.dim}, metric={self.metric!r}, {self.update}" + "".join(
+            f", {name}={value}" for name in ("init", "dead_codes", "affine") if (value := getattr(self, name)) not in (None, "uniform")
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -693,26 +696,31 @@ class Codebook(Committed):
     def metrics(self) -> dict[str, float]:
         """Of the vectors of the last commit, means over heads; {} before the first. Waits for the device.
 
-        perplexity; active, the share of the codes in use; dead, of those whose moving count is below the threshold of their expiry or,
-        without one, that nobody chose; relative_error; non_finite, vectors that are not; vectors, those that are; codes, the size.
+        perplexity; active, the share of the codes in use; dead, of those that this commit found dead, whether or not it could replace
+        them, or, without expiry, whose moving count is below a hundredth of an even share; relative_error; non_finite, vectors that are
+        not; vectors, those that are; codes, the size. NaN for what no vector tells.
         """
         counted = self.pending if self.auto and int(self.follows) >= 0 else self.last
-        if not (counted.vectors + counted.non_finite).any():
+        if not (counted.vectors + counted.non_finite).any() and int(self.commits) == 0:
             return {}
-        if self.dead_codes:
-            dead = dead_fraction(self._settled()["count"], self.dead_codes.threshold)
-        else:
-            dead = dead_fraction(counted.count, torch.finfo(self.dtype).tiny)
         found = {
-            "perplexity": perplexity(counted.count).mean(),
-            "active": active_fraction(counted.count).mean(),
-            "dead": dead.mean(),
-            "non_finite": counted.non_finite.mean(),
-            "vectors": counted.vectors.mean(),
+            "perplexity": perplexity(counted.count),
+            "active": active_fraction(counted.count),
+            "dead": self._dead_fraction(counted.count),
         }
         if self._moments:
-            found["relative_error"] = relative_error(counted.squared_error, counted.vectors, counted.moments).mean()
+            found["relative_error"] = relative_error(counted.squared_error, counted.vectors, counted.moments)
+        found = {name: value.where(counted.vectors > 0, torch.nan).nanmean() for name, value in found.items()}
+        found |= {"non_finite": counted.non_finite.mean(), "vectors": counted.vectors.mean()}
         return {"codes": float(self.size), **{name: value.item() for name, value in found.items()}}
+
+    def _dead_fraction(self, chosen: Tensor) -> Tensor:
+        """[H], of the codes; `chosen` [H, C] as often in the last commit."""
+        count = self._settled().get("count", chosen)
+        if self.dead_codes is None:
+            return (count < 0.01 * count.mean(-1, keepdim=True)).to(self.dtype).mean(-1)
+        replaced = count == self.dead_codes.start_count  # which the next commit changes
+        return dead_fraction(count, self.dead_codes.threshold) + replaced.to(self.dtype).mean(-1)
 
     # Moving and storing
 

@@ -125,9 +125,13 @@ def attach(
     optimizer that takes the scale itself (fused) is told of it; any other is not even called, so name the `scaler`, whose method `step`
     is watched. Without it what is pending waits for the next step, as if the skipped batch had been accumulated.
 
-    Raises ValueError, and changes nothing, where an optimizer commits any of these codebooks already.
+    Raises ValueError, and changes nothing, where the model has no quantizer and where an optimizer commits any of its codebooks already.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: must be a module, and the optimizer the second argument")
     members = [module for module in model.modules() if isinstance(module, Committed)]
+    if not members:
+        raise ValueError(f"model is a {type(model).__name__} without a quantizer: there is nothing to commit")
     if any(_is_live(_ATTACHED.get(member)) for member in members):
         raise ValueError(
             "model: an optimizer commits its codebooks already, and two would commit twice a step; "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vqkit.dist import Reducer
 from vqkit.ops.codebook import CodebookStatistics, merge_statistics
 from vqkit.ops.precision import finite_rows
-from vqkit.quantizers.base import Quantized, Quantizer, Statistics
+from vqkit.quantizers.base import Quantized, Quantizer, Statistics, changed
 from vqkit.quantizers.beam import beam_search
 from vqkit.quantizers.codebook import Codebook, Committed
 from vqkit.quantizers.commit import flatten_statistics
@@ -34,6 +34,7 @@ from vqkit.quantizers.config import (
     QuantizeDropout,
     Softmax,
     check_choice,
+    check_kind,
 )
 from vqkit.quantizers.implicit import ImplicitVQ, check_estimator, check_sync_update, conditions, pass_gradient
 from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, require, where_kept, width_back, width_last
@@ -85,6 +86,8 @@ class Residual(Quantizer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList):
+            raise TypeError(f"layers is a {type(layers).__name__}: must be a sequence of quantizers")
         layers = [*layers]
         check_parts("layers", layers, alike=("dim", "code_shape"))
         _check_choices(len(layers), estimator, gradient_fraction, sync_update, quantize_dropout, beam, masked)
@@ -109,7 +112,9 @@ class Residual(Quantizer):
         self.commit = commit
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_quantizers={self.num_quantizers}, estimator={self.estimator!r}"
+        own = f"dim={self.dim}, num_quantizers={self.num_quantizers}, estimator={self.estimator!r}"
+        layers = changed(self, quantize_dropout=None, beam=None, gradient_fraction=0.0, sync_update=0.0, input_gradient=True)
+        return own + layers + changed(self, layout="last", masked="zero", commit="auto")
 
     @property
     def num_quantizers(self) -> int:
@@ -439,7 +444,9 @@ class ResidualVQ(Residual):
         check_estimator(estimator)
         check_sync_update(sync_update)
         in_layers = _in_layers(estimate, options.get("assignment"))
+        check_kind("shared_codebook", shared_codebook, bool)
         if implicit is not None:
+            check_kind("implicit", implicit, MLP)
             options = _implicit_options(options)
         learns = isinstance(options.get("update"), Gradient) or options.get("transform") is not None
         if sync_update > 0 and not learns:
@@ -721,6 +728,11 @@ def _check_choices(
     check_choice("masked", masked, ("zero", "input"))
     if not 0.0 <= gradient_fraction <= 1.0:
         raise ValueError(f"gradient_fraction = {gradient_fraction}: must be from 0 to 1")
+    for name, value, kind in (("quantize_dropout", dropout, QuantizeDropout), ("beam", beam, BeamSearch)):
+        if value is not None:
+            check_kind(name, value, kind)
+    if dropout is not None and dropout.multiple_of > num_quantizers:
+        raise ValueError(f"QuantizeDropout.multiple_of = {dropout.multiple_of}: must be at most {num_quantizers}, the number of layers")
     if dropout is not None and dropout.cutoff_index >= num_quantizers:
         raise ValueError(f"QuantizeDropout.cutoff_index = {dropout.cutoff_index}: must be below {num_quantizers}, the number of layers")
     if beam is not None and beam.weights is not None and len(beam.weights) != num_quantizers:

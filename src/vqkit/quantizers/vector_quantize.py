@@ -24,7 +24,7 @@ from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
 from vqkit.ops.precision import finite_rows
-from vqkit.quantizers.base import Quantized, Quantizer
+from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.codebook import Codebook, CodeWeights
 from vqkit.quantizers.config import (
     MLP,
@@ -189,7 +189,9 @@ class VectorQuantize(Quantizer):
         self.commit = commit
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, heads={self.heads}, assignment={self.assignment!r}, estimator={self.estimator!r}, losses={self.losses}"
+        own = f"dim={self.dim}, heads={self.heads}, assignment={self.assignment!r}, estimator={self.estimator!r}, losses={self.losses}"
+        layout = changed(self, layout="last", masked="zero", on_nonfinite="drop", input_gradient=True)
+        return own + layout + changed(self, sync_update=0.0, commit="auto")
 
     # What every quantizer says of itself
 

@@ -20,7 +20,7 @@ def _best(x: Tensor, codebook: Tensor) -> Tensor:
     """The fastest that is there."""
     if x.is_cuda and triton.is_there():
         return triton.nearest_index(x, codebook)
-    if x.device.type == "cpu" and compiled.is_there():
+    if x.device.type == codebook.device.type == "cpu" and compiled.is_there():
         return compiled.nearest_index(x, codebook)
     return blocked.nearest_index(x, codebook)
 

@@ -18,6 +18,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -267,4 +268,7 @@ def _compile(compiler: list[str], folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    build_()
+    try:
+        sys.stdout.write(f"{build_()}\n")
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
