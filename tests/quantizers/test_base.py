@@ -420,7 +420,7 @@ def test_metrics_of_no_vector_are_not_numbers():
 def test_codes_that_nobody_has_chosen_for_long_are_dead():
     module = Plain(size=8, update=EMA(decay=0.5))
     module.table.codebook = torch.arange(8.0)[:, None].expand(1, 8, 4)
-    for _ in range(3):
+    for _ in range(6):
         module(torch.zeros(64, 4))
     assert module.metrics()["dead"] == pytest.approx(7 / 8)
     module(torch.arange(8.0)[:, None].expand(8, 4))
