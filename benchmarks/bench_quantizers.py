@@ -430,6 +430,12 @@ def plot(result: dict[str, Any]) -> None:
     figure.savefig(RESULTS / "quantizers.png", dpi=120)
 
 
+def earlier_rows() -> list[dict[str, Any]]:
+    """Those of the last run."""
+    path = RESULTS / "quantizers.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
 def versions() -> dict[str, str]:
     """Of the others."""
     from importlib.metadata import PackageNotFoundError, version
@@ -447,19 +453,17 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = list(dict.fromkeys(problem.kind for problem in PROBLEMS))
-    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="kinds of problem; writes no files")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="kinds of problem; other rows stay as they were")
     parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of a row")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="vector_quantize_pytorch")
     chosen = [problem for problem in PROBLEMS if problem.kind in arguments.only]
-    result: dict[str, Any] = {
-        "machine": describe(),
-        "versions": versions(),
-        "rows": list(rows(chosen, arguments.seconds, not arguments.no_memory)),
-    }
-    if len(chosen) < len(PROBLEMS):
-        return
+    result: dict[str, Any] = {"machine": describe(), "versions": versions(), "rows": []}
+    known = {row["problem"]: row for row in earlier_rows()}
+    for row in rows(chosen, arguments.seconds, not arguments.no_memory):
+        known[row["problem"]] = row | {"revision": describe()["revision"]}
+    result["rows"] = [known[problem.name] for problem in PROBLEMS if problem.name in known]
     result["kmeans_on_processes"] = {processes: kmeans_seconds(processes) for processes in (1, 2)}
     RESULTS.mkdir(exist_ok=True)
     write_text_atomic(RESULTS / "quantizers.json", json.dumps(result, indent=2) + "\n")
