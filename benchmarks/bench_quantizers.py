@@ -148,7 +148,7 @@ def vqkit_module(problem: Problem) -> nn.Module:
 
 def peer_call(problem: Problem) -> Call:
     """A call of the same of vector-quantize-pytorch."""
-    from vector_quantize_pytorch.vector_quantize_pytorch import kmeans as peer_kmeans
+    from vector_quantize_pytorch.vector_quantize_pytorch import kmeans as peer_kmeans  # pyrefly: ignore[missing-import]
 
     num, dim = problem.num, problem.dim
     if problem.kind == "kmeans":
@@ -169,7 +169,7 @@ def peer_call(problem: Problem) -> Call:
 
 def peer_module(problem: Problem) -> nn.Module:
     """The same quantizer of vector-quantize-pytorch."""
-    import vector_quantize_pytorch as peer
+    import vector_quantize_pytorch as peer  # pyrefly: ignore[missing-import]
 
     codes, dim = problem.codes, problem.dim
     if problem.kind == "residual":
@@ -203,7 +203,7 @@ def compiled_peer_call(problem: Problem) -> Call:
 
 def faiss_call(problem: Problem) -> Call:
     """Exact search or k-means by faiss."""
-    import faiss
+    import faiss  # pyrefly: ignore[missing-import]
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     x = torch.randn(problem.num, problem.dim).numpy()
