@@ -13,12 +13,12 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -268,7 +268,8 @@ def _compile(compiler: list[str], folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        sys.stdout.write(f"{build_()}\n")
+        logging.info("%s", build_())
     except (OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
