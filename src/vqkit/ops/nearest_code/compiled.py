@@ -13,7 +13,6 @@ import ctypes
 import functools
 import hashlib
 import itertools
-import logging
 import os
 import platform
 import shlex
@@ -268,8 +267,7 @@ def _compile(compiler: list[str], folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        logging.info("%s", build_())
+        build_()
     except (OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
