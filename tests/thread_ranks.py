@@ -32,7 +32,7 @@ def in_ranks(number, work):
         thread.start()
     for thread in threads:
         thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if errors:  # a rank that waits when another fails hears of a broken barrier alone
+        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
     return results

@@ -1,11 +1,11 @@
 """Laws of k-means: it ends where Lloyd's rule ends, uses every code it can, and is the same on every rank."""
 
 import itertools
-import threading
 
 import pytest
 import torch
 
+from thread_ranks import in_ranks
 from vqkit.ops.codebook import directions
 from vqkit.ops.kmeans import kmeans
 from vqkit.ops.nearest_code import nearest_code
@@ -142,47 +142,8 @@ def test_a_given_start_is_where_it_starts():
         kmeans(x, 6, start=places[..., :2])
 
 
-class Together:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, world_size):
-        self.barrier, self.sent = threading.Barrier(world_size), [None] * world_size
-
-    def reducer(self, rank):
-        together = self
-
-        class Reducer:
-            world_size = len(together.sent)
-
-            def all_reduce_(self, flat):
-                together.sent[self.rank] = flat.clone()
-                together.barrier.wait()
-                flat.copy_(sum(together.sent[1:], together.sent[0]))
-                together.barrier.wait()
-
-        Reducer.rank = rank
-        return Reducer()
-
-
 def on_ranks(shards, run):
-    together, results = Together(len(shards)), [None] * len(shards)
-
-    def work(rank):
-        try:
-            results[rank] = run(shards[rank], together.reducer(rank))
-        except Exception as error:
-            results[rank] = error
-            together.barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(shards))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+    return in_ranks(len(shards), lambda reducer: run(shards[reducer.rank], reducer))
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

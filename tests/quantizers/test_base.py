@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from plain_quantizer import Plain
+from states import assert_same, snapshot
 from vqkit.ops.codebook import assignment_stats, ema_update, laplace_codes_from_ema
 from vqkit.quantizers import (
     EMA,
@@ -53,16 +54,6 @@ def plain(name, commit="auto"):
 
 def batch(step, rows=12):
     return torch.randn(rows, 4, generator=torch.Generator().manual_seed(step))
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=lambda m, name=name: f"{name}: {m}")
 
 
 def optimizer_of(module):
@@ -463,3 +454,16 @@ def test_what_is_not_usual_shows_in_the_representation():
         assert part in shown
     assert "quantize_dropout=QuantizeDropout(" in repr(ResidualVQ(8, 16, 2, quantize_dropout=QuantizeDropout()))
     assert "layout" not in repr(VectorQuantize(8, 16)) and "affine" not in repr(VectorQuantize(8, 16))
+
+
+@pytest.mark.parametrize("commit", ["auto", "manual"])
+def test_a_code_whose_count_stays_where_codes_start_is_not_dead(commit):
+    module = plain("expiry", commit)  # counts start at 2
+    module.table.codebook = 10 * torch.arange(8.0)[:, None].expand(1, 8, 4)
+    for used, dead in ((8, 0.0), (8, 0.0), (4, 0.0), (4, 0.5)):  # the counts of four codes fall to 1, which is not yet dead, and to 0.5
+        module(10 * torch.arange(float(used)).repeat(2)[:, None].expand(2 * used, 4))
+        if commit == "manual":
+            update_codebooks_(module)
+        assert module.metrics()["dead"] == dead
+    if commit == "auto":
+        assert module.eval().metrics()["dead"] == 0.5

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from states import snapshot
 from vqkit.ops.codebook import assignment_stats
 from vqkit.ops.nearest_code import nearest_index
 from vqkit.quantizers import (
@@ -30,10 +31,6 @@ RULES = [EMA(0.8), ClipEMA(0.8), Gradient(0.8), OwnOptimizer(), OwnOptimizer("sg
 
 def vectors(number=30, seed=0, dtype=torch.float32):
     return torch.randn(HEADS, number, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def see_(codebook, x):

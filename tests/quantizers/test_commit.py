@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from plain_quantizer import Plain
+from states import assert_same, snapshot
 from thread_ranks import in_ranks
 from vqkit.quantizers import (
     EMA,
@@ -60,16 +61,6 @@ class Pair(nn.Module):
 
 def batch(step, rows=12):
     return torch.randn(rows, 4, generator=torch.Generator().manual_seed(step))
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=lambda m, name=name: f"{name}: {m}")
 
 
 class Counting:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import golden_arrays
+from states import assert_same, snapshot
 from thread_ranks import in_ranks
 from vqkit.ops.codebook import CodebookStatistics, assignment_stats, ema_update
 from vqkit.ops.nearest_code import nearest_code
@@ -37,16 +38,6 @@ class Two(nn.Module):
 
 def vectors(batch=4, time=9, dtype=torch.float32):
     return torch.randn(batch, HEADS, time, DIM, dtype=dtype)
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=lambda m, name=name: f"{name}: {m}")
 
 
 def assert_statistics(found, expected):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from states import snapshot
 from vqkit.ops.assignment import soft_codes
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.commit import update_codebooks_
@@ -42,10 +43,6 @@ def spread_out(**options):
     if quantizer.table.transform is None:
         quantizer.codebook = torch.randn_like(quantizer.codebook)
     return quantizer
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def assert_unchanged(module, before):

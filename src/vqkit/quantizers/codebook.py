@@ -46,7 +46,7 @@ from vqkit.quantizers.config import (
     check_choice,
 )
 from vqkit.quantizers.layout import check_range
-from vqkit.quantizers.update import State, advance, expire, start_state, stored_codes
+from vqkit.quantizers.update import State, advance, expire, next_count, start_state, stored_codes
 
 _WIDE = (torch.float32, torch.float64)
 _MAX_CANDIDATES = 64
@@ -323,6 +323,7 @@ class Codebook(Committed):
         shape = {"num_candidates": self.num_candidates, "moments": moments, "dtype": dtype, "device": empty.device}
         self.pending = zero_statistics(heads, size, dim, **shape)
         self.last = zero_statistics(heads, size, dim, **shape)._replace(sum=empty.new_zeros(heads, 0, dim))
+        self.found_dead = torch.zeros_like(self.pending.vectors)
         self._moments = moments
         self.reset_parameters()
 
@@ -493,6 +494,12 @@ class Codebook(Committed):
         if self.affine:
             after = after | self._follow(self.affine, state, after)
         return {**state, **after, "updates": state["updates"] + 1}
+
+    def _write_(self, applied: Tensor | None) -> None:
+        if self.dead_codes and not self._frozen:
+            found = self._find_dead(self.dead_codes)
+            self.found_dead.copy_(found if applied is None else torch.where(applied, found, self.found_dead))
+        super()._write_(applied)
 
     @torch.no_grad()
     def commit_pending_(self, applied: Tensor | None = None) -> None:
@@ -716,11 +723,15 @@ class Codebook(Committed):
 
     def _dead_fraction(self, chosen: Tensor) -> Tensor:
         """[H], of the codes; `chosen` [H, C] as often in the last commit."""
+        if self.dead_codes:
+            return self._find_dead(self.dead_codes) if self.auto and bool(self.follows == self.updates) else self.found_dead
         count = self._settled().get("count", chosen)
-        if self.dead_codes is None:
-            return (count < 0.01 * count.mean(-1, keepdim=True)).to(self.dtype).mean(-1)
-        replaced = count == self.dead_codes.start_count  # which the next commit changes
-        return dead_fraction(count, self.dead_codes.threshold) + replaced.to(self.dtype).mean(-1)
+        return (count < 0.01 * count.mean(-1, keepdim=True)).to(self.dtype).mean(-1)
+
+    def _find_dead(self, dead_codes: DeadCodes) -> Tensor:
+        """[H]: the share of the codes that a commit of what is pending finds dead, before it replaces any."""
+        count = next_count(self.update, self.count, self.pending.count, self._weigh_codes(self.pending))
+        return dead_fraction(count, dead_codes.threshold)
 
     # Moving and storing
 
@@ -732,12 +743,13 @@ class Codebook(Committed):
         return self
 
     def _pending_tensors(self) -> dict[str, Tensor]:
-        pending = {f"pending.{name}": tensor for name, tensor in self.pending._asdict().items()}
+        pending = {f"pending.{name}": tensor for name, tensor in self.pending._asdict().items()} | {"found_dead": self.found_dead}
         return pending | {f"last.{name}": tensor for name, tensor in self.last._asdict().items()}
 
     def _replace_pending(self, tensors: dict[str, Tensor]) -> None:
         self.pending = CodebookStatistics(**{name: tensors[f"pending.{name}"] for name in CodebookStatistics._fields})
         self.last = CodebookStatistics(**{name: tensors[f"last.{name}"] for name in CodebookStatistics._fields})
+        self.found_dead = tensors["found_dead"]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -57,6 +57,14 @@ def advance(
     return expire(rule, state, statistics.candidates, statistics.keys, dead_codes.threshold, dead_codes.start_count)
 
 
+def next_count(rule: Update, count: Tensor, chosen: Tensor, code_weights: Tensor | None = None) -> Tensor:
+    """The moving count [H, C] after a commit of codes chosen so often, before any is replaced; see `advance`."""
+    decay = 0.0 if isinstance(rule, Frozen) else rule.decay
+    if code_weights is not None:
+        return torch.lerp(chosen.to(count.dtype), count, 1 - (1 - decay) * code_weights)
+    return torch.lerp(chosen.to(count.dtype), count, decay)
+
+
 def expire(rule: Update, state: State, candidates: Tensor, keys: Tensor, threshold: float, reset_count: float) -> State:
     """The state in which codes of a count below `threshold` stand at candidates [H, E, K] (keys [H, E]; 0 = absent) with `reset_count`."""
     rows = state["sum"] if "sum" in state else state["weight"]
