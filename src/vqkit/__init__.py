@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vqkit import compat as compat
     from vqkit import data as data
     from vqkit import generate as generate
     from vqkit import models as models
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "add_statistics_",
     "attach",
+    "compat",
     "data",
     "generate",
     "load",
@@ -63,7 +65,7 @@ __all__ = [
     "vq_attention",
 ]
 
-_ROOMS = ("data", "generate", "models", "ops", "quantizers", "recipes", "train")
+_ROOMS = ("compat", "data", "generate", "models", "ops", "quantizers", "recipes", "train")
 
 _MODULES = {
     "CodebookConfig": "vqkit.quantizers",

@@ -33,21 +33,24 @@ ROOMS: dict[str, set[str]] = {
     "train": _ABOVE_MODELS,
     "generate": _ABOVE_MODELS,
     "recipes": {"config", "data.config", "data.standard_library", "models.config", "quantizers.config", "train.config"},
-    "cli": {"recipes", "train", "generate", *_ABOVE_MODELS},
+    "compat": {"train", *_ABOVE_MODELS},
+    "cli": {"compat", "recipes", "train", "generate", *_ABOVE_MODELS},
     "__main__": {"cli"},
 }
 
 # Foreign packages: where they may be imported, at all and when the module is.
 THIRD_PARTY: dict[str, set[str]] = {
-    "torch": {"ops", "dist", "quantizers", "data", "models", "train", "generate", "cli"},
-    "numpy": {"ops", "data", "train", "generate", "models"},
+    "torch": {"ops", "dist", "quantizers", "data", "models", "train", "generate", "compat", "cli"},
+    "numpy": {"ops", "data", "train", "generate", "models", "compat"},
     "safetensors": {"models", "train"},
     "tyro": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"train"},
     "triton": {"ops"},
+    "msgpack": {"compat"},
+    "huggingface_hub": {"models"},
 }
-NEVER_AT_MODULE_LEVEL = {"matplotlib", "triton"}
+NEVER_AT_MODULE_LEVEL = {"matplotlib", "triton", "msgpack", "huggingface_hub"}
 TORCH_FREE_ROOMS = {"config", "files", "recipes", "__main__"}
 
 Sources = dict[str, str]  # dotted module name -> text, not to be changed
@@ -256,12 +259,16 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (rooms_import_only_what_lies_below, "vqkit.recipes.x", "from vqkit.models.transformer import TransformerVQ"),
     (rooms_import_only_what_lies_below, "vqkit.data.x", "from vqkit.ops import codebook"),
     (rooms_import_only_what_lies_below, "vqkit.models.x", "from vqkit import nearest_code"),
+    (rooms_import_only_what_lies_below, "vqkit.train.x", "from vqkit.compat import load_official"),
+    (rooms_import_only_what_lies_below, "vqkit.compat.x", "from vqkit.cli import main"),
     (rooms_import_only_what_lies_below, "vqkit.config", "from vqkit.files import write_text_atomic"),
     (every_module_is_in_a_known_room, "vqkit.extras", ""),
     (foreign_packages_stay_where_they_belong, "vqkit.train.x", "import rich"),
     (foreign_packages_stay_where_they_belong, "vqkit.ops.x", "def f():\n    import pandas"),
     (foreign_packages_stay_where_they_belong, "vqkit.ops.x", "import triton.language as tl"),
     (foreign_packages_stay_where_they_belong, "vqkit.train.x", "from matplotlib import pyplot"),
+    (foreign_packages_stay_where_they_belong, "vqkit.models.x", "def f():\n    import msgpack"),
+    (foreign_packages_stay_where_they_belong, "vqkit.compat.x", "import msgpack"),
     (torch_free_modules_reach_no_torch, "vqkit.data.config", "import torch"),
     (torch_free_modules_reach_no_torch, "vqkit.data.config", "import numpy as np"),
     (torch_free_modules_reach_no_torch, "vqkit.recipes.x", "from vqkit.models.transformer import TransformerVQ"),

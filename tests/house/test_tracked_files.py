@@ -39,7 +39,7 @@ def forbidden(text: str) -> list[str]:
 def test_no_tracked_file_names_a_machine_or_a_registry() -> None:
     found = []
     for path in tracked():
-        if path.suffix in TEXT:
+        if path.suffix in TEXT and not ("golden" in path.parts and not path.suffix):  # official checkpoints have a name without one
             found += [f"{path.relative_to(ROOT)}: {words}" for words in forbidden(path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
 
