@@ -18,17 +18,19 @@ FAST = ("recurrent", "blocked")
 KEY, VALUE, CODES, BATCH = 4, 5, 6, 2
 
 
-def draw(time: int, mem_len: int, *, heads: int = 2, positions: bool = True, segments: int = 0, codebook: Tensor | None = None) -> dict:
-    """Arguments of one call in float64; `segments` documents a row, 0 for none."""
+def draw(
+    time: int, mem_len: int, *, heads: int = 2, group: int = 1, positions: bool = True, segments: int = 0, codebook: Tensor | None = None
+) -> dict:
+    """Arguments of one call in float64; `group` query heads for each of `heads` key heads; `segments` documents a row, 0 for none."""
     codebook = torch.randn(heads, CODES, KEY, dtype=torch.float64) if codebook is None else codebook
     indices = torch.randint(0, CODES, (BATCH, heads, time))
     arguments = {
-        "q": torch.randn(BATCH, heads, time, KEY, dtype=torch.float64),
+        "q": torch.randn(BATCH, heads * group, time, KEY, dtype=torch.float64),
         "k_hat": torch.stack([codebook[h][indices[:, h]] for h in range(heads)], 1),
         "v": torch.randn(BATCH, heads, time, VALUE, dtype=torch.float64),
         "indices": indices,
         "codebook": codebook,
-        "position_query": torch.randn(BATCH, heads, time, KEY, dtype=torch.float64) if positions else None,
+        "position_query": torch.randn(BATCH, heads * group, time, KEY, dtype=torch.float64) if positions else None,
         "position_keys": torch.randn(heads, mem_len + 1, KEY, dtype=torch.float64) if positions else None,
         "segments": torch.randint(0, segments, (BATCH, time)).sort(1).values if segments else None,
     }
@@ -74,21 +76,47 @@ def everything(arguments: dict, state: AttentionState | None, **options) -> dict
 
 
 GRID = list(
-    itertools.product((1, 3, 8, 13, 24), (1, 4, 6), (2, 4, 7), (1, 2), (True, False), (True, False), (True, False), (0, 4), (True, False))
+    itertools.product(
+        (1, 3, 8, 13, 24),
+        (1, 4, 6),
+        (2, 4, 7),
+        ((1, 1), (2, 1), (1, 3), (2, 2)),
+        (True, False),
+        (True, False),
+        (True, False),
+        (0, 4),
+        (True, False),
+    )
 )
 
 
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("share", range(4))
 def test_equals_reference_in_value_state_and_gradient(impl: str, share: int) -> None:
-    for time, block_len, mem_len, heads, cache, cache_gradient, positions, segments, with_state in random.Random(share).sample(GRID, 45):
-        arguments = draw(time, mem_len, heads=heads, positions=positions, segments=segments)
+    for case in random.Random(share).sample(GRID, 45):
+        time, block_len, mem_len, (heads, group), cache, cache_gradient, positions, segments, with_state = case
+        arguments = draw(time, mem_len, heads=heads, group=group, positions=positions, segments=segments)
         state = carried_state(arguments["codebook"], mem_len, bool(segments)) if with_state else None
         options = {"block_len": block_len, "mem_len": mem_len, "cache": cache, "cache_gradient": cache_gradient}
         expected = everything(arguments, state, **options, impl="reference")
         found = everything(arguments, state, **options, impl=impl)
         differing = [name for name, value in expected.items() if not torch.allclose(found[name], value, rtol=0, atol=1e-11)]
-        assert not differing, f"T={time} heads={heads} positions={positions} segments={segments} state={with_state} {options}"
+        assert not differing, f"T={time} heads={heads} x {group} positions={positions} segments={segments} state={with_state} {options}"
+
+
+@pytest.mark.parametrize("impl", ("reference", *FAST))
+def test_grouped_query_heads_are_query_heads_with_copies_of_their_key_head(impl: str) -> None:
+    heads, group, options = 2, 3, {"block_len": 4, "mem_len": 5}
+    arguments = draw(14, 5, heads=heads, group=group, segments=3)
+    state = carried_state(arguments["codebook"], 5, True)
+    found = everything(arguments, state, **options, impl=impl)
+    axes = {"k_hat": 1, "v": 1, "indices": 1, "codebook": 0, "position_keys": 0}
+    copied = {**arguments, **{name: arguments[name].repeat_interleave(group, axis) for name, axis in axes.items()}}
+    of_heads = {n: getattr(state, n).repeat_interleave(group, 1) for n in ("k_hat", "v", "indices", "count", "mean")}
+    output, after = vq_attention(**copied, state=state._replace(**of_heads), **options, impl="reference")
+    torch.testing.assert_close(found["output"], output, rtol=0, atol=1e-11)
+    for name in of_heads:
+        torch.testing.assert_close(found[f"after.{name}"], getattr(after, name)[:, ::group], rtol=0, atol=1e-11)
 
 
 def test_the_value_does_not_depend_on_the_block_but_the_gradient_does() -> None:
@@ -178,7 +206,8 @@ def test_a_code_that_gains_nothing_keeps_its_mean_bit_for_bit() -> None:
 
 
 BAD = {
-    "k_hat": lambda a: {"k_hat": a["k_hat"][:, :, :-1]},
+    "k_hat has shape": lambda a: {"k_hat": a["k_hat"][:, :, :-1]},
+    "heads that divides the 3 of q": lambda a: {"q": torch.randn(BATCH, 3, 8, KEY)},
     "position_keys": lambda a: {"position_keys": a["position_keys"][:, :-1]},
     "come together": lambda a: {"position_keys": None},
     "codebook": lambda a: {"codebook": a["codebook"][..., :-1]},

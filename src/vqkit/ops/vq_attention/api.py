@@ -1,4 +1,7 @@
-"""The public function: checks its arguments, chooses an implementation, returns output and state."""
+"""The public function: checks its arguments, chooses an implementation, returns output and state.
+
+Shapes: B batch, Hq query heads, Hk key heads, T time, K key width, V value width, C codes, M window memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Implementation = Literal["auto", "reference", "recurrent", "blocked"]
 
 
 class VQAttentionOutput(NamedTuple):
-    """Output [B, H, T, V] in the type of `v`, and the state after the last token."""
+    """Output [B, Hq, T, V] in the type of `v`, and the state after the last token."""
 
     output: Tensor
     state: AttentionState
@@ -50,16 +53,17 @@ def vq_attention(
     `k_hat`; for older keys it reaches the values only, and the codebook receives none.
 
     Args:
-        q: Queries [B, H, T, K], already scaled, content bias included.
-        k_hat: Quantized keys [B, H, T, K], equal to `codebook[indices]` in value.
-        v: Values [B, H, T, V].
-        indices: Codes of the keys [B, H, T], integers in 0 .. C - 1.
-        codebook: Codes [H, C, K].
+        q: Queries [B, Hq, T, K], already scaled, content bias included. Hq is a multiple of Hk; Hq / Hk query heads in a row
+            share a key head (equal: multi-head, Hk = 1: multi-query, between: grouped).
+        k_hat: Quantized keys [B, Hk, T, K], equal to `codebook[indices]` in value.
+        v: Values [B, Hk, T, V].
+        indices: Codes of the keys [B, Hk, T], integers in 0 .. C - 1.
+        codebook: Codes [Hk, C, K].
         block_len: Queries per block (L); any T is accepted.
         mem_len: Keys before a block that are attended one by one (M).
         state: What an earlier call returned; None for the start of a sequence.
-        position_query: Queries of the positional term [B, H, T, K]; None for none.
-        position_keys: Keys of the positional term [H, M + 1, K], row d for distance d.
+        position_query: Queries of the positional term [B, Hq, T, K]; None for none.
+        position_keys: Keys of the positional term [Hk, M + 1, K], row d for distance d.
         segments: Document of each token [B, T], integers that never decrease along T and go on from the state's;
             queries see their own document only. None: one document.
         cache: Whether keys older than the window are attended, through the cache.
@@ -76,7 +80,7 @@ def vq_attention(
     _check_choices(block_len, mem_len, impl)
     _check_shapes(inputs, mem_len)
     _check_values(inputs)
-    state = _checked_state(state, q, v, codebook, mem_len)
+    state = _checked_state(state, inputs, mem_len)
     if impl == "auto":
         impl = "recurrent" if q.shape[2] <= block_len else "blocked"
     run = {"reference": reference_attention, "recurrent": recurrent_attention, "blocked": blocked_attention}[impl]
@@ -84,11 +88,11 @@ def vq_attention(
         return VQAttentionOutput(*run(inputs, state, block_len, mem_len, cache, cache_gradient))
 
 
-def _checked_state(state: AttentionState | None, q: Tensor, v: Tensor, codebook: Tensor, mem_len: int) -> AttentionState:
-    batch, heads, _, key_dim = q.shape
-    size, value_dim = codebook.shape[1], v.shape[-1]
+def _checked_state(state: AttentionState | None, inputs: AttentionInputs, mem_len: int) -> AttentionState:
+    batch, heads, _, key_dim = inputs.k_hat.shape
+    size, value_dim = inputs.codebook.shape[1], inputs.v.shape[-1]
     if state is None:
-        return initial_state(batch, heads, mem_len, size, key_dim, value_dim, dtype=v.dtype, device=q.device)
+        return initial_state(batch, heads, mem_len, size, key_dim, value_dim, dtype=inputs.v.dtype, device=inputs.q.device)
     expected = {
         "k_hat": (batch, heads, mem_len, key_dim),
         "v": (batch, heads, mem_len, value_dim),
@@ -111,18 +115,23 @@ def _check_choices(block_len: int, mem_len: int, impl: str) -> None:
 
 
 def _check_shapes(inputs: AttentionInputs, mem_len: int) -> None:
-    q, codebook = inputs.q, inputs.codebook
+    q, k_hat = inputs.q, inputs.k_hat
     if q.dim() != 4 or q.shape[2] < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}: must be [B, H, T, K] with at least one token")
-    batch, heads, time, key_dim = q.shape
+        raise ValueError(f"q has shape {tuple(q.shape)}: must be [B, Hq, T, K] with at least one token")
+    batch, query_heads, time, key_dim = q.shape
+    if k_hat.dim() != 4 or k_hat.shape[1] < 1 or query_heads % k_hat.shape[1]:
+        raise ValueError(
+            f"k_hat has shape {tuple(k_hat.shape)}: must be [B, Hk, T, K] with a number of heads that divides the {query_heads} of q"
+        )
+    heads = k_hat.shape[1]
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "k_hat": (inputs.k_hat, (batch, heads, time, key_dim)),
+        "k_hat": (k_hat, (batch, heads, time, key_dim)),
         "v": (inputs.v, (batch, heads, time, inputs.v.shape[-1])),
         "indices": (inputs.indices, (batch, heads, time)),
-        "codebook": (codebook, (heads, codebook.shape[1], key_dim)),
+        "codebook": (inputs.codebook, (heads, inputs.codebook.shape[1], key_dim)),
     }
     if inputs.positions is not None:
-        expected["position_query"] = (inputs.positions.query, (batch, heads, time, key_dim))
+        expected["position_query"] = (inputs.positions.query, (batch, query_heads, time, key_dim))
         expected["position_keys"] = (inputs.positions.keys, (heads, mem_len + 1, key_dim))
     if inputs.segments is not None:
         expected["segments"] = (inputs.segments, (batch, time))

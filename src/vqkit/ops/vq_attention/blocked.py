@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqkit.ops.vq_attention.inputs import AttentionInputs, cache_bias, next_window, window_mask
+from vqkit.ops.vq_attention.inputs import AttentionInputs, Positions, cache_bias, next_window, window_mask
 from vqkit.ops.vq_attention.recurrent import recurrent_attention
 from vqkit.ops.vq_attention.state import AttentionState
 
@@ -25,6 +25,8 @@ def blocked_attention(
     inputs: AttentionInputs, state: AttentionState, block_len: int, mem_len: int, cache: bool, cache_gradient: bool
 ) -> tuple[Tensor, AttentionState]:
     """See `vq_attention`. The tokens after the last whole block go through the recurrent form."""
+    if inputs.group > 1:
+        return _by_query_head(inputs, state, block_len, mem_len, cache, cache_gradient)
     time = inputs.q.shape[2]
     whole = time // block_len * block_len
     if whole == 0:
@@ -35,6 +37,26 @@ def blocked_attention(
         return output, state
     rest, state = recurrent_attention(inputs.slice(whole, time), state, block_len, mem_len, cache, cache_gradient)
     return torch.cat([output, rest], 2), state
+
+
+def _by_query_head(
+    inputs: AttentionInputs, state: AttentionState, block_len: int, mem_len: int, cache: bool, cache_gradient: bool
+) -> tuple[Tensor, AttentionState]:
+    """Every query head with a copy of its key head."""
+    group, positions = inputs.group, inputs.positions
+    repeated = AttentionInputs(
+        q=inputs.q,
+        k_hat=inputs.k_hat.repeat_interleave(group, 1),
+        v=inputs.v.repeat_interleave(group, 1),
+        indices=inputs.indices.repeat_interleave(group, 1),
+        codebook=inputs.codebook.repeat_interleave(group, 0),
+        positions=positions and Positions(positions.query, positions.keys.repeat_interleave(group, 0)),
+        segments=inputs.segments,
+    )
+    by_head = ("k_hat", "v", "indices", "count", "mean")
+    before = state._replace(**{name: getattr(state, name).repeat_interleave(group, 1) for name in by_head})
+    output, after = blocked_attention(repeated, before, block_len, mem_len, cache, cache_gradient)
+    return output, after._replace(**{name: getattr(after, name)[:, ::group].contiguous() for name in by_head})
 
 
 class Plan(NamedTuple):

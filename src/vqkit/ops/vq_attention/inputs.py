@@ -1,4 +1,7 @@
-"""What the implementations of VQ attention share: their arguments in one piece, the window, and the bias of the cache."""
+"""What the implementations of VQ attention share: their arguments in one piece, the window, and the bias of the cache.
+
+Shapes: B batch, Hq query heads, Hk key heads, G = Hq / Hk of the first share one of the second, T time, K key width.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from vqkit.ops.vq_attention.state import AttentionState
 
 
 class Positions(NamedTuple):
-    """Positional term of the scores: query [B, H, T, K] against keys [H, M + 1, K], row d for distance d."""
+    """Positional term of the scores: query [B, Hq, T, K] against keys [Hk, M + 1, K], row d for distance d."""
 
     query: Tensor
     keys: Tensor
@@ -42,6 +45,11 @@ class AttentionInputs(NamedTuple):
             positions=positions,
             segments=None if self.segments is None else self.segments[:, start:stop],
         )
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head (G)."""
+        return self.q.shape[1] // self.k_hat.shape[1]
 
     def segment_ids(self) -> Tensor:
         """Segments [B, T], all 0 where documents are not told apart."""

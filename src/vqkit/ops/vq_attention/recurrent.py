@@ -26,26 +26,38 @@ def recurrent_attention(
 
 
 def _attend(inputs: AttentionInputs, state: AttentionState, mem_len: int, cache: bool) -> Tensor:
-    """Queries of one block over the window and the cache as they stand before it."""
+    """Queries of one block over the window and the cache as they stand before it; the queries of a key head in one product."""
     wide = torch.promote_types(inputs.q.dtype, torch.float32)
-    q = inputs.q.to(wide)
+    heads, group = inputs.k_hat.shape[1], inputs.group
+    q = _by_key_head(inputs.q, heads).to(wide)
     keys = torch.cat([state.k_hat, inputs.k_hat], 2).to(wide)
     values = torch.cat([state.v, inputs.v], 2).to(wide)
-    scores = q @ keys.mT  # [B, H, L, M + L]
+    scores = (q @ keys.mT).unflatten(2, (group, -1))  # [B, Hk, G, L, M + L]
     if inputs.positions is not None:
-        scores = scores + _band(inputs.positions.query.to(wide) @ inputs.positions.keys.to(wide).flip(1).mT)
-    scores = scores.masked_fill(~_seen(inputs, state, mem_len, cache), -torch.inf)
+        near = _by_key_head(inputs.positions.query, heads).to(wide) @ inputs.positions.keys.to(wide).flip(1).mT
+        scores = scores + _band(near.unflatten(2, (group, -1)))
+    scores = scores.masked_fill(~_seen(inputs, state, mem_len, cache)[:, :, None], -torch.inf)
     if not cache:
-        return (scores.softmax(-1) @ values).to(inputs.v.dtype)
+        return _by_query_head(scores.softmax(-1).flatten(2, 3) @ values, group).to(inputs.v.dtype)
 
-    cached = q @ inputs.codebook.to(wide).mT + cache_bias(state.count)[:, :, None, :]
+    cached = (q @ inputs.codebook.to(wide).mT + cache_bias(state.count)[:, :, None, :]).unflatten(2, (group, -1))
     if inputs.segments is not None:
         other = inputs.segments != state.cached_segment[:, None]
-        cached = cached.masked_fill(other[:, None, :, None], -torch.inf)
-    weights = torch.cat([scores, cached], -1).softmax(-1)
+        cached = cached.masked_fill(other[:, None, None, :, None], -torch.inf)
+    weights = torch.cat([scores, cached], -1).softmax(-1).flatten(2, 3)
     window = keys.shape[2]
     output = weights[..., :window] @ values + weights[..., window:] @ state.mean
-    return output.to(inputs.v.dtype)
+    return _by_query_head(output, group).to(inputs.v.dtype)
+
+
+def _by_key_head(x: Tensor, heads: int) -> Tensor:
+    """[B, Hq, L, width] -> [B, Hk, G L, width]."""
+    return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).flatten(2, 3)
+
+
+def _by_query_head(x: Tensor, group: int) -> Tensor:
+    """[B, Hk, G L, width] -> [B, Hq, L, width]."""
+    return x if group == 1 else x.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _band(by_distance: Tensor) -> Tensor:
@@ -56,7 +68,7 @@ def _band(by_distance: Tensor) -> Tensor:
 
 
 def _seen(inputs: AttentionInputs, state: AttentionState, mem_len: int, cache: bool) -> Tensor:
-    """Which key of the window each query may see, [B, H or 1, L, M + L]."""
+    """Which key of the window each query may see, [B, Hk, L, M + L]."""
     length = inputs.q.shape[2]
     seen = window_mask(length, mem_len, cache, inputs.q.device)
     present = F.pad(state.indices >= 0, (0, length), value=True)
@@ -69,7 +81,7 @@ def _seen(inputs: AttentionInputs, state: AttentionState, mem_len: int, cache: b
 
 def advance(inputs: AttentionInputs, state: AttentionState) -> AttentionState:
     """The state after a block: its oldest tokens leave the window and enter the counts and means."""
-    length = inputs.q.shape[2]
+    length = inputs.k_hat.shape[2]
     segment = torch.cat([state.segment, inputs.segment_ids()], 1)
     indices = torch.cat([state.indices, inputs.indices], 2)[:, :, :length]
     values = torch.cat([state.v, inputs.v], 2)[:, :, :length].to(state.mean.dtype)

@@ -13,15 +13,20 @@ def reference_attention(
     inputs: AttentionInputs, state: AttentionState, block_len: int, mem_len: int, cache: bool, cache_gradient: bool
 ) -> tuple[Tensor, AttentionState]:
     """See `vq_attention`. Every query gets a score for every code of the cache it started from and every single key since."""
-    q = inputs.q
+    wide = torch.promote_types(inputs.q.dtype, torch.float32)
+    q = inputs.q.to(wide)
     heads, time = q.shape[1:3]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k_hat = torch.cat([state.k_hat, inputs.k_hat], 2).to(wide)  # [B, H, M + T, K]
-    v = torch.cat([state.v, inputs.v], 2).to(wide)
-    indices = torch.cat([state.indices, inputs.indices], 2)
     segment = torch.cat([state.segment, inputs.segment_ids()], 1)
-    codebook = inputs.codebook.to(wide)
-    q = q.to(wide)
+
+    def of_query_heads(x: Tensor, axis: int = 1) -> Tensor:
+        return x.repeat_interleave(inputs.group, axis)
+
+    own_v = torch.cat([state.v, inputs.v], 2).to(wide)
+    own_indices = torch.cat([state.indices, inputs.indices], 2)
+    k_hat = of_query_heads(torch.cat([state.k_hat, inputs.k_hat], 2).to(wide))  # [B, Hq, M + T, K]
+    v, indices = of_query_heads(own_v), of_query_heads(own_indices)
+    count, mean = of_query_heads(state.count), of_query_heads(state.mean)
+    codebook = of_query_heads(inputs.codebook.to(wide), 0)
 
     query_at = torch.arange(time, device=q.device)[:, None]
     key_at = torch.arange(-mem_len, time, device=q.device)[None, :]
@@ -35,12 +40,14 @@ def reference_attention(
     own = _scores(q, k_hat, in_block, cache_gradient)
     scores = torch.where(in_window, own, q @ codes.mT)
     if inputs.positions is not None:
-        scores = scores + _position_scores(inputs.positions.query.to(wide), inputs.positions.keys.to(wide), distance, mem_len)
+        scores = scores + _position_scores(
+            inputs.positions.query.to(wide), of_query_heads(inputs.positions.keys.to(wide), 0), distance, mem_len
+        )
 
     seen = (distance >= 0) & (indices >= 0)[:, :, None, :]
     if not cache:
         seen = seen & (distance <= mem_len)
-    cached = q @ codebook.mT + cache_bias(state.count)[:, :, None, :]  # [B, H, T, C]
+    cached = q @ codebook.mT + cache_bias(count)[:, :, None, :]  # [B, Hq, T, C]
     if inputs.segments is not None:
         seen = seen & (inputs.segments[:, :, None] == segment[:, None, :])[:, None]
         other = inputs.segments != state.cached_segment[:, None]
@@ -50,9 +57,9 @@ def reference_attention(
     weights = torch.cat([cached, scores.masked_fill(~seen, -torch.inf)], -1).softmax(-1)
 
     to_cache, to_keys = weights.split([codebook.shape[1], mem_len + time], -1)
-    mean = state.mean if cache_gradient else state.mean.detach()
+    mean = mean if cache_gradient else mean.detach()
     output = to_cache @ mean + _values(to_keys, v, in_block, cache_gradient)
-    return output.to(inputs.v.dtype), _next_state(inputs, state, v, indices, segment)
+    return output.to(inputs.v.dtype), _next_state(inputs, state, own_v, own_indices, segment)
 
 
 def _scores(q: Tensor, k: Tensor, in_block: Tensor, cache_gradient: bool) -> Tensor:

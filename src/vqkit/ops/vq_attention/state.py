@@ -11,7 +11,7 @@ from torch import Tensor
 class AttentionState(NamedTuple):
     """Everything that later queries need of earlier tokens; its size does not depend on their number.
 
-    Shapes: B batch, H heads, M window memory, C codes, K key width, V value width.
+    Shapes: B batch, H key heads, M window memory, C codes, K key width, V value width.
     `count` and `mean` are float32, or float64 for float64 inputs, whatever the activations are.
     """
 
