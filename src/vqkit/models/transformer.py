@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqkit.models.attention import GatedVQAttention
 from vqkit.models.config import ModelConfig
 from vqkit.models.embedding import Logits, TokenEmbedding
+from vqkit.models.hub import Pretrained
 from vqkit.models.norm import RMSNorm
 from vqkit.models.positions import ScaledSinusoids, count_positions
 from vqkit.ops.codebook import CodebookStatistics
@@ -78,7 +79,7 @@ class Layer(nn.Module):
         return LayerOutput(x, tuple(o.state for o in outputs), outputs[0].commitment + outputs[1].commitment, counted)
 
 
-class TransformerVQ(nn.Module):
+class TransformerVQ(Pretrained, nn.Module):
     """The decoder of "Transformer-VQ: Linear-Time Transformers via Vector Quantization" (Lingle 2024, arXiv 2309.16354)."""
 
     def __init__(self, config: ModelConfig) -> None:
