@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vqkit.cli import app, main
+from vqkit.cli.import_official import ImportOptions
 from vqkit.cli.options import option_names
 from vqkit.cli.sample import SampleOptions
 from vqkit.cli.train import TrainOptions, requested
@@ -25,6 +26,7 @@ HELP = [
     "eval --help",
     "sample --help",
     "inspect --help",
+    "import-official --help",
     "--version",
 ]
 
@@ -79,7 +81,7 @@ def test_every_help_teaches_by_an_example(vqkit: Callable[..., Said], words: str
     said = vqkit(*words.split())
     assert said.code == 0
     assert said.err == ""
-    assert re.search(r"^(usage:)? *vqkit (train|eval|sample|inspect) [^C]", said.out.split("\n", 1)[1], re.MULTILINE)
+    assert re.search(r"^(usage:)? *vqkit (train|eval|sample|inspect|import-official) [^C]", said.out.split("\n", 1)[1], re.MULTILINE)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -92,6 +94,7 @@ def test_help_of_a_recipe_names_every_option(vqkit: Callable[..., Said], recipe:
 
 
 def test_positional_arguments_are_no_options() -> None:
+    assert list(option_names(ImportOptions))[:4] == ["--out", "--block-len", "--logit-scale", "--mem-len"]
     assert list(option_names(SampleOptions)) == ["--prompt", "--num-tokens", "--temperature", "--top-k", "--top-p", "--seed"]
 
 
@@ -124,6 +127,10 @@ def test_positional_arguments_are_no_options() -> None:
         ("sample RUN --temprature 1", "unknown option --temprature; did you mean --temperature?"),
         ("eval RUN --split trian", "invalid choice 'trian' for argument '--split'. Expected one of ('train', 'validation', 'test')."),
         ("inspect", "missing: "),
+        ("import-official X --out Y", "missing: --block-len INT Queries per block"),
+        ("import-official X --out Y --block-len 4 --e_scale 1", "unknown option --e-scale; did you mean --logit-scale?"),
+        ("import-official X --out Y --block-len 4 --logit-scale 0", "logit_scale = 0.0: must be a finite number greater than 0"),
+        ("import-official X --out Y --block-len 4 --logit-scale x", "--logit-scale: must be a number, not 'x'"),
     ],
 )
 def test_words_that_make_no_sense_are_refused_in_one_line(vqkit: Callable[..., Said], words: str, message: str) -> None:

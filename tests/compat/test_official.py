@@ -197,12 +197,19 @@ def test_a_wrong_statement_names_key_and_shapes(tmp_path: Path, change: dict[str
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["block_len", "mem_len", "logit_scale", "position_base"])
-def test_settings_that_make_no_sense_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name, value", [("block_len", 0), ("mem_len", True), ("logit_scale", 0.0), ("position_base", 1), ("decay", 1), ("input", "x")]
+)
+def test_settings_that_make_no_sense_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} = {value!r}: must be"):
+        replace(settings_of(tiny_config()), **{name: value})
+
+
+def test_what_cannot_be_inferred_is_asked_for() -> None:
     model = tiny_model()
-    path = write(nested(to_official(model.state_dict(), model.config)), tmp_path / "params")
-    with pytest.raises(ValueError, match=f"model.{name} = 0"):
-        load_official(path, replace(settings_of(model.config), **{name: 0}))
+    settings = replace(settings_of(model.config), mem_len=None)
+    with pytest.raises(ValueError, match=r"^mem_len = None: no array of a checkpoint of branch main tells it"):
+        infer_config(to_official(model.state_dict(), model.config), settings)
 
 
 @pytest.mark.parametrize(

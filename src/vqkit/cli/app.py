@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "measure a trained model on a split of its data",
     "sample": "let a trained model write",
     "inspect": "show what a run is: size, cost, codebooks, metrics, checkpoints",
+    "import-official": "take a checkpoint of the official Transformer-VQ (JAX) over",
 }
 
 HELP = """usage: vqkit COMMAND ...
@@ -59,6 +60,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         if error.name and error.name.split(".")[0] in EXTRA_MODULES:
             return _fail(1, f'this command needs the package {error.name.split(".")[0]}: pip install "vqkit[train]"')
         return _fail(1, f"internal error: {error}")
+    except ImportError as error:  # says which extra is missing
+        return _fail(1, str(error))
     except (ValueError, TypeError, RuntimeError, MemoryError, OSError) as error:
         return _fail(1, _describe(error))
     except Exception as error:
@@ -70,7 +73,7 @@ def _dispatch(words: list[str]) -> int:
         raise UsageError(f"no command given; one of {', '.join(COMMANDS)}, or --help")
     name, rest = words[0], words[1:]
     if name in ("-h", "--help", "help"):
-        print(HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())), end="")
+        print(HELP.format(commands="\n".join(f"  {name:<17}{text}" for name, text in COMMANDS.items())), end="")
         return 0
     if name == "--version":
         from vqkit import __version__
@@ -79,7 +82,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}{near_miss(name, COMMANDS)}")
-    return import_module(f"vqkit.cli.{name}").main(rest)
+    return import_module(f"vqkit.cli.{name.replace('-', '_')}").main(rest)
 
 
 def _fail(code: int, message: str) -> int:

@@ -38,6 +38,8 @@ def parse(cls: type[T], words: Sequence[str], *, prog: str, description: str | N
         if not exit_.code:
             raise
         raise UsageError(_first_section(refusal.getvalue())) from None
+    except ValueError as error:  # of a dataclass whose options have no prefix
+        raise UsageError(str(error)) from error
     if unknown:
         raise UsageError(f"unexpected argument {unknown[0]!r}; see {prog} --help")
     return options
@@ -55,8 +57,10 @@ def option_names(cls: type, prefix: str = "--") -> Iterator[str]:
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        if get_origin(hint) is Annotated:
-            continue  # a positional argument
+        if get_origin(hint) is Annotated:  # a positional argument, or options without a prefix of their own
+            if dataclasses.is_dataclass(hint.__origin__):
+                yield from option_names(hint.__origin__, prefix)
+            continue
         if dataclasses.is_dataclass(hint):
             yield from option_names(hint, f"{prefix}{field.name}.")
         else:

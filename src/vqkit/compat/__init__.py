@@ -6,15 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vqkit.compat.config import OfficialSettings as OfficialSettings
     from vqkit.compat.official import OfficialModel as OfficialModel
     from vqkit.compat.official import load_official as load_official
-    from vqkit.compat.official_names import OfficialSettings as OfficialSettings
 
 __all__ = ["OfficialModel", "OfficialSettings", "load_official"]
 
 _MODULES = {
     "OfficialModel": "official",
-    "OfficialSettings": "official_names",
+    "OfficialSettings": "config",
     "load_official": "official",
 }
 

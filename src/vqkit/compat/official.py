@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqkit.compat.config import OfficialSettings
 from vqkit.compat.flax_file import read_tensors
-from vqkit.compat.official_names import OfficialSettings, from_official, infer_config
+from vqkit.compat.official_names import from_official, infer_config
 from vqkit.compat.official_optimizer import OptimizerState, optimizer_from_official, read_count
 from vqkit.models.config import ModelConfig
 from vqkit.models.transformer import TransformerVQ

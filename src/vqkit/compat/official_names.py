@@ -7,39 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vqkit.compat.config import OfficialSettings
 from vqkit.models.config import ModelConfig
 from vqkit.quantizers.config import CodebookConfig
 
 UNUSED = "token_embedder/bias_out"
 """Stands in the official tree beside every embedding; where the output is not tied it has neither effect nor gradient, and is dropped."""
-
-
-@dataclass(frozen=True)
-class OfficialSettings:
-    """What no array of an official checkpoint tells; in brackets the flag of the official launch script with the same meaning."""
-
-    block_len: int
-    """Queries per block (--block_len); decides speed and gradients, not the outputs."""
-    mem_len: int
-    """Keys before a block that are attended one by one, with position terms (--mem_len)."""
-    logit_scale: float
-    """Factor on the logits (--e_scale)."""
-    position_base: float = 100_000.0
-    """Base of the wavelengths of all sinusoids (--pe_lam)."""
-    cache: bool = True
-    """Attend to everything older than the window (--agg_cache)."""
-    cache_gradient: bool = True
-    """Let gradients flow into earlier blocks (--grad_thru_cache)."""
-    decay: float = 0.99
-    """Rate of the moving averages of the codebooks (--c_gamma)."""
-    input: Literal["tokens", "features"] = "tokens"
-    """What a model with a tied output reads; any other tells it by having an embedding or none."""
 
 
 class Place(NamedTuple):
@@ -154,6 +132,8 @@ def infer_config(arrays: Mapping[str, Tensor], settings: OfficialSettings) -> Mo
     Raises ValueError for a tree that is not that of a Transformer-VQ: the message names the key and its shape.
     """
     layers = _count_layers(arrays)
+    if settings.mem_len is None:
+        raise ValueError("mem_len = None: no array of a checkpoint of branch main tells it; say what --mem_len of the official run was")
     first = "transformer_layers_0/scanned_attn1"
     heads, codebook_size, key_dim = _shape(arrays, f"{first}/quantizer/c_sum", 3)
     values, dim = _shape(arrays, f"{first}/res_proj/kernel", 2)

@@ -1,0 +1,45 @@
+"""What has to be said about an official checkpoint: a plain dataclass, without torch, so that help texts load fast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OfficialSettings:
+    """What no array of an official checkpoint tells; in brackets the flag of the official launch script with the same meaning."""
+
+    block_len: int
+    """Queries per block (--block_len); decides speed and gradients, not what the model says."""
+    logit_scale: float
+    """Factor on the logits (--e_scale): 1 in the script for enwik8, 0.005 in those with a tied output."""
+    mem_len: int | None = None
+    """Keys before a block that are attended one by one, with position terms (--mem_len). Branch main needs it, optimized has none."""
+    position_base: float = 100_000.0
+    """Base of the wavelengths of all sinusoids (--pe_lam)."""
+    cache: bool = True
+    """Attend to everything older than the window (--agg_cache)."""
+    cache_gradient: bool = True
+    """Let gradients flow into earlier blocks (--grad_thru_cache)."""
+    decay: float = 0.99
+    """Rate of the moving averages of the codebooks (--c_gamma)."""
+    input: Literal["tokens", "features"] = "tokens"
+    """What a model with a tied output reads; every other tells it by having an embedding or none."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_len", "mem_len"):
+            value = getattr(self, name)
+            if value is None and name == "mem_len":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r}: must be an integer of at least 1")
+        if not 0.0 < self.logit_scale < math.inf:
+            raise ValueError(f"logit_scale = {self.logit_scale}: must be a finite number greater than 0")
+        if not 1.0 < self.position_base < math.inf:
+            raise ValueError(f"position_base = {self.position_base}: must be a finite number greater than 1")
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"decay = {self.decay}: must be at least 0 and below 1")
+        if self.input not in ("tokens", "features"):
+            raise ValueError(f'input = {self.input!r}: must be "tokens" or "features"')
