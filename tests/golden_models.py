@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from golden_arrays import GoldenCase
-from vqkit.models.attention import GatedVQAttention
+from vqkit.models.attention import AttentionUnit
 from vqkit.models.config import ModelConfig
 from vqkit.models.transformer import TransformerVQ
 from vqkit.ops.codebook import CodebookStatistics, ema_update
@@ -74,9 +74,9 @@ def model_names(model: TransformerVQ) -> dict[str, tuple[str, bool]]:
     return {ours: entry for ours, entry in names.items() if ours in own}
 
 
-def attention_of(golden: GoldenCase) -> GatedVQAttention:
+def attention_of(golden: GoldenCase) -> AttentionUnit:
     """The unit of a case of the group `attention`."""
-    unit = GatedVQAttention(config_of(golden)).to(golden.dtype).train(golden.config["is_train"])
+    unit = AttentionUnit(config_of(golden)).to(golden.dtype).train(golden.config["is_train"])
     fill_(unit, attention_names(), golden)
     fill_codebook_(unit, golden, "params/quantizer")
     return in_compute_type_(unit, golden)
@@ -123,7 +123,7 @@ def fill_(module: torch.nn.Module, names: dict[str, tuple[str, bool]], golden: G
 
 
 @torch.no_grad()
-def fill_codebook_(unit: GatedVQAttention, golden: GoldenCase, prefix: str) -> None:
+def fill_codebook_(unit: AttentionUnit, golden: GoldenCase, prefix: str) -> None:
     unit.quantizer.sum.copy_(golden[f"{prefix}/c_sum"])
     unit.quantizer.count.copy_(golden[f"{prefix}/c_count"])
 
@@ -136,7 +136,7 @@ def check_gradients(golden: GoldenCase, prefix: str, module: torch.nn.Module, na
         golden.check(f"{prefix}/{official}", gradient.T if transposed else gradient)
 
 
-def codebook_gradient(unit: GatedVQAttention, statistics: Iterable[CodebookStatistics], factor: int) -> tuple[Tensor, Tensor]:
+def codebook_gradient(unit: AttentionUnit, statistics: Iterable[CodebookStatistics], factor: int) -> tuple[Tensor, Tensor]:
     """Gradient with respect to sum and count of the official codebook loss, summed over blocks.
 
     One SGD step of rate 1 on that loss is the step of the moving averages, so its gradient is old minus new; `factor` is

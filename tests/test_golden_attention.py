@@ -18,7 +18,7 @@ from golden_models import (
     state_arrays,
     window_documents,
 )
-from vqkit.models.attention import AttentionOutput, GatedVQAttention
+from vqkit.models.attention import AttentionOutput, AttentionUnit
 from vqkit.models.metrics import unit_metrics
 from vqkit.models.positions import PositionKeys
 from vqkit.ops.vq_attention import initial_state
@@ -31,7 +31,7 @@ def holding(prefix: str) -> list[str]:
     return [name for name in CASES if golden_arrays.load("attention", name).keys(prefix)]
 
 
-def run_blocks(unit: GatedVQAttention, golden: GoldenCase, inputs: Tensor) -> list[AttentionOutput]:
+def run_blocks(unit: AttentionUnit, golden: GoldenCase, inputs: Tensor) -> list[AttentionOutput]:
     """One call a block, the state carried, as the official code runs."""
     outputs: list[AttentionOutput] = []
     for x, mask in zip(inputs, golden["loss_mask"].bool(), strict=True):

@@ -43,7 +43,7 @@ def test_there_is_nothing_to_learn_or_store():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"^heads = 0"):
         SimpleVQ(0, 6, 4)
-    with pytest.raises(ValueError, match=r"^width = 5: must be even"):
+    with pytest.raises(ValueError, match=r"^dim = 5: must be even"):
         SimpleVQ(1, 6, 5)
     with pytest.raises(ValueError, match=r"^x has shape"):
         SimpleVQ(1, 6, 4)(torch.randn(2, 6, 4))

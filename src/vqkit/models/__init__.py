@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vqkit.models.attention import GatedVQAttention as GatedVQAttention
+    from vqkit.models.attention import AttentionUnit as AttentionUnit
     from vqkit.models.config import ModelConfig as ModelConfig
     from vqkit.models.transformer import ModelOutput as ModelOutput
     from vqkit.models.transformer import ModelState as ModelState
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vqkit.models.weights import save_weights as save_weights
 
 _MODULES = {
-    "GatedVQAttention": "vqkit.models.attention",
+    "AttentionUnit": "vqkit.models.attention",
     "ModelConfig": "vqkit.models.config",
     "ModelOutput": "vqkit.models.transformer",
     "ModelState": "vqkit.models.transformer",
@@ -27,7 +27,7 @@ _MODULES = {
 }
 
 __all__ = [
-    "GatedVQAttention",
+    "AttentionUnit",
     "ModelConfig",
     "ModelOutput",
     "ModelState",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,23 +27,33 @@ class TokenEmbedding(nn.Module):
 
 
 class Logits(nn.Module):
-    """x @ weight.T + bias times `scale`, in float32 or wider whatever the types are.
+    """(x @ weight.T + bias) * scale, or (x * scale) @ weight.T + bias, in float32 or wider whatever the types are.
 
     A weight of its own has an initial standard deviation of 1 / sqrt(dim); without one, each call brings that of the embedding.
-    The bias starts at 0.
+    The bias, if any, starts at 0.
     """
 
-    def __init__(self, vocab_size: int, dim: int, *, tied: bool = False, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        *,
+        tied: bool = False,
+        bias: bool = True,
+        scale: float = 1.0,
+        scale_at: Literal["logits", "input"] = "logits",
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.scale_at = scale, scale_at
         self.weight = nn.Parameter(torch.empty(vocab_size, dim)) if not tied else None
-        self.bias = nn.Parameter(torch.empty(vocab_size))
+        self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
             nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x [B, T, D] -> logits [B, T, vocab_size]; `weight` is the embedding's where it is shared."""
@@ -49,9 +61,12 @@ class Logits(nn.Module):
         if weight is None:
             raise ValueError("weight = None: tied logits need the weight of the embedding")
         wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide)
+        if self.scale != 1.0 and self.scale_at == "input":
+            x = x * self.scale
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), weight.to(wide), self.bias.to(wide))
-        return logits if self.scale == 1.0 else logits * self.scale
+            logits = F.linear(x, weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        return logits * self.scale if self.scale != 1.0 and self.scale_at == "logits" else logits
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkit.models.attention import GatedVQAttention
+from vqkit.models.attention import AttentionUnit
 from vqkit.models.transformer import ModelState, TransformerVQ
 from vqkit.ops.usage import quantization_metrics
+from vqkit.quantizers.learnable import LearnableVQ
 
 
 @torch.no_grad()
@@ -26,9 +27,14 @@ def model_metrics(
 
 
 @torch.no_grad()
-def unit_metrics(unit: GatedVQAttention, x: Tensor) -> dict[str, Tensor]:
-    """`vqkit.ops.usage.quantization_metrics` of the keys that a unit makes of its input x [B, T, D], averaged over blocks."""
+def unit_metrics(unit: AttentionUnit, x: Tensor) -> dict[str, Tensor]:
+    """`vqkit.ops.usage.quantization_metrics` of the keys that a unit makes of its input x [B, T, D], averaged over blocks.
+
+    Raises ValueError for a unit without a codebook that learns.
+    """
     quantizer = unit.quantizer
+    if not isinstance(quantizer, LearnableVQ):
+        raise ValueError(f"unit quantizes by {type(quantizer).__name__}: must have a codebook that learns, a LearnableVQ")
     keys = unit.project(x).k
     codes = quantizer.decode(quantizer.encode(keys)).to(keys.dtype)
     error = (keys - codes).square().sum(-1)

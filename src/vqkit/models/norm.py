@@ -31,17 +31,18 @@ def normalize(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None,
 
 
 class RMSNorm(nn.Module):
-    """`normalize` with a learned gain, initially 1, and a learned bias, initially 0."""
+    """`normalize`, with a learned gain, initially 1, and a learned bias, initially 0, if `affine`."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, affine: bool = True) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.empty(dim))
-        self.bias = nn.Parameter(torch.empty(dim))
+        self.gain = nn.Parameter(torch.empty(dim)) if affine else None
+        self.bias = nn.Parameter(torch.empty(dim)) if affine else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.gain)
-        nn.init.zeros_(self.bias)
+        if self.gain is not None and self.bias is not None:
+            nn.init.ones_(self.gain)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return normalize(x, self.gain, self.bias)

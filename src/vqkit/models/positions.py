@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqkit.models.config import ModelConfig
+from vqkit.models.dropout import drop
 from vqkit.ops.positions import sinusoids
 
 
 class PositionKeys(nn.Module):
-    """Sinusoids of the distances 0 ... mem_len, projected to one key a head and distance (Transformer-XL, Dai et al. 2019)."""
+    """Sinusoids of distances, projected to one key a key head and distance (Transformer-XL, Dai et al. 2019)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dim, self.heads, self.max_distance, self.base = config.dim, config.heads, config.mem_len, config.position_base
-        self.weight = nn.Parameter(torch.empty(config.heads * config.key_dim, config.dim))
+        self.dim, self.heads, self.base = config.dim, config.num_key_heads, config.position_base
+        self.num_distances = config.mem_len + 1 if config.attention == "vq" else None
+        self.weight = nn.Parameter(torch.empty(self.heads * config.key_dim, config.dim))
         # Neither is a buffer: a buffer would lose its precision when a model is narrowed and widened again.
         self._sinusoids: Tensor | None = None
         self._memo: _Memo | None = None
@@ -27,31 +29,42 @@ class PositionKeys(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.dim**-0.5)
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """[H, M + 1, K] in `dtype`: row d is the key of distance d.
+    def forward(self, dtype: torch.dtype, length: int | None = None, keep: Tensor | None = None, rate: float = 0.0) -> Tensor:
+        """[H, length, K] in `dtype`: row d is the key of distance d; `length` is M + 1 with quantized keys, and must be given otherwise.
 
+        keep [length, D] bool: entries of the table that are not dropped, at this rate.
         Without gradient, on a CPU, the keys are remembered while the weight stays as it is: projecting them would cost more than all else
         in a step of decoding, comparing the weight costs next to nothing.
         """
+        length = self.num_distances if length is None else length
+        if length is None:
+            raise ValueError("length = None: must be given where the number of distances grows")
+        if keep is not None:
+            return self._project(drop(self._table(length), rate, keep), dtype)
         remember = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.weight.device.type == "cpu"
-        if remember and self._memo is not None and self._memo.fits(self.weight, dtype):
-            return self._memo.keys
-        keys = F.linear(self._table(), self.weight).to(dtype)
-        keys = keys.unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        if remember:
-            self._memo = _Memo(self.weight.clone(), keys)
-        return keys
+        if not remember:
+            return self._project(self._table(length), dtype)
+        if self._memo is None or not self._memo.fits(self.weight, dtype, length):
+            self._memo = _Memo(self.weight.clone(), self._project(self._table(self._capacity(length)), dtype))
+        return self._memo.keys[:, :length]
 
-    def _table(self) -> Tensor:
-        """Sinusoids [M + 1, D] in the type of the weight, made once."""
+    def _project(self, table: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(table, self.weight).to(dtype).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+
+    def _capacity(self, length: int) -> int:
+        """Rows to make for `length`: where they grow by one a token, they are made twice as many at a time."""
+        return length if self.num_distances is not None else 1 << (length - 1).bit_length()
+
+    def _table(self, length: int) -> Tensor:
+        """Sinusoids [length, D] in the type of the weight, made once."""
         dtype, device = self.weight.dtype, self.weight.device
         table = self._sinusoids
-        if table is None or (table.dtype, table.device) != (dtype, device):
+        if table is None or (table.dtype, table.device) != (dtype, device) or table.shape[0] < length:
             with torch.inference_mode(False):  # later calls may want gradients
-                table = sinusoids(self.max_distance + 1, self.dim, self.base, dtype=dtype, device=device)
+                table = sinusoids(self._capacity(length), self.dim, self.base, dtype=dtype, device=device)
             if not torch.compiler.is_compiling():
                 self._sinusoids = table
-        return table
+        return table[:length]
 
 
 class _Memo(NamedTuple):
@@ -60,8 +73,9 @@ class _Memo(NamedTuple):
     weight: Tensor
     keys: Tensor
 
-    def fits(self, weight: Tensor, dtype: torch.dtype) -> bool:
-        return self.keys.dtype == dtype and self.weight.dtype == weight.dtype and torch.equal(self.weight, weight)
+    def fits(self, weight: Tensor, dtype: torch.dtype, length: int) -> bool:
+        same = self.keys.dtype == dtype and self.weight.dtype == weight.dtype and self.keys.shape[1] >= length
+        return same and torch.equal(self.weight, weight)
 
 
 class ScaledSinusoids(nn.Module):

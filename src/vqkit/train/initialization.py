@@ -7,15 +7,17 @@ from torch import Tensor
 
 from vqkit.data import Batch
 from vqkit.models import TransformerVQ
-from vqkit.models.attention import GatedVQAttention
+from vqkit.models.attention import AttentionUnit
+from vqkit.quantizers.learnable import LearnableVQ
 
 
 @torch.no_grad()
 def initialize_codebooks_(model: TransformerVQ, batch: Batch, *, segments: bool = True) -> None:
     """Set each unit's codebook by k-means on its keys, in one pass: those of a unit depend on the codebooks below, set just before."""
 
-    def begin(unit: GatedVQAttention, inputs: tuple[Tensor, ...]) -> None:
-        unit.quantizer.initialize_(unit.project(inputs[0]).k, batch.loss_mask)
+    def begin(unit: AttentionUnit, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(unit.quantizer, LearnableVQ):
+            unit.quantizer.initialize_(unit.project(inputs[0]).k, batch.loss_mask)
 
     hooks = [unit.register_forward_pre_hook(begin) for unit in model.units()]
     try:
