@@ -110,7 +110,7 @@ def test_positional_arguments_are_no_options() -> None:
         ("train text", "recipe text needs data: add --data.path FOLDER"),
         ("train quickstart extra", "unexpected argument 'extra'"),
         ("train quickstart --steps 3", "unknown option --steps; did you mean --train.steps?"),
-        ("train quickstart --prompt x --seed 3", "unknown option --prompt; see vqkit train quickstart --help"),
+        ("train quickstart --quietly x --seed 3", "unknown option --quietly; see vqkit train quickstart --help"),
         ("train text --model.seed 3", "unknown option --model.seed; did you mean --train.seed?"),
         ("train quickstart --model.dimm=3", "unknown option --model.dimm; did you mean --model.dim?"),
         ("train quickstart --block_length 3", "unknown option --block-length; did you mean --model.block-len?"),

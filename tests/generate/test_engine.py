@@ -28,7 +28,7 @@ def _prompts(batch: int, time: int, seed: int = 2) -> torch.Tensor:
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [tree] if isinstance(tree, torch.Tensor) else [tensor for part in tree for tensor in _tensors(part)]
+    return [tree] if isinstance(tree, torch.Tensor) else [tensor for part in tree or () for tensor in _tensors(part)]
 
 
 @pytest.mark.parametrize("config", [CONFIG, NO_CACHE], ids=["cache", "no cache"])

@@ -27,7 +27,6 @@ _DRAWN = "which code a vector gets is drawn in training, one draw a place in the
 _NOISE = "the training output is moved by noise, one draw a place in the batch"
 _EXPIRY = "which vectors replace dead codes is drawn, one draw a place in the batch"
 _IN_TRAINING = "training draws its output, evaluation does not"
-_FOLLOWS = "a codebook that follows from its arguments is no part of the state"
 _ACTIVE = "the codes that a batch uses are more than those its parts use, and this loss looks at them alone"
 _SAMPLED = "the codes that this loss looks at are drawn in every call"
 _SHAPES = "codebooks of different shapes are read and set one by one; all at once is an error"
@@ -54,7 +53,6 @@ EXCEPTIONS = [
     Exempt("codebook_size=*+*", "the_setter_lasts", _SHAPES, ValueError),
     Exempt("layers=*", "the_setter_lasts", _SHAPES, ValueError),
     Exempt("parts=unequal_widths", "the_setter_lasts", _SHAPES, ValueError),
-    Exempt("SimpleVQ", "copies_are_whole", _FOLLOWS, RuntimeError),
 ]
 
 _DEVICE = "there is no other device than the CPU where the laws run; tests of meta-device construction set it"

@@ -17,8 +17,8 @@ from vqkit.models.attention import AttentionUnit, Implementation, UnitState
 from vqkit.models.config import ModelConfig
 from vqkit.models.dropout import NO_MASKS, DropoutMasks, PartMasks, SequenceMasks, draw_keep, drop
 from vqkit.models.embedding import Logits, TokenEmbedding
-from vqkit.models.hub import Pretrained
 from vqkit.models.feed_forward import FeedForward
+from vqkit.models.hub import Pretrained
 from vqkit.models.norm import RMSNorm
 from vqkit.models.positions import ScaledSinusoids, count_positions
 from vqkit.ops.codebook import CodebookStatistics
