@@ -17,10 +17,6 @@ ROOT = Path(__file__).parent / "golden" / "transformer_vq"
 # (group/case glob, key glob, reason). Empty once the whole model is done.
 DEFERRED: list[tuple[str, str, str]] = [
     ("transformer/dropout_with_masks_untied.*", "*", "dropouts come with the whole Transformer-VQ"),
-    ("training/*adafactor*", "*", "Adafactor comes with the whole Transformer-VQ"),
-    ("training/*lion*", "*", "Lion comes with the whole Transformer-VQ"),
-    ("training/schedules.*", "case_01/*", "the linear schedule comes with the whole Transformer-VQ"),
-    ("training/schedules.*", "case_02/*", "the inverse-square-root schedule comes with the whole Transformer-VQ"),
 ]
 
 # Per group, how many arrays `GoldenCase.check` compares in a full run: a loop that silently ran over nothing shows here.
@@ -28,7 +24,7 @@ EXPECTED_COMPARED: dict[str, int] = {
     "attention": 3578,
     "checkpoint": 636,
     "generation": 158,
-    "training": 1292,
+    "training": 2900,
     "transformer": 8048,
     "unit": 1070,
 }
@@ -94,7 +90,8 @@ class GoldenCase:
             narrow_type = narrow.get("dtype") if isinstance(narrow, dict) else str(narrow)
             return 1e-6 if self.variant == "f64hp" and str(narrow_type).startswith("float32") else fixed[self.variant]
         figure = _float32_accuracy(f"{self.group}/{self.case}", key)
-        return 8 * figure if figure else 1e-5
+        # The figures of train_lion are those of signs that differ between its two variants; ours differ from neither.
+        return 8 * figure if figure and self.case != "train_lion" else 1e-5
 
 
 def _float32_accuracy(case: str, key: str) -> float:

@@ -18,6 +18,9 @@ REFUSED = {
     "batch_size": [0, 3],  # 3: micro_batches = 2 does not divide it
     "update_len": [0, -4, 1.5],
     "micro_batches": [0, 3],
+    "optimizer": ["adam"],
+    "momentum_dtype": ["float16", "bfloat16"],  # the latter is lion's
+    "decayed": ["matrices"],
     "learning_rate": [0.0, -1e-3, float("nan"), float("inf")],
     "betas": [(0.9, 1.0), (-0.1, 0.9), (0.9,)],
     "eps": [0.0, float("nan")],
@@ -47,6 +50,15 @@ def test_wrong_values_are_refused_by_dotted_name(name, value):
     whole = TrainConfig(steps=1000, batch_size=8, micro_batches=2)
     with pytest.raises(ValueError, match=rf"train\.{name} = |= {value!r}.*must|must.*train\.{name}"):
         replace(whole, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name", "value"),
+    [("adafactor", "betas", (0.9, 0.98)), ("lion", "eps", 1e-9), ("adafactor", "momentum_dtype", "bfloat16")],
+)
+def test_an_option_of_another_optimizer_is_refused(optimizer, name, value):
+    with pytest.raises(ValueError, match=rf'train\.{name} = .*train\.optimizer = "{optimizer}"'):
+        TrainConfig(optimizer=optimizer, **{name: value})
 
 
 def run_config(model: ModelConfig | None = None, update_len: int | None = None) -> RunConfig:

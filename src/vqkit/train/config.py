@@ -31,20 +31,26 @@ class TrainConfig:
     """Positions per step; a shorter one than data.sequence_len carries the detached state to the next step. None = data.sequence_len."""
     micro_batches: int = 1
     """Parts that the batch is split into, one after another, to save memory; the result is that of the whole batch."""
+    optimizer: Literal["adamw", "lion", "adafactor"] = "adamw"
+    """Rule that makes updates of gradients; lion wants a tenth of adamw's learning rate, adafactor's is relative to each parameter."""
     learning_rate: float = 4e-3
     """Learning rate at its highest point."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Decay rates of Adam's two moments."""
-    eps: float = 1e-9
-    """Adam's epsilon."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of the learning rate after warm-up."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of the moments; None = 0.9 0.98 for adamw, 0.95 0.98 for lion; adafactor has none."""
+    eps: float | None = None
+    """Added to adamw's root mean square gradient or to adafactor's mean square; None = 1e-9 or 1e-30; lion has none."""
+    momentum_dtype: Literal["parameter", "bfloat16"] = "parameter"
+    """Type of lion's momentum: that of the parameter, or bfloat16 as in the official code, with half the memory."""
+    schedule: Literal["cosine", "linear", "inverse_square_root", "constant"] = "cosine"
+    """Course of the learning rate after warm-up; inverse_square_root falls as the root of warmup_steps / step."""
     warmup_steps: int = 100
     """Steps over which the learning rate grows linearly, from 0 in the very first step; 0 = no warm-up."""
     final_ratio: float = 0.1
-    """Share of the learning rate that the cosine ends at."""
+    """Share of the learning rate that cosine and linear end at."""
     weight_decay: float = 0.0
-    """Share of every parameter of rank other than 1 that is taken off per step, whatever the learning rate is."""
+    """Share of the decayed parameters that is taken off per step, whatever the learning rate is."""
+    decayed: Literal["all_but_vectors", "all_but_outer_vectors"] = "all_but_vectors"
+    """Parameters that weight_decay applies to: of any rank but 1 (official main), or vectors within layers as well (official optimized)."""
     clip: float | None = 1.0
     """Largest global norm of the gradients; None = no clipping."""
     commitment_weight: float = 1e-4
@@ -75,15 +81,16 @@ class TrainConfig:
                 raise ValueError(f"train.{name} = {value!r}: must be an integer of at least {least}")
         if self.batch_size % self.micro_batches:
             raise ValueError(f"train.micro_batches = {self.micro_batches}: must divide train.batch_size = {self.batch_size}")
-        if self.schedule == "cosine" and self.warmup_steps >= self.steps:
+        if self.schedule in ("cosine", "linear") and self.warmup_steps >= self.steps:
             raise ValueError(f"train.warmup_steps = {self.warmup_steps}: must be less than train.steps = {self.steps}")
         for name in ("learning_rate", "eps"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"train.{name} = {getattr(self, name)}: must be positive and finite")
+            value = getattr(self, name)
+            if not (value is None and name == "eps") and not 0.0 < value < float("inf"):
+                raise ValueError(f"train.{name} = {value}: must be positive and finite")
         for name in ("weight_decay", "final_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be from 0 to 1")
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+        if self.betas is not None and (len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas)):
             raise ValueError(f"train.betas = {self.betas}: must be two numbers of at least 0 and below 1")
         if self.minutes is not None and not 0.0 < self.minutes < float("inf"):
             raise ValueError(f"train.minutes = {self.minutes}: must be positive and finite; None = all steps")
@@ -91,15 +98,27 @@ class TrainConfig:
             raise ValueError(f"train.clip = {self.clip}: must be positive; None = no clipping")
         if not 0.0 <= self.commitment_weight < float("inf"):
             raise ValueError(f"train.commitment_weight = {self.commitment_weight}: must be 0 or positive, and finite")
-        for name, choices in (("schedule", ("cosine", "constant")), ("device", ("auto", "cpu", "cuda"))):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"train.{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}")
+        for name, without in (("betas", ("adafactor",)), ("eps", ("lion",)), ("momentum_dtype", ("adamw", "adafactor"))):
+            value = getattr(self, name)
+            if self.optimizer in without and value not in (None, "parameter"):
+                raise ValueError(f'train.{name} = {value!r}: train.optimizer = "{self.optimizer}" has no such option; must be left out')
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.steps + self.extra_steps
 
+
+_CHOICES = {
+    "optimizer": ("adamw", "lion", "adafactor"),
+    "momentum_dtype": ("parameter", "bfloat16"),
+    "schedule": ("cosine", "linear", "inverse_square_root", "constant"),
+    "decayed": ("all_but_vectors", "all_but_outer_vectors"),
+    "device": ("auto", "cpu", "cuda"),
+}
 
 _LEAST_INTEGERS = {
     "steps": 1,

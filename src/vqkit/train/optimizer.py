@@ -1,18 +1,23 @@
-"""AdamW composed as the official Transformer-VQ composes it: clip, Adam with its learning rate, schedule multiplier, decay.
+"""Optimizers composed as the official Transformer-VQ composes them: clip, rule with its learning rate, schedule multiplier, decay.
 
 The decay is a share of the parameter per step, scaled by neither learning rate nor schedule. Codebooks are no parameters
-of this optimizer: they change in `vqkit.quantizers.update_codebooks_`.
+of these optimizers: they change in `vqkit.quantizers.update_codebooks_`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqkit.train.config import TrainConfig
 from vqkit.train.schedule import schedule_multiplier
+from vqkit.train.update_rules import Adafactor, Adam, Lion
+
+STACK = "layers."
+"""What the names of parameters within layers begin with."""
 
 
 class Optimizer:
@@ -24,25 +29,28 @@ class Optimizer:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
         self.config = config
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-        self._decayed: list[Tensor] = [parameter for parameter in self.parameters.values() if parameter.ndim != 1]
-        self._adam = torch.optim.Adam(
-            self.parameters.values(), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=_can_fuse(self.parameters.values())
+        decayed = {name for name, parameter in self.parameters.items() if is_decayed(name, parameter, config)}
+        self._rule = _rule(
+            [
+                {"params": [self.parameters[name] for name in self.parameters if name in decayed], "decay": config.weight_decay},
+                {"params": [self.parameters[name] for name in self.parameters if name not in decayed], "decay": 0.0},
+            ],
+            config,
         )
 
     def zero_grad(self) -> None:
-        self._adam.zero_grad(set_to_none=True)
+        self._rule.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def step_(self, step: int) -> Tensor:
         """Apply the gradients as update number `step` (0, 1, 2, ...) and return their global norm before clipping, a scalar tensor."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = clip_(gradients, self.config.clip)
-        if self.config.weight_decay and self._decayed:
-            # Before Adam, whose update does not read the parameter: p - decay * p - update.
-            torch._foreach_mul_(self._decayed, 1.0 - self.config.weight_decay)
-        for group in self._adam.param_groups:
+        for group in self._rule.param_groups:
             group["lr"] = self.learning_rate(step)
-        self._adam.step()
+            if "step" in group:
+                group["step"] = step
+        self._rule.step()
         return norm
 
     def learning_rate(self, step: int) -> float:
@@ -50,28 +58,46 @@ class Optimizer:
         return self.config.learning_rate * schedule_multiplier(self.config, step)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that `step_` remembers, as `PARAMETER.MOMENT` -> tensor; empty before the first step."""
+        """Everything that `step_` remembers, as `PARAMETER.MOMENT` -> tensor; empty before the first step.
+
+        exp_avg, exp_avg_sq and step of adamw; exp_avg of lion; exp_avg_sq, or exp_avg_sq_row and exp_avg_sq_col, of adafactor.
+        """
         return {
             f"{name}.{key}": value
             for name, parameter in self.parameters.items()
-            for key, value in self._adam.state.get(parameter, {}).items()
+            for key, value in self._rule.state.get(parameter, {}).items()
         }
 
     def load_state_tensors_(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_tensors` gave. Raises ValueError, and changes nothing, where a name or shape does not fit."""
-        states: dict[nn.Parameter, dict[str, Tensor]] = {}
+        names = {full_name.rpartition(".")[0] for full_name in tensors}
+        expected = {
+            f"{name}.{key}": like
+            for name, parameter in self.parameters.items()
+            if name in names
+            for key, like in self._rule.moments(parameter).items()
+        }
         for full_name, value in tensors.items():
+            if full_name not in expected:
+                raise ValueError(f"optimizer state {full_name!r}: {self.config.optimizer} has no such moment of a parameter of this model")
+            if value.shape != expected[full_name].shape:
+                found = f"shape {tuple(value.shape)}, expected {tuple(expected[full_name].shape)}"
+                raise ValueError(f"optimizer state {full_name!r}: {found}")
+        missing = expected.keys() - tensors.keys()
+        if missing:
+            raise ValueError(f"optimizer state {min(missing)!r}: missing, while others of that parameter are there")
+        self._rule.state.clear()
+        for full_name, like in expected.items():
             name, _, key = full_name.rpartition(".")
-            parameter = self.parameters.get(name)
-            if parameter is None or key not in ("step", "exp_avg", "exp_avg_sq"):
-                raise ValueError(f"optimizer state {full_name!r}: no such parameter or moment in this model")
-            if key != "step" and value.shape != parameter.shape:
-                raise ValueError(f"optimizer state {full_name!r}: shape {tuple(value.shape)}, the parameter has {tuple(parameter.shape)}")
-            on = parameter.device if key != "step" or self._adam.defaults["fused"] else torch.device("cpu")
-            states.setdefault(parameter, {})[key] = value.to(on, copy=True)
-        self._adam.state.clear()
-        for parameter, state in states.items():
-            self._adam.state[parameter] = state
+            self._rule.state[self.parameters[name]][key] = tensors[full_name].to(like.device, like.dtype, copy=True)
+
+
+def is_decayed(name: str, parameter: Tensor, config: TrainConfig) -> bool:
+    """Whether `weight_decay` applies to a parameter: one of rank other than 1, or, by "all_but_outer_vectors", any within a layer.
+
+    The official branch `optimized` stacks its layers, so that a vector in one of them has a rank of 3.
+    """
+    return parameter.ndim != 1 or (config.decayed == "all_but_outer_vectors" and name.startswith(STACK))
 
 
 def clip_(gradients: list[Tensor], largest: float | None) -> Tensor:
@@ -84,5 +110,12 @@ def clip_(gradients: list[Tensor], largest: float | None) -> Tensor:
     return norm
 
 
-def _can_fuse(parameters: Iterable[Tensor]) -> bool:
-    return all(parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+def _rule(groups: list[dict[str, Any]], config: TrainConfig) -> Adam | Lion | Adafactor:
+    match config.optimizer:
+        case "adamw":
+            return Adam(groups, lr=config.learning_rate, betas=config.betas or (0.9, 0.98), eps=config.eps or 1e-9)
+        case "lion":
+            momentum_dtype = torch.bfloat16 if config.momentum_dtype == "bfloat16" else None
+            return Lion(groups, lr=config.learning_rate, betas=config.betas or (0.95, 0.98), momentum_dtype=momentum_dtype)
+        case "adafactor":
+            return Adafactor(groups, lr=config.learning_rate, eps=config.eps or 1e-30)
