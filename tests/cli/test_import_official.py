@@ -126,7 +126,7 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
         message = r"\S*checkpoint: not a whole msgpack serialisation"
     elif case == "another model":
         write(nested({"params/dense/kernel": torch.zeros(2, 2)}), checkpoint)
-        message = r"\S*checkpoint: no key begins with 'transformer_layers_0/'"
+        message = r"\S*checkpoint: no key begins with 'transformer_layers_' or"
     elif case == "occupied":
         out.mkdir()
         (out / "letter.txt").write_text("dear")

@@ -73,6 +73,7 @@ def _found(loaded: OfficialModel) -> str:
         ("dim, layers, heads", f"{config.dim}, {config.layers}, {config.heads}"),
         ("key_dim, value_dim", f"{config.key_dim}, {config.value_dim}"),
         ("codebook_size", f"{config.codebook_size}"),
+        ("layer, attention", f"{config.layer}, {config.attention}"),
         ("input", config.input),
         ("tied", f"{config.tied}"),
         ("output_norm", f"{config.output_norm}"),

@@ -17,6 +17,10 @@ class OfficialSettings:
     """Factor on the logits (--e_scale): 1 in the script for enwik8, 0.005 in those with a tied output."""
     mem_len: int | None = None
     """Keys before a block that are attended one by one, with position terms (--mem_len). Branch main needs it, optimized has none."""
+    output_norm: bool | None = None
+    """Norm before the output projection (--e_preln). Branch optimized needs it, of main the arrays tell it."""
+    key_dim: int | None = None
+    """Width of a head (--d_k). Ordinary multi-head attention of branch optimized needs it, elsewhere the arrays tell it."""
     position_base: float = 100_000.0
     """Base of the wavelengths of all sinusoids (--pe_lam)."""
     cache: bool = True
@@ -29,9 +33,9 @@ class OfficialSettings:
     """What a model with a tied output reads; every other tells it by having an embedding or none."""
 
     def __post_init__(self) -> None:
-        for name in ("block_len", "mem_len"):
+        for name in ("block_len", "mem_len", "key_dim"):
             value = getattr(self, name)
-            if value is None and name == "mem_len":
+            if value is None and name != "block_len":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: must be an integer of at least 1")

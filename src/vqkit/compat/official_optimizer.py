@@ -6,13 +6,14 @@ There each parameter of the group "main" has moments; the codebooks are a group 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqkit.compat.official_names import UNUSED, Place, parameter_places, shapes
+from vqkit.compat.official_names import parameter_places, shapes, unused
+from vqkit.compat.official_tree import Place, joined, part_of, part_shape, type_name
 from vqkit.models.config import ModelConfig
 
 Kind = Literal["adamw", "lion", "adafactor"]
@@ -50,17 +51,12 @@ def optimizer_from_official(arrays: Mapping[str, Tensor], config: ModelConfig) -
     if kind is None:
         raise ValueError(f"opt_state has the moments {', '.join(sorted(moments)) or 'none'}, expected those of AdamW, Lion or Adafactor")
     steps = _steps(counters)
+    places, expected = parameter_places(config), shapes(config)
+    _check_keys(moments, {key for place in places.values() for key in place.keys}, unused(config))
     tensors: dict[str, Tensor] = {}
-    expected = shapes(config)
-    for ours, place in parameter_places(config).items():
-        of_parameter = {moment: _moment(moments[moment], moment, place.key) for moment in moments}
-        converted = _CONVERT[kind](of_parameter, place, expected[place.key], steps)
-        tensors |= {f"{ours}.{name}": tensor for name, tensor in converted.items()}
-    known = {place.key for place in parameter_places(config).values()} | {UNUSED}
-    for moment, below in moments.items():
-        for key, array in below.items():
-            if key not in known:
-                raise ValueError(f"key 'opt_state/.../{moment}/{key}' of shape {tuple(array.shape)} belongs to no parameter of this model")
+    for ours, place in places.items():
+        pieces = [_Piece(key, expected[key], place, {moment: below[key] for moment, below in moments.items()}) for key in place.keys]
+        tensors |= {f"{ours}.{name}": tensor for name, tensor in _CONVERT[kind](pieces, steps).items()}
     return OptimizerState(kind, steps, tensors)
 
 
@@ -98,57 +94,92 @@ def read_count(array: Tensor, key: str) -> int:
     return int(array)
 
 
-def _moment(below: Mapping[str, Tensor], moment: str, key: str) -> Tensor:
-    if key not in below:
-        raise ValueError(f"key 'opt_state/.../{moment}/{key}' is missing")
-    return below[key]
+def _check_keys(moments: Mapping[str, Mapping[str, Tensor]], needed: set[str], unused: set[str]) -> None:
+    for moment, below in moments.items():
+        for key in sorted(needed - below.keys()):
+            raise ValueError(f"key 'opt_state/.../{moment}/{key}' is missing")
+        for key in sorted(below.keys() - needed - unused):
+            shape = tuple(below[key].shape)
+            raise ValueError(f"key 'opt_state/.../{moment}/{key}' of shape {shape} belongs to no parameter of this model")
 
 
-def _adamw(moments: Mapping[str, Tensor], place: Place, shape: tuple[int, ...], steps: int) -> dict[str, Tensor]:
-    average, square = (_as_parameter(moments, moment, place, shape) for moment in ("mu", "nu"))
-    return {"exp_avg": average, "exp_avg_sq": square, "step": torch.tensor(float(steps))}
+class _Piece(NamedTuple):
+    """The moments of one official array, of which one of our parameters is a part, or which holds some of its rows."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Of the array."""
+    place: Place
+    moments: dict[str, Tensor]
+
+    def whole(self, moment: str) -> Tensor:
+        """A moment of the shape of the array, as its part of our parameter."""
+        return part_of(self.checked(moment, self.shape), self.place)
+
+    def checked(self, moment: str, shape: tuple[int, ...]) -> Tensor:
+        """The moment, whose shape has to be this."""
+        array = self.moments[moment]
+        if not array.is_floating_point() or tuple(array.shape) != shape:
+            found = f"{tuple(array.shape)} of {type_name(array)}"
+            raise ValueError(f"key 'opt_state/.../{moment}/{self.key}' has shape {found}, expected floating point {shape}")
+        return array
 
 
-def _lion(moments: Mapping[str, Tensor], place: Place, shape: tuple[int, ...], steps: int) -> dict[str, Tensor]:
-    return {"exp_avg": _as_parameter(moments, "mu", place, shape)}
+def _adamw(pieces: Sequence[_Piece], steps: int) -> dict[str, Tensor]:
+    return {"exp_avg": _rows(pieces, "mu"), "exp_avg_sq": _rows(pieces, "nu"), "step": torch.tensor(float(steps))}
 
 
-def _adafactor(moments: Mapping[str, Tensor], place: Place, shape: tuple[int, ...], steps: int) -> dict[str, Tensor]:
-    axes = factored_axes(shape)
+def _lion(pieces: Sequence[_Piece], steps: int) -> dict[str, Tensor]:
+    return {"exp_avg": _rows(pieces, "mu")}
+
+
+def _rows(pieces: Sequence[_Piece], moment: str) -> Tensor:
+    return joined([piece.checked(moment, piece.shape) for piece in pieces], pieces[0].place)
+
+
+def _adafactor(pieces: Sequence[_Piece], steps: int) -> dict[str, Tensor]:
+    """Whole mean squares, or those of rows and columns where the parameter is large enough for that.
+
+    Of several pieces the mean squares of all their columns are the mean of theirs, weighted by the number of their rows.
+    """
+    if len(pieces) == 1 and factored_axes(pieces[0].shape) is None:
+        return {"exp_avg_sq": _rows(pieces, "v")}
+    sizes = [part_shape(piece.shape, piece.place) for piece in pieces]
+    rows = [size[-1] if pieces[0].place.transposed else size[0] for size in sizes]
+    if min(sum(rows), sizes[0][0] if pieces[0].place.transposed else sizes[0][-1]) < SMALLEST_FACTORED:
+        return {"exp_avg_sq": _rows(pieces, "v")}
+    halves = [_row_and_column(piece) for piece in pieces]
+    columns = sum(column * number for (_, column), number in zip(halves, rows, strict=True)) / sum(rows)
+    return {"exp_avg_sq_row": torch.cat([row for row, _ in halves]), "exp_avg_sq_col": torch.as_tensor(columns).clone()}
+
+
+def _row_and_column(piece: _Piece) -> tuple[Tensor, Tensor]:
+    """Mean squares of the rows and of the columns of the piece, in our layout."""
+    axes = factored_axes(piece.shape)
     if axes is None:
-        return {"exp_avg_sq": _as_parameter(moments, "v", place, shape)}
-    found = {}
-    for moment, kept in zip(("v_row", "v_col"), axes, strict=True):
-        _check_shape(moments[moment], moment, place, (shape[kept],))
-        ours = 1 - kept if place.transposed else kept
-        found["exp_avg_sq_row" if ours == 0 else "exp_avg_sq_col"] = moments[moment].clone()
-    return found
+        whole = piece.whole("v")
+        return whole.mean(1), whole.mean(0)
+    last = len(piece.shape) - 1
+    if set(axes) != {last, last - 1}:
+        raise ValueError(f"key 'opt_state/.../v_row/{piece.key}' is a mean over layers, which have no common moments here")
+    kept = {}
+    for moment, axis, other in (("v_row", axes[0], axes[1]), ("v_col", axes[1], axes[0])):
+        array = piece.checked(moment, tuple(size for i, size in enumerate(piece.shape) if i != other))
+        kept[axis] = array if piece.place.layer is None else array[piece.place.layer, 0]
+    first, second = kept[last - 1], kept[last]
+    return (second, first) if piece.place.transposed else (first, second)
 
 
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The axes that `v_row` and `v_col` keep of a matrix of this official shape; None where optax keeps the whole.
+    """The axes that `v_row` and `v_col` of an array of this official shape keep, beside all shorter ones; None where optax keeps all.
 
-    `v_row` is a mean over the longer axis, `v_col` over the shorter one; of two equal ones the second counts as longer.
+    The longest axis and the second longest are factored; `v_row` is a mean over the longest, `v_col` over the other. Of two equal ones
+    the later counts as longer.
     """
-    if len(shape) != 2 or min(shape) < SMALLEST_FACTORED:
+    if len(shape) < 2:
         return None
-    return (1, 0) if shape[0] > shape[1] else (0, 1)
+    *_, second, longest = sorted(range(len(shape)), key=lambda axis: shape[axis])
+    return (second, longest) if shape[second] >= SMALLEST_FACTORED else None
 
 
-def _as_parameter(moments: Mapping[str, Tensor], moment: str, place: Place, shape: tuple[int, ...]) -> Tensor:
-    array = moments[moment]
-    _check_shape(array, moment, place, shape)
-    return (array.T if place.transposed else array).clone(memory_format=torch.contiguous_format)
-
-
-def _check_shape(array: Tensor, moment: str, place: Place, shape: tuple[int, ...]) -> None:
-    if not array.is_floating_point() or tuple(array.shape) != shape:
-        found = f"{tuple(array.shape)} of {str(array.dtype).removeprefix('torch.')}"
-        raise ValueError(f"key 'opt_state/.../{moment}/{place.key}' has shape {found}, expected floating point {shape}")
-
-
-_CONVERT: dict[Kind, Callable[[Mapping[str, Tensor], Place, tuple[int, ...], int], dict[str, Tensor]]] = {
-    "adamw": _adamw,
-    "lion": _lion,
-    "adafactor": _adafactor,
-}
+_CONVERT: dict[Kind, Callable[[Sequence[_Piece], int], dict[str, Tensor]]] = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor}
