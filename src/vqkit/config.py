@@ -155,6 +155,11 @@ def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
     """The first alternative that fits; one of the very type of `value` goes first, so that 1 stays an int in `float | int`."""
     if type(value) in hints:
         return _value(type(value), value, where)
+    kinds = {kind: hint for hint in hints for kind in _kinds(hint)}
+    if len(set(kinds.values())) > 1 and isinstance(value, Mapping):
+        if "kind" not in value:
+            raise ValueError(f"{_join(where, 'kind')}: missing; must be {' or '.join(map(repr, kinds))}")
+        return from_dict(kinds[_literal(tuple(kinds), value["kind"], _join(where, "kind"))], value, where)
     closest: Exception | None = None
     for hint in hints:
         try:
@@ -164,6 +169,13 @@ def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
             if isinstance(error, ValueError) or (isinstance(value, Mapping) and dataclasses.is_dataclass(hint)):
                 closest = error
     raise closest or _wrong_type(where, value, " or ".join(_describe(h) for h in hints))
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """What tells a dataclass from the others that may stand in its place: the values of its field `kind`, where it has one."""
+    if not _is_config_class(hint) or "kind" not in hint.__dataclass_fields__:
+        return ()
+    return get_args(get_type_hints(hint)["kind"])
 
 
 def _literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -16,6 +16,7 @@ from vqkit.cli.import_official import ImportOptions
 from vqkit.cli.options import option_names
 from vqkit.cli.sample import SampleOptions
 from vqkit.cli.train import TrainOptions, requested
+from vqkit.data.config import ImageSource, PathSplits
 from vqkit.recipes import RECIPES
 
 HELP = [
@@ -122,6 +123,14 @@ def test_positional_arguments_are_no_options() -> None:
         ("train quickstart --model.codebook.decay 2", "codebook.decay = 2.0: must be at least 0 and below 1"),
         ("train quickstart --train.update-len 100", "train.update_len = 100: must divide data.sequence_len = 512"),
         ("train quickstart --train.steps 50 --train.warmup-steps 50", "train.warmup_steps = 50: must be less than train.steps = 50"),
+        ("train text --data.source.kind pictures", "--data.source.kind: unknown kind 'pictures'; there are text, ids, images"),
+        ("train text --data.splits.kind", "--data.splits.kind: needs a value; one of fractions, sizes, paths"),
+        (
+            "train text --data.splits.kind=sizes --data.splits.trian 3",
+            "unknown option --data.splits.trian; did you mean --data.splits.train?",
+        ),
+        ("train text --data.source.vocab-size 3", "unknown option --data.source.vocab-size; did you mean --model.vocab-size?"),
+        ("train text --data.path x --data.source.kind images", "data.sequence_len = 512: must be the 12288 bytes of an image"),
         ("train --rnu x", "unknown option --rnu; did you mean --run?"),
         ("sample", "missing: "),
         ("sample RUN --temprature 1", "unknown option --temprature; did you mean --temperature?"),
@@ -189,3 +198,13 @@ def test_whoever_names_a_number_of_steps_gets_that_number() -> None:
     assert requested("quickstart", ["--train.steps", "200"])[1].train.minutes is None
     both = requested("quickstart", ["--train.steps", "200", "--train.minutes", "1"])[1].train
     assert (both.steps, both.minutes) == (200, 1.0)
+
+
+def test_a_kind_brings_its_options() -> None:
+    words = "--data.source.kind images --data.path x --data.sequence_len 48 --data.source.height=4 --data.source.width 4 --model.dim 32"
+    _, config = requested("text", [*words.split(), "--data.splits.kind=paths", "--data.splits.test", "", "--train.update-len", "48"])
+    assert config.data.source == ImageSource(height=4, width=4)
+    assert config.data.splits == PathSplits("train", "validation", "")
+    assert (config.data.sequence_len, config.model.dim) == (48, 32)
+    assert config.data.max_test_bytes == RECIPES["text"]().data.max_test_bytes
+    assert requested("text", ["--data.path", "x", "--data.source.kind", "text"])[1] == requested("text", ["--data.path", "x"])[1]

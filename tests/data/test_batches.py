@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqkit.data import Batch, ByteTokenizer, DataConfig, SequenceSampler, Split, pack, stream
+from vqkit.data import Batch, ByteTokenizer, DataConfig, SequenceSampler, Split, pack, sequences, stream
 from vqkit.data.batches import _epoch
+from vqkit.data.config import ImageSource, SizedSplits
 
 PAD, END = ByteTokenizer.PAD, ByteTokenizer.END
 
@@ -195,3 +196,70 @@ def test_a_wrong_place_is_named(split: Split) -> None:
         SequenceSampler(split, 8, 2, 0).batch(-1)
     with pytest.raises(ValueError, match="chunk_len = 0: must be at least 1"):
         next(stream(split, 1, 0))
+
+
+@given(st.sampled_from(["train", "test"]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 30))
+def test_ranks_share_the_lanes_of_a_stream(folder: Path, name: str, world_size: int, share: int, length: int) -> None:
+    split, batch_size = Split(folder, name), world_size * share
+    for read in (stream, sequences):
+        whole = list(read(split, *((batch_size, length) if read is stream else (length, batch_size))))
+        parts = [
+            list(read(split, *((batch_size, length) if read is stream else (length, batch_size)), rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]
+        assert {len(part) for part in parts} == {len(whole)}
+        for expected, together in zip(whole, zip(*parts, strict=True), strict=True):
+            for field, fields in zip(expected, zip(*together, strict=True), strict=True):
+                assert torch.equal(torch.cat(fields), field)
+
+
+@given(st.integers(1, 40), st.integers(1, 5))
+def test_sequences_pass_every_token_once_each_from_a_fresh_start(split: Split, sequence_len: int, batch_size: int) -> None:
+    batches = list(sequences(split, sequence_len, batch_size))
+    for batch in batches:
+        assert batch.tokens.shape == (batch_size, sequence_len)
+        check_form(batch)
+        assert (batch.tokens[:, 0] == END).all() and (batch.segment_ids[:, 0] == 0).all()
+    assert [token for batch in batches for row in rows(batch) for token in row] == split.tokens.tolist()
+    assert len(batches) == -(-split.num_tokens // (sequence_len * batch_size))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Seven images of four bytes; no end token stands between them."""
+    root = tmp_path_factory.mktemp("pictures")
+    np.save(root / "images.npy", np.arange(100, 128, dtype=np.uint8).reshape(7, 2, 2, 1))
+    config = DataConfig(path=str(root / "images.npy"), sequence_len=4, source=ImageSource(2, 2, 1), splits=SizedSplits(7, 0, 0))
+    pack(config, root / "data")
+    return Split(root / "data", "train")
+
+
+@given(seeds, st.integers(0, 5), st.integers(1, 3))
+def test_images_are_sequences_and_never_cut(pictures: Split, seed: int, epoch: int, batch_size: int) -> None:
+    sampler = SequenceSampler(pictures, 4, 1, seed)
+    found = [rows(sampler.batch(7 * epoch + i))[0] for i in range(7)]
+    assert sorted(found) == [tuple(range(103 + 4 * i, 107 + 4 * i)) for i in range(7)]
+    check_form(SequenceSampler(pictures, 4, batch_size, seed).batch(epoch))
+
+
+@given(st.integers(1, 4), st.integers(1, 9))
+def test_in_a_stream_every_image_opens_a_segment(pictures: Split, batch_size: int, chunk_len: int) -> None:
+    batches = list(stream(pictures, batch_size, chunk_len))
+    lanes = [torch.cat(fields, dim=1) for fields in zip(*batches, strict=True)]
+    tokens, targets, segments, mask = lanes
+    assert targets[mask].tolist() == pictures.tokens.tolist()
+    place = torch.arange(targets.shape[1]).expand_as(targets)
+    assert (tokens[place % 4 == 0] == END).all()
+    assert torch.equal(tokens[:, 1:][place[:, 1:] % 4 != 0], targets[:, :-1][place[:, 1:] % 4 != 0])
+    assert torch.equal(segments, place // 4)
+    assert all((int(row.sum()) % 4) == 0 for row in mask), "a lane ends within an image"
+
+
+def test_images_have_one_length(pictures: Split) -> None:
+    for build in (lambda: SequenceSampler(pictures, 5, 1, 0), lambda: next(sequences(pictures, 5, 1))):
+        with pytest.raises(ValueError, match="sequence_len = 5: must be 4, the length of every document"):
+            build()
+    with pytest.raises(ValueError, match="rank = 1: must be at least 0 and below world_size = 1"):
+        next(stream(pictures, 2, 4, rank=1))
+    with pytest.raises(ValueError, match="batch_size = 3: must be a multiple of world_size = 2"):
+        next(sequences(pictures, 4, 3, world_size=2))

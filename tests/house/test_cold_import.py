@@ -79,7 +79,7 @@ def test_public_names_need_no_extra_and_change_nothing() -> None:
 # Every name of every package, while the extras cannot be imported and nothing may ask for a device or seed a generator.
 _PUBLIC_NAMES = """
 import importlib, json, os, pkgutil, random, sys
-for extra in ("tyro", "rich", "matplotlib", "pytest", "hypothesis", "triton", "msgpack", "huggingface_hub"):
+for extra in ("tyro", "rich", "matplotlib", "pytest", "hypothesis", "triton", "msgpack", "huggingface_hub", "sentencepiece", "PIL"):
     sys.modules[extra] = None
 import numpy, torch
 

@@ -46,11 +46,13 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tyro": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"train"},
+    "sentencepiece": {"data"},
+    "PIL": {"data"},
     "triton": {"ops"},
     "msgpack": {"compat"},
     "huggingface_hub": {"models"},
 }
-NEVER_AT_MODULE_LEVEL = {"matplotlib", "triton", "msgpack", "huggingface_hub"}
+NEVER_AT_MODULE_LEVEL = {"matplotlib", "triton", "msgpack", "huggingface_hub", "sentencepiece", "PIL"}
 TORCH_FREE_ROOMS = {"config", "files", "recipes", "__main__"}
 
 Sources = dict[str, str]  # dotted module name -> text, not to be changed

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vqkit.cli.errors import UsageError
 
@@ -17,11 +18,13 @@ T = TypeVar("T")
 def parse(cls: type[T], words: Sequence[str], *, prog: str, description: str | None = None, default: T | None = None) -> T:
     """An instance of the dataclass `cls` from command-line words. `--help` prints and leaves by SystemExit(0).
 
-    Raises UsageError for words that make no sense, and for values that the dataclasses themselves refuse.
+    Where a field may be one of several dataclasses that `kind` tells apart, `--FIELD.kind NAME` chooses among them, and the options
+    are those of the chosen one. Raises UsageError for words that make no sense, and for values that the dataclasses themselves refuse.
     """
     import tyro
 
-    _refuse_unknown_options(cls, words, prog)
+    default, words = _chosen_kinds(cls, default, words)
+    _refuse_unknown_options(cls, words, prog, default)
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
@@ -32,7 +35,7 @@ def parse(cls: type[T], words: Sequence[str], *, prog: str, description: str | N
                 args=list(words),
                 default=tyro.MISSING_NONPROP if default is None else default,
                 return_unknown_args=True,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as exit_:
         if not exit_.code:
@@ -52,23 +55,70 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
 
 
-def option_names(cls: type, prefix: str = "--") -> Iterator[str]:
-    """Names of all options that the dataclass `cls` gives, nested ones with dots."""
+def option_names(cls: type, prefix: str = "--", default: Any = None) -> Iterator[str]:
+    """Names of all options that the dataclass `cls` gives, nested ones with dots; of a field with alternatives, those of its default."""
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        hint = hints[field.name]
+        hint, value = hints[field.name], field.default if default is None else getattr(default, field.name)
         if get_origin(hint) is Annotated:  # a positional argument, or options without a prefix of their own
             if dataclasses.is_dataclass(hint.__origin__):
-                yield from option_names(hint.__origin__, prefix)
+                yield from option_names(hint.__origin__, prefix, value if isinstance(value, hint.__origin__) else None)
             continue
+        if _alternatives(hint):
+            hint = type(value)
         if dataclasses.is_dataclass(hint):
-            yield from option_names(hint, f"{prefix}{field.name}.")
+            yield from option_names(hint, f"{prefix}{field.name}.", value if isinstance(value, hint) else None)
         else:
             yield (prefix + field.name).replace("_", "-")
 
 
-def _refuse_unknown_options(cls: type, words: Sequence[str], prog: str) -> None:
-    known = list(option_names(cls))
+def _alternatives(hint: Any) -> dict[str, type]:
+    """The dataclasses that a field may be one of, by their kind; none if there is no such choice."""
+    choices = [h for h in get_args(hint) if dataclasses.is_dataclass(h) and "kind" in h.__dataclass_fields__]
+    return {kind: h for h in choices for kind in get_args(get_type_hints(h)["kind"])} if len(choices) > 1 else {}
+
+
+def _chosen_kinds(cls: type[T], default: T | None, words: Sequence[str]) -> tuple[T | None, list[str]]:
+    """The default with the alternatives that the words choose, and the words without that choice."""
+    left = list(words)
+    for path, choices in _choices(cls):
+        option = f"--{'.'.join(path)}.kind".replace("_", "-")
+        while (at := next((i for i, word in enumerate(left) if word.partition("=")[0].replace("_", "-") == option), None)) is not None:
+            _, equals, kind = left[at].partition("=")
+            if not equals:
+                if at + 1 == len(left):
+                    raise UsageError(f"{option}: needs a value; one of {', '.join(choices)}")
+                kind = left[at + 1]
+            if kind not in choices:
+                raise UsageError(f"{option}: unknown kind {kind!r}{near_miss(kind, choices)}")
+            del left[at : at + 1 + (not equals)]
+            if default is None:
+                raise UsageError(f"{option}: cannot be chosen here")
+            default = _replaced(default, path, choices[kind])
+    return default, left
+
+
+def _choices(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, type]]]:
+    """Every field, nested ones too, that may be one of several dataclasses."""
+    for name, hint in get_type_hints(cls).items():
+        alternatives = _alternatives(hint)
+        if alternatives:
+            yield (*path, name), alternatives
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _choices(hint, (*path, name))
+
+
+def _replaced(config: Any, path: tuple[str, ...], choice: type) -> Any:
+    """`config` with the defaults of `choice` at `path`, unless it has that already. Not validated: other words may belong to it."""
+    value = getattr(config, path[0])
+    new = _replaced(value, path[1:], choice) if len(path) > 1 else value if isinstance(value, choice) else choice()
+    config = copy.copy(config)
+    object.__setattr__(config, path[0], new)
+    return config
+
+
+def _refuse_unknown_options(cls: type, words: Sequence[str], prog: str, default: Any = None) -> None:
+    known = list(option_names(cls, default=default))
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in ("--", "--help", *known) and not name.startswith("--tyro-"):

@@ -1,4 +1,4 @@
-"""Data: files as bytes, split, packed and cut into batches whose order is a function of (seed, index). Names load lazily."""
+"""Data: files split, tokenized, packed and cut into batches whose order is a function of (seed, index). Names load lazily."""
 
 from __future__ import annotations
 
@@ -9,28 +9,50 @@ if TYPE_CHECKING:
     from vqkit.data.baselines import byte_baselines as byte_baselines
     from vqkit.data.batches import Batch as Batch
     from vqkit.data.batches import SequenceSampler as SequenceSampler
+    from vqkit.data.batches import sequences as sequences
     from vqkit.data.batches import stream as stream
     from vqkit.data.config import DataConfig as DataConfig
-    from vqkit.data.packing import DataSummary as DataSummary
-    from vqkit.data.packing import Split as Split
-    from vqkit.data.packing import SplitSummary as SplitSummary
+    from vqkit.data.images import ImageTokenizer as ImageTokenizer
+    from vqkit.data.images import image_grid as image_grid
+    from vqkit.data.images import save_png as save_png
     from vqkit.data.packing import pack as pack
-    from vqkit.data.packing import read_summary as read_summary
+    from vqkit.data.pieces import SentencePieceTokenizer as SentencePieceTokenizer
     from vqkit.data.standard_library import python_library as python_library
+    from vqkit.data.stored import DataSummary as DataSummary
+    from vqkit.data.stored import Split as Split
+    from vqkit.data.stored import SplitSummary as SplitSummary
+    from vqkit.data.stored import find_defects as find_defects
+    from vqkit.data.stored import is_packed as is_packed
+    from vqkit.data.stored import read_rules as read_rules
+    from vqkit.data.stored import read_summary as read_summary
     from vqkit.data.tokenizer import ByteTokenizer as ByteTokenizer
+    from vqkit.data.tokenizer import IdTokenizer as IdTokenizer
+    from vqkit.data.tokenizer import Tokenizer as Tokenizer
+    from vqkit.data.tokenizer import load_tokenizer as load_tokenizer
 
 __all__ = [
     "Batch",
     "ByteTokenizer",
     "DataConfig",
     "DataSummary",
+    "IdTokenizer",
+    "ImageTokenizer",
+    "SentencePieceTokenizer",
     "SequenceSampler",
     "Split",
     "SplitSummary",
+    "Tokenizer",
     "byte_baselines",
+    "find_defects",
+    "image_grid",
+    "is_packed",
+    "load_tokenizer",
     "pack",
     "python_library",
+    "read_rules",
     "read_summary",
+    "save_png",
+    "sequences",
     "stream",
 ]
 
@@ -38,14 +60,25 @@ _MODULES = {
     "Batch": "batches",
     "ByteTokenizer": "tokenizer",
     "DataConfig": "config",
-    "DataSummary": "packing",
+    "DataSummary": "stored",
+    "IdTokenizer": "tokenizer",
+    "ImageTokenizer": "images",
+    "SentencePieceTokenizer": "pieces",
     "SequenceSampler": "batches",
-    "Split": "packing",
-    "SplitSummary": "packing",
+    "Split": "stored",
+    "SplitSummary": "stored",
+    "Tokenizer": "tokenizer",
     "byte_baselines": "baselines",
+    "find_defects": "stored",
+    "image_grid": "images",
+    "is_packed": "stored",
+    "load_tokenizer": "tokenizer",
     "pack": "packing",
     "python_library": "standard_library",
-    "read_summary": "packing",
+    "read_rules": "stored",
+    "read_summary": "stored",
+    "save_png": "images",
+    "sequences": "batches",
     "stream": "batches",
 }
 

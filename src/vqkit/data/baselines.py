@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vqkit.data.packing import Split
+from vqkit.data.stored import Split
 
 
 def byte_baselines(train: Split, test: Split) -> dict[str, float]:

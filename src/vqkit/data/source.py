@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from vqkit.data.config import DataConfig
+from vqkit.data.config import DataConfig, FractionSplits, PathSplits, SizedSplits
 
 SPLITS = ("train", "validation", "test")
 PIECE = 1 << 22
@@ -26,6 +27,13 @@ class SourceFile(NamedTuple):
     name: str
     path: Path
     size: int
+    items: int | None = None
+    """What it is split by: ids, rows or images; None where that is bytes."""
+
+    @property
+    def length(self) -> int:
+        """Number of items, or else of bytes."""
+        return self.size if self.items is None else self.items
 
 
 class Sources(NamedTuple):
@@ -37,7 +45,7 @@ class Sources(NamedTuple):
 
 
 class Document(NamedTuple):
-    """Bytes `start` to `stop` of a file, in one split: the whole file unless it is the only one of its corpus."""
+    """Bytes (ids, rows, images) `start` to `stop` of a file, in one split: the whole file unless it is the only one of its corpus."""
 
     split: str
     file: SourceFile
@@ -46,12 +54,65 @@ class Document(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of bytes."""
+        """Number of bytes, or of items."""
         return self.stop - self.start
 
 
-def list_files(config: DataConfig) -> Sources:
-    """The files that `config` names.
+class Fingerprint:
+    """Hashes of what is read: `files` of the contents of each file by name, and one of all names, sizes and contents."""
+
+    def __init__(self) -> None:
+        self._all = hashlib.blake2b(digest_size=16)
+        self._file = hashlib.blake2b(digest_size=16)
+        self._name: str | None = None
+        self._done: dict[str, str] = {}
+
+    def begin(self, file: SourceFile) -> None:
+        """From now on `update` brings the content of `file`."""
+        self._close()
+        self._name, self._file = file.name, hashlib.blake2b(digest_size=16)
+        name = _bytes_of(file.name)
+        for number in (len(name), file.size):
+            self._all.update(number.to_bytes(8, "little"))
+        self._all.update(name)
+
+    def update(self, piece: bytes) -> None:
+        """The next bytes of the file."""
+        self._all.update(piece)
+        self._file.update(piece)
+
+    def hexdigest(self) -> str:
+        """The hash of all that was read, 32 hexadecimal digits."""
+        return self._all.hexdigest()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The hash of every file that was read to its end."""
+        self._close()
+        return self._done
+
+    def _close(self) -> None:
+        if self._name is not None:
+            self._done[self._name] = self._file.hexdigest()
+        self._name = None
+
+
+def find_documents(config: DataConfig, measure: Callable[[SourceFile], SourceFile] | None = None) -> tuple[Sources, list[Document]]:
+    """The files that `config` names, and which part of them is in which split, in the order in which they are packed.
+
+    `measure` sets `items` of a file where it is split by something else than bytes. Raises what `list_files` and `measure` do, and
+    ValueError where the files are not what `config.splits` asks for.
+    """
+    if isinstance(config.splits, PathSplits):
+        return _by_path(config, config.splits, measure)
+    sources = list_files(config, measure)
+    if isinstance(config.splits, SizedSplits):
+        return sources, _by_size(config, config.splits, sources)
+    return sources, split_documents(sources.files, config)
+
+
+def list_files(config: DataConfig, measure: Callable[[SourceFile], SourceFile] | None = None) -> Sources:
+    """The files at `config.path`.
 
     Links are followed, but no file or folder is taken twice: a circle of links ends, and one content cannot come into two splits
     by two names. What is neither file nor folder (a socket, a device) is passed over.
@@ -66,6 +127,10 @@ def list_files(config: DataConfig) -> Sources:
     files = [file for file in found if file.size >= config.min_file_bytes]
     empty = sum(file.size == 0 for file in found)
     short = len(found) - len(files) - empty
+    if measure is not None:
+        measured = [measure(file) for file in files]
+        files = [file for file in measured if file.length]
+        empty += len(measured) - len(files)
     if not files:
         skipped = f" ({empty} empty, {short} below data.min_file_bytes = {config.min_file_bytes})" if found else ""
         patterns = f" that match data.include = {list(config.include)}" if root.is_dir() else ""
@@ -84,20 +149,17 @@ def split_documents(files: Sequence[SourceFile], config: DataConfig) -> list[Doc
     if len(files) == 1:
         return _by_position(files[0], config)
     splits = _by_hash(files, config)
-    return [Document(splits[file.name], file, 0, file.size) for file in files]
+    return [Document(splits[file.name], file, 0, file.length) for file in files]
 
 
-def read_documents(documents: Iterable[Document], digest: hashlib.blake2b) -> Iterator[tuple[Document, Iterator[bytes]]]:
+def read_documents(documents: Iterable[Document], digest: Fingerprint) -> Iterator[tuple[Document, Iterator[bytes]]]:
     """Each document with its content in pieces. Names, sizes and whatever is read enter `digest`: read all pieces in turn.
 
     Raises OSError naming a file that cannot be read or whose size is no longer what it was.
     """
     for document in documents:
         if document.start == 0:
-            name = _bytes_of(document.file.name)
-            for number in (len(name), document.file.size):
-                digest.update(number.to_bytes(8, "little"))
-            digest.update(name)
+            digest.begin(document.file)
         yield document, _pieces(document, digest)
 
 
@@ -110,9 +172,14 @@ def corpus_hash(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def new_digest() -> hashlib.blake2b:
+def new_digest() -> Fingerprint:
     """The hash that `corpus_hash` speaks of, before any file."""
-    return hashlib.blake2b(digest_size=16)
+    return Fingerprint()
+
+
+def whole_file(file: SourceFile) -> Document:
+    """All bytes of `file`, whatever it is split by."""
+    return Document("train", file._replace(items=None), 0, file.size)
 
 
 def hash_fraction(name: str) -> float:
@@ -152,9 +219,9 @@ def _below(root: Path, config: DataConfig) -> Iterator[SourceFile]:
 
 
 def _by_position(file: SourceFile, config: DataConfig) -> list[Document]:
-    test = _limited(int(file.size * config.test_fraction), config.max_test_bytes)
-    validation = _limited(int(file.size * config.validation_fraction), config.max_validation_bytes)
-    borders = (0, file.size - test - validation, file.size - test, file.size)
+    test = _limited(int(file.length * config.test_fraction), config.max_test_bytes)
+    validation = _limited(int(file.length * config.validation_fraction), config.max_validation_bytes)
+    borders = (0, file.length - test - validation, file.length - test, file.length)
     parts = zip(SPLITS, borders, borders[1:], strict=False)
     return [Document(split, file, start, stop) for split, start, stop in parts if stop > start]
 
@@ -181,9 +248,9 @@ def _by_hash(files: Sequence[SourceFile], config: DataConfig) -> dict[str, str]:
 def _fitting(files: Iterable[SourceFile], limit: int) -> list[SourceFile]:
     taken, total = [], 0
     for file in files:
-        if not limit or total + file.size <= limit:
+        if not limit or total + file.length <= limit:
             taken.append(file)
-            total += file.size
+            total += file.length
     return taken
 
 
@@ -191,7 +258,50 @@ def _limited(size: int, limit: int) -> int:
     return min(size, limit) if limit else size
 
 
-def _pieces(document: Document, digest: hashlib.blake2b) -> Iterator[bytes]:
+def _by_size(config: DataConfig, splits: SizedSplits, sources: Sources) -> list[Document]:
+    sizes = {name: getattr(splits, name) for name in SPLITS}
+    if len(sources.files) != 1:
+        raise ValueError(f"data.path = {config.path!r}: holds {len(sources.files)} files; data.splits.kind = 'sizes' cuts exactly one")
+    (file,) = sources.files
+    if sum(sizes.values()) != file.length:
+        raise ValueError(
+            f"data.splits: train = {splits.train}, validation = {splits.validation} and test = {splits.test} add up to "
+            f"{sum(sizes.values())}: must be the {file.length} that {file.path} holds"
+        )
+    documents, start = [], 0
+    for name, size in sizes.items():
+        documents += [Document(name, file, start, start + size)] if size else []
+        start += size
+    return documents
+
+
+def _by_path(config: DataConfig, splits: PathSplits, measure: Callable[[SourceFile], SourceFile] | None) -> tuple[Sources, list[Document]]:
+    if not config.path:
+        raise ValueError("data.path is empty: name the folder that holds the splits with --data.path")
+    files, documents, empty, short = [], [], 0, 0
+    places: dict[str, str] = {}
+    for name in SPLITS:
+        below = getattr(splits, name)
+        if not below:
+            continue
+        path = Path(config.path).expanduser() / Path(below).expanduser()
+        try:
+            found = list_files(replace(config, path=str(path), splits=FractionSplits()), measure)
+        except ValueError as error:
+            raise ValueError(f"data.splits.{name} = {below!r}: {error}") from error
+        for file in found.files:
+            real = os.path.realpath(file.path)
+            if real in places:
+                raise ValueError(f"{file.path} is in two splits, {places[real]} and {name}: no file may be in more than one")
+            places[real] = name
+            named = file._replace(name=f"{name}/{file.name}")
+            files.append(named)
+            documents.append(Document(name, named, 0, named.length))
+        empty, short = empty + found.empty_files, short + found.short_files
+    return Sources(files, empty, short), documents
+
+
+def _pieces(document: Document, digest: Fingerprint) -> Iterator[bytes]:
     path, left = document.file.path, document.size
     try:
         with open(path, "rb") as file:

@@ -1,0 +1,266 @@
+"""Packed data as they lie on the disk, and how they are read: the ids of each split, memory-mapped.
+
+A folder of packed data holds, per split, shards `NAME-00000.tokens`, ... (unsigned integers, little endian, of the fewest bytes that
+the vocabulary needs, counted from `first_id`) and `NAME.offsets` (int64, little endian: where each document begins, and the end;
+absent where all are equally long); the tokenizer; `files.jsonl`, what was read; and `meta.json`, which says how all was made. It
+appears as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqkit.config import from_dict
+from vqkit.data.config import DataConfig
+from vqkit.data.events import DataEvent, Note
+from vqkit.data.source import PIECE, SPLITS
+from vqkit.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+
+FORMAT = 2
+META_FILE = "meta.json"
+FILES_FILE = "files.jsonl"
+OFFSET = np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What one split holds; of bytes with end tokens, tokens = bytes and one more per document. Ids have no bytes, only text has words."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    words: int = 0
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What packed data were made from: the hash is of names, sizes and contents of all files (see `corpus_hash`)."""
+
+    path: str
+    corpus_hash: str
+    files: int
+    empty_files: int
+    short_files: int
+    train: SplitSummary
+    validation: SplitSummary
+    test: SplitSummary
+    tokenizer: str = ByteTokenizer.kind
+    vocab_size: int = ByteTokenizer.vocab_size
+    tokenizer_hash: str = ByteTokenizer().hash
+
+    @property
+    def total(self) -> SplitSummary:
+        """What all splits hold together."""
+        splits = (self.train, self.validation, self.test)
+        return SplitSummary(*(sum(getattr(s, name) for s in splits) for name in ("documents", "bytes", "tokens", "words")))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of ids."""
+
+    file: str
+    tokens: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class StoredSplit:
+    """The files of one split, and the hash of its offsets; empty where there are none, or none is known."""
+
+    shards: tuple[Shard, ...]
+    offsets: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ids of all splits are stored: numbers of `dtype`, counted from `first_id`; `files` is the hash of files.jsonl."""
+
+    dtype: str
+    first_id: int
+    document_len: int | None
+    train: StoredSplit
+    validation: StoredSplit
+    test: StoredSplit
+    files: str = ""
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder of packed data."""
+    if not str(path) or not (Path(path).expanduser() / META_FILE).is_file():
+        return False
+    try:
+        read_meta(Path(path).expanduser())
+    except ValueError:
+        return False
+    return True
+
+
+def read_summary(folder: str | os.PathLike[str]) -> DataSummary:
+    """The summary of the packed data in `folder`. Raises ValueError if it holds none, or some of another format."""
+    return from_dict(DataSummary, read_meta(Path(folder))["summary"], where=f"{folder}/meta.json: summary")
+
+
+def read_rules(folder: str | os.PathLike[str]) -> DataConfig:
+    """A configuration with the rules by which the data in `folder` were packed, and `folder` as its path."""
+    rules = read_meta(Path(folder))["rules"]
+    source = rules.get("source", {})
+    length = source["height"] * source["width"] * source["channels"] if source.get("kind") == "images" else 1
+    return from_dict(DataConfig, {**rules, "path": str(folder), "sequence_len": length}, where=f"{folder}/meta.json: rules")
+
+
+def find_defects(folder: str | os.PathLike[str], *, on_event: Callable[[DataEvent], None] | None = None) -> list[str]:
+    """Read all of the packed data in `folder`: every file that is not what was written there, by name; none if all is well."""
+    folder, emit = Path(folder), on_event or (lambda event: None)
+    layout, defects = read_layout(folder), []
+    splits = {name: getattr(layout, name) for name in SPLITS}
+    expected = {shard.file: shard.hash for split in splits.values() for shard in split.shards}
+    expected |= {f"{name}.offsets": split.offsets for name, split in splits.items()}
+    expected[FILES_FILE] = layout.files
+    for name, digest in expected.items():
+        emit(Note(f"checking {name}"))
+        if digest and not (folder / name).is_file():
+            defects.append(f"{folder / name} is missing")
+        elif digest and _file_hash(folder / name) != digest:
+            defects.append(f"{folder / name} is damaged: its content is not what was written")
+    try:
+        found = _tokenizer(folder).hash
+    except (ValueError, OSError) as error:
+        return [*defects, str(error)]
+    if found != read_summary(folder).tokenizer_hash:
+        defects.append(f"{folder / TOKENIZER_FILE} is another tokenizer than the one that the data were packed with")
+    return defects
+
+
+class StoredIds:
+    """The ids of one split, in one or more memory-mapped shards: `ids[start:stop]` is an array, int64 [stop - start]."""
+
+    def __init__(self, shards: Sequence[np.ndarray], first_id: int) -> None:
+        self._shards, self._first_id = list(shards), first_id
+        self._begins = np.cumsum([0, *map(len, shards)]).tolist()
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise ValueError(f"step = {step}: ids are read one after another, step 1")
+        parts = [np.empty(0, dtype=np.int64)]
+        first = int(np.searchsorted(self._begins, start, side="right")) - 1
+        for begin, shard in zip(self._begins[first:], self._shards[first:], strict=False):
+            if begin >= stop:
+                break
+            parts.append(shard[max(start - begin, 0) : stop - begin].astype(np.int64) + self._first_id)
+        return np.concatenate(parts)
+
+    def astype(self, dtype: Any) -> np.ndarray:
+        """All ids in memory."""
+        return self[:].astype(dtype)
+
+    def tolist(self) -> list[int]:
+        """All ids as a list."""
+        return self[:].tolist()
+
+
+class Split:
+    """One split of packed data: `tokens`, its ids (see `StoredIds`), and `offsets` int64 [num_documents + 1], memory-mapped.
+
+    `document_len` is the length of every document where they are equally long, as images are, and no end token stands between
+    them, else None. Raises ValueError for an unknown name, a folder without packed data, or a file whose size is not what
+    meta.json says.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], name: str) -> None:
+        if name not in SPLITS:
+            raise ValueError(f"name = {name!r}: must be one of {', '.join(SPLITS)}")
+        folder = Path(folder)
+        summary: SplitSummary = getattr(read_summary(folder), name)
+        layout = read_layout(folder)
+        self.name = name
+        self.num_documents, self.num_bytes = summary.documents, summary.bytes
+        self.num_tokens, self.num_words = summary.tokens, summary.words
+        self.document_len = layout.document_len
+        self.tokenizer = _tokenizer(folder)
+        stored: StoredSplit = getattr(layout, name)
+        self.tokens = StoredIds([_map(folder / s.file, np.dtype(layout.dtype), s.tokens) for s in stored.shards], layout.first_id)
+        if len(self.tokens) != self.num_tokens:
+            raise ValueError(f"{folder / META_FILE}: the shards of {name} have {len(self.tokens)} tokens, its summary {self.num_tokens}")
+        if layout.document_len is None:
+            self.offsets = _map(folder / f"{name}.offsets", OFFSET, self.num_documents + 1)
+        else:
+            self.offsets = np.arange(self.num_documents + 1) * layout.document_len
+
+    def document(self, index: int) -> Any:
+        """Content of one document: bytes of text, an array of ids or an image. Raises ValueError if there is none of that index."""
+        if not 0 <= index < self.num_documents:
+            raise ValueError(f"index = {index}: the {self.name} split has documents 0 to {self.num_documents - 1}")
+        return self.tokenizer.decode(self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])])
+
+    def byte_pieces(self, size: int = 1 << 22) -> Iterator[np.ndarray]:
+        """The bytes of all documents one after another, without end tokens, as uint8 arrays of at most `size`.
+
+        Raises ValueError for ids of a vocabulary of the user's own, which have no bytes.
+        """
+        if self.tokenizer.kind == "ids":
+            raise ValueError(f"the {self.name} split holds ids of a vocabulary that is not known here: they have no bytes")
+        for start in range(0, self.num_tokens, size):
+            ids = self.tokens[start : start + size]
+            if self.tokenizer.kind == "sentencepiece":
+                content = np.frombuffer(self.tokenizer.decode(ids), dtype=np.uint8)
+                yield from (content[i : i + size] for i in range(0, len(content), size))
+            else:
+                yield (ids[ids >= ByteTokenizer.FIRST_BYTE] - ByteTokenizer.FIRST_BYTE).astype(np.uint8)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json says. Raises ValueError if there is none, or one of another format."""
+    path = folder / META_FILE
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no packed data: there is no meta.json in it") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(meta, dict) or meta.get("format") not in (1, FORMAT) or not {"rules", "summary"} <= meta.keys():
+        raise ValueError(f"{path} is not the description of packed data of format {FORMAT}")
+    return meta
+
+
+def read_layout(folder: Path) -> Layout:
+    """How the packed data in `folder` are stored."""
+    meta = read_meta(folder)
+    if meta["format"] == 1:  # bytes with end tokens, one file a split, no hashes
+        train, validation, test = (StoredSplit((Shard(f"{name}.tokens", meta["summary"][name]["tokens"], ""),)) for name in SPLITS)
+        return Layout("<u2", first_id=0, document_len=None, train=train, validation=validation, test=test)
+    return from_dict(Layout, meta.get("layout", {}), where=f"{folder}/meta.json: layout")
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of packed data; of format 1 it is not written down, and bytes."""
+    return load_tokenizer(folder) if read_meta(folder)["format"] == FORMAT else ByteTokenizer()
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _map(path: Path, dtype: np.dtype[Any], length: int) -> np.ndarray:
+    found = path.stat().st_size if path.exists() else 0
+    if found != length * dtype.itemsize:
+        raise ValueError(f"{path} has {found} bytes: meta.json speaks of {length * dtype.itemsize}; the file is damaged")
+    if not length:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(length,))
