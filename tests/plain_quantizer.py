@@ -5,7 +5,8 @@ from __future__ import annotations
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.nearest_code import nearest_index
 from vqkit.quantizers.base import Quantized, Quantizer
-from vqkit.quantizers.codebook import Codebook, Committed
+from vqkit.quantizers.codebook import Codebook
+from vqkit.quantizers.committed import Committed
 
 
 class Plain(Quantizer):

@@ -34,6 +34,10 @@ def _learns(case: Case) -> bool:
     return case.learns
 
 
+def _steps(case: Case) -> bool:
+    return case.steps
+
+
 def _has_verbs(case: Case) -> bool:
     return not case.in_heads
 
@@ -71,6 +75,7 @@ def _has_time(case: Case) -> bool:
 
 
 _LEARNING = {"among": _learns, "scope": "those that learn"}
+_STEPPING = {"among": _steps, "scope": "those that learn, or have layers that do"}
 _QUANTIZERS = {"among": _has_verbs, "scope": "all but those of Transformer-VQ, which its model calls"}
 _SEQUENCES = {"among": _has_time, "scope": "those with positions behind the batch"}
 _PLAIN = {"among": _plain, "scope": "VectorQuantize whose codes are what is stored, on the input itself"}
@@ -116,8 +121,8 @@ _LAWS = [
     Law("checkpointing_compiles", "checkpointing around and inside compile: output, gradients, codebook", **_FEW),
     Law("inductor_is_eager", "the default compiler in train and eval (1e-5)", **_ONE),
     Law("encode_and_decode_export", "torch.export of encode and decode", **_READ),
-    Law("micro_batches_are_one_batch", "k micro-batches and one commit give the gradients and codebook of one batch (1e-5)", **_LEARNING),
-    Law("many_processes_are_one", "DDP, 2 and 4 processes x 2 micro-batches: ranks equal; one process on it all (1e-5)", **_LEARNING),
+    Law("micro_batches_are_one_batch", "k micro-batches and one commit give the gradients and codebook of one batch (1e-5)", **_STEPPING),
+    Law("many_processes_are_one", "DDP, 2 and 4 processes x 2 micro-batches: ranks equal; one process on it all (1e-5)", **_STEPPING),
 ]
 
 LAWS = {law.name: law for law in _LAWS}

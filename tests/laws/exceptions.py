@@ -31,6 +31,9 @@ _ACTIVE = "the codes that a batch uses are more than those its parts use, and th
 _SAMPLED = "the codes that this loss looks at are drawn in every call"
 _SHAPES = "codebooks of different shapes are read and set one by one; all at once is an error"
 
+_MAPPED = "the codes are a transform of what is stored; setting them is an error"
+_SPREAD = "the entropy of a batch is not the mean of those of its parts"
+
 EXCEPTIONS = [
     Exempt("assignment=Gumbel*", "order_does_not_matter", _DRAWN),
     Exempt("assignment=Gumbel*", "training_returns_one_codebook", _IN_TRAINING),
@@ -49,10 +52,18 @@ EXCEPTIONS = [
     Exempt("losses=*active_only*", "many_processes_are_one", _ACTIVE),
     Exempt("losses=*max_codes*", "micro_batches_are_one_batch", _SAMPLED),
     Exempt("losses=*max_codes*", "many_processes_are_one", _SAMPLED),
-    Exempt("transform=*", "the_setter_lasts", "the codes are a transform of what is stored; setting them is an error", ValueError),
+    Exempt("transform=*", "the_setter_lasts", _MAPPED, ValueError),
+    Exempt("SimVQ", "the_setter_lasts", _MAPPED, ValueError),
+    Exempt("layers=mapped_tables", "the_setter_lasts", _MAPPED, ValueError),
     Exempt("codebook_size=*+*", "the_setter_lasts", _SHAPES, ValueError),
     Exempt("layers=*", "the_setter_lasts", _SHAPES, ValueError),
     Exempt("parts=unequal_widths", "the_setter_lasts", _SHAPES, ValueError),
+    Exempt("noise_dropout=*", "order_does_not_matter", _NOISE),
+    Exempt("noise_dropout=*", "training_returns_one_codebook", _IN_TRAINING),
+    Exempt("noise_dropout=*", "micro_batches_are_one_batch", _NOISE),
+    Exempt("noise_dropout=*", "many_processes_are_one", _NOISE),
+    Exempt("LFQ(*Diversity*", "micro_batches_are_one_batch", _SPREAD),
+    Exempt("LFQ(*Diversity*", "many_processes_are_one", _SPREAD),
 ]
 
 _DEVICE = "there is no other device than the CPU where the laws run; tests of meta-device construction set it"
@@ -63,6 +74,8 @@ NOT_VARIED: dict[tuple[str, ...], str] = {
     ("VectorQuantize", "device"): _DEVICE,
     ("Residual", "device"): _DEVICE,
     ("ResidualVQ", "device"): _DEVICE,
+    ("FSQ", "device"): _DEVICE,
+    ("LFQ", "device"): _DEVICE,
     ("LearnableVQ", "device"): _DEVICE,
     ("LearnableVQ", "dtype"): "the golden arrays run in float64",
     ("SimpleVQ", "device"): _DEVICE,

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from vqkit.quantizers import (
     EMA,
+    FSQ,
+    LFQ,
     MLP,
     Affine,
     BeamSearch,
@@ -26,6 +28,7 @@ from vqkit.quantizers import (
     DeadCodes,
     DiVeQ,
     Diversity,
+    Entropy,
     Frozen,
     Gradient,
     Grouped,
@@ -35,13 +38,16 @@ from vqkit.quantizers import (
     LearnableVQ,
     Orthogonality,
     OwnOptimizer,
+    ProductVQ,
     QuantizeDropout,
     Residual,
     ResidualVQ,
     SimpleVQ,
+    SimVQ,
     Softmax,
     VectorQuantize,
 )
+from vqkit.quantizers.codebook import Codebook
 
 DIM, CODES, BATCH, TIME, HEADS = 8, 16, 4, 8, 2
 _SIZES = {"dim", "num_quantizers", "groups"}
@@ -90,7 +96,14 @@ class Case:
     def learns(self) -> bool:
         """Whether any code can change."""
         frozen = "update=Frozen" in self.options and "transform" not in self.arguments
-        return self.kind is not SimpleVQ and not frozen
+        return (
+            self.kind is not SimpleVQ and not frozen and (self.in_heads or any(isinstance(b, Codebook) for b in self._example.codebooks()))
+        )
+
+    @property
+    def steps(self) -> bool:
+        """Whether training changes anything: codes, or layers around them."""
+        return self.learns or self.projects
 
     @property
     def waits(self) -> bool:
@@ -237,6 +250,21 @@ def groups_of_residuals() -> list[nn.Module]:
     return [Residual([VectorQuantize(DIM, CODES), VectorQuantize(DIM, CODES)]) for _ in range(2)]
 
 
+def fine_after_coarse() -> list[nn.Module]:
+    """Scalars, each layer at the scale of the steps of the one before."""
+    return [FSQ((5, 5, 3), symmetric=True, bound="clamp", scale=[(n - 1.0) ** -i for n in (5, 5, 3)]) for i in range(3)]
+
+
+def halving_bits() -> list[nn.Module]:
+    """Signs, each layer at half the scale of the one before."""
+    return [LFQ(DIM, scale=0.5**i, losses=(Entropy(weight=0.1), Commitment(weight=0.25))) for i in range(2)]
+
+
+def groups_of_scalars() -> list[nn.Module]:
+    """Scalars of different widths, grouped."""
+    return [Residual([FSQ((4, 4)), FSQ((4, 4), scale=0.25)]), Residual([LFQ(3), LFQ(3, scale=0.5)])]
+
+
 _BUILT = {"transform", "layers", "parts"}  # modules are made anew for each case
 _QUICK = EMA(decay=0.3)
 """Forgets so fast that codes die within a step."""
@@ -253,6 +281,7 @@ _VECTOR_QUANTIZE = [
     _vq(assignment=Gumbel(), estimator=DiVeQ(), update=Gradient()),
     _vq(assignment=Softmax(temperature=0.5)),
     _vq(assignment=Softmax(estimator="reinmax"), update=Gradient()),
+    _vq(assignment=Softmax(), update=Gradient(), metric="cosine"),  # IBQ
     _vq(estimator="straight_through"),
     _vq(estimator="none"),
     _vq(estimator="none", update=Gradient()),
@@ -276,7 +305,7 @@ _VECTOR_QUANTIZE = [
     _vq(dead_codes=_HEALTHY, update=Gradient(decay=0.3)),
     # What the codes are made of
     _vq(transform="linear", update=Frozen(), represents=True),
-    _vq(transform=MLP(hidden=12, depth=2), update=Gradient()),
+    _vq(transform=MLP(hidden=12, depth=2), update=Gradient(), init="unit"),
     _vq(transform=tanh_of_linear, update=Gradient()),
     _vq(affine=Affine(batch_decay=0.5, codebook_decay=0.5), represents=True),
     _vq(code_weights=slow_where_many),
@@ -284,7 +313,7 @@ _VECTOR_QUANTIZE = [
     _vq(losses=()),
     _vq(losses=(Commitment(weight=0.25), Diversity(weight=0.1, temperature=2.0))),
     _vq(losses=(CrossEntropyCommitment(weight=0.5),)),
-    _vq(losses=(Commitment(), Orthogonality(weight=0.5)), update=Gradient()),
+    _vq(losses=(Commitment(weight=0.25, pull=4.0), Orthogonality(weight=0.5)), update=Gradient()),
     _vq(losses=(Commitment(), Orthogonality(active_only=True)), update=Gradient()),
     _vq(losses=(Commitment(), Orthogonality(max_codes=8)), update=Gradient()),
     # Heads and widths
@@ -347,6 +376,44 @@ _GROUPED = [
     Case(Grouped, {"parts": groups_of_residuals, "layout": "first", "commit": "manual"}),
 ]
 
+
+def mapped_tables() -> list[nn.Module]:
+    """Frozen tables behind learned maps."""
+    return [SimVQ(DIM, CODES, estimator="none") for _ in range(2)]
+
+
+_COMPOSED = [
+    Case(SimVQ, {"dim": DIM, "codebook_size": CODES}),
+    Case(SimVQ, {"dim": DIM, "codebook_size": CODES, "transform": MLP(hidden=12), "init": "normal", "losses": (Commitment(),)}),
+    Case(Residual, {"layers": mapped_tables, "beam": BeamSearch(size=2)}),
+    Case(ProductVQ, {"dim": 2 * DIM, "codebook_size": CODES, "groups": 2}),
+    Case(ProductVQ, {"dim": 2 * DIM, "codebook_size": CODES, "groups": 2, "layout": "first", "commit": "manual"}, (3, 4), "image"),
+]
+
+_SCALAR = [
+    Case(FSQ, {"levels": (8, 5, 5)}, represents=True),
+    Case(FSQ, {"levels": (2, 3, 4), "dim": DIM}),
+    Case(FSQ, {"levels": (4, 3), "heads": 2, "symmetric": True, "layout": "first"}, (3, 4), "image"),
+    Case(FSQ, {"levels": (5, 4), "bound": "clamp", "scale": (0.5, 0.25), "masked": "input"}),
+    Case(FSQ, {"levels": (4, 4), "dim": DIM, "symmetric": True, "noise_dropout": 0.5, "commit": "manual"}),
+    Case(LFQ, {"dim": DIM}, represents=True),
+    Case(LFQ, {"dim": DIM, "codebook_size": 16, "heads": 2, "spherical": True, "scale": 2.0, "diversity_bits": 3}),
+    Case(
+        LFQ,
+        {
+            "dim": DIM,
+            "codebook_size": 64,
+            "soft_clamp": 2.0,
+            "diversity_over": "ranks",
+            "losses": (Commitment(weight=0.25), Entropy(weight=0.2, temperature=0.5), Diversity(temperature=0.5)),
+        },
+    ),
+    Case(LFQ, {"dim": DIM, "layout": "first", "masked": "input", "commit": "manual"}, (3, 4), "image"),
+    Case(Residual, {"layers": fine_after_coarse, "dim": DIM, "quantize_dropout": QuantizeDropout(seed=5)}),
+    Case(Residual, {"layers": halving_bits, "beam": BeamSearch(size=3)}),
+    Case(Grouped, {"parts": groups_of_scalars}),
+]
+
 _TRANSFORMER = [
     Case(LearnableVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM}),
     Case(LearnableVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM, "config": CodebookConfig(decay=0.3, dead_code_threshold=1.0)}),
@@ -354,4 +421,4 @@ _TRANSFORMER = [
     Case(SimpleVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM}),
 ]
 
-CASES = [*_VECTOR_QUANTIZE, *_RESIDUAL, *_GROUPED, *_TRANSFORMER]
+CASES = [*_VECTOR_QUANTIZE, *_RESIDUAL, *_GROUPED, *_COMPOSED, *_SCALAR, *_TRANSFORMER]

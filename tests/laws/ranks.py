@@ -69,7 +69,7 @@ def descend_(model: nn.Module, rate: float = 0.1) -> None:
 def on_rank(rank: int, world: int, folder: str) -> None:
     """All cases in all variants, built before there is a process group, each rank with another seed."""
     torch.set_num_threads(1)
-    nets = {(case.name, variant): (case, build(case, variant, seed=rank)) for case in CASES if case.learns for variant in variants(case)}
+    nets = {(case.name, variant): (case, build(case, variant, seed=rank)) for case in CASES if case.steps for variant in variants(case)}
     torch_dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group{world}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )

@@ -32,7 +32,7 @@ from vqkit.quantizers import (
     synchronize_codebooks_,
     update_codebooks_,
 )
-from vqkit.quantizers.codebook import Committed
+from vqkit.quantizers.committed import Committed
 from vqkit.quantizers.update import stored_codes
 
 CHOICES = {

@@ -1046,7 +1046,7 @@ def test_layers_that_do_not_fit_are_refused():
         ({"implicit": True}, TypeError, r"implicit = True: must be MLP\(...\)"),
         ({"shared_codebook": "no"}, TypeError, r"shared_codebook = 'no'"),
         ({"quantize_dropout": QuantizeDropout(multiple_of=3)}, ValueError, r"multiple_of = 3: must be at most 2, the number of layers"),
-        ({"init": "kmeans"}, ValueError, r"init = 'kmeans': must be one of 'uniform', 'normal', KMeans\(...\)"),
+        ({"init": "kmeans"}, ValueError, r"init = 'kmeans': must be one of 'uniform', 'normal', 'unit', KMeans\(...\)"),
         ({"code_weights": 0.5}, TypeError, r"code_weights = 0.5: must be a tensor"),
     ],
 )

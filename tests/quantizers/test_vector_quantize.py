@@ -919,7 +919,7 @@ def test_encode_and_decode_can_be_exported(options):
         ({"update": EMA}, TypeError, r"^update = <class"),
         ({"dead_codes": 1.0}, TypeError, r"^dead_codes = 1.0: must be DeadCodes\(...\)"),
         ({"affine": True}, TypeError, r"^affine = True: must be Affine\(...\)"),
-        ({"losses": Commitment()}, TypeError, r"^losses = Commitment\(weight=1.0\): must be a sequence"),
+        ({"losses": Commitment()}, TypeError, r"^losses = Commitment\(.*\): must be a sequence"),
         ({"losses": None}, TypeError, r"^losses = None: must be a sequence"),
         ({"assignment": Gumbel}, ValueError, r"^assignment = <class .*: must be one of 'nearest', Gumbel\(...\), Softmax\(...\)"),
         ({"estimator": None}, ValueError, r"^estimator = None: must be one of 'rotation', 'straight_through', 'none', DiVeQ\(...\)"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import DeadCodes as DeadCodes
     from vqkit.quantizers.config import DiVeQ as DiVeQ
     from vqkit.quantizers.config import Diversity as Diversity
+    from vqkit.quantizers.config import Entropy as Entropy
     from vqkit.quantizers.config import Frozen as Frozen
     from vqkit.quantizers.config import Gradient as Gradient
     from vqkit.quantizers.config import Gumbel as Gumbel
@@ -35,18 +36,24 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import QuantizeDropout as QuantizeDropout
     from vqkit.quantizers.config import Softmax as Softmax
     from vqkit.quantizers.fixed import SimpleVQ as SimpleVQ
+    from vqkit.quantizers.fsq import FSQ as FSQ
     from vqkit.quantizers.grouped import Grouped as Grouped
     from vqkit.quantizers.grouped import GroupedResidualVQ as GroupedResidualVQ
+    from vqkit.quantizers.grouped import ProductVQ as ProductVQ
     from vqkit.quantizers.implicit import ImplicitVQ as ImplicitVQ
     from vqkit.quantizers.learnable import LearnableVQ as LearnableVQ
+    from vqkit.quantizers.lfq import LFQ as LFQ
     from vqkit.quantizers.packing import pack_indices as pack_indices
     from vqkit.quantizers.packing import unpack_indices as unpack_indices
     from vqkit.quantizers.residual import Residual as Residual
     from vqkit.quantizers.residual import ResidualVQ as ResidualVQ
+    from vqkit.quantizers.sim_vq import SimVQ as SimVQ
     from vqkit.quantizers.vector_quantize import VectorQuantize as VectorQuantize
 
 __all__ = [
     "EMA",
+    "FSQ",
+    "LFQ",
     "MLP",
     "Affine",
     "BeamSearch",
@@ -58,6 +65,7 @@ __all__ = [
     "DeadCodes",
     "DiVeQ",
     "Diversity",
+    "Entropy",
     "Frozen",
     "Gradient",
     "Grouped",
@@ -68,12 +76,14 @@ __all__ = [
     "LearnableVQ",
     "Orthogonality",
     "OwnOptimizer",
+    "ProductVQ",
     "QuantizeDropout",
     "Quantized",
     "Quantizer",
     "QuantizerOutput",
     "Residual",
     "ResidualVQ",
+    "SimVQ",
     "SimpleVQ",
     "Softmax",
     "VectorQuantize",
@@ -98,6 +108,9 @@ _MODULES = {
     "DiVeQ": "config",
     "Diversity": "config",
     "EMA": "config",
+    "Entropy": "config",
+    "FSQ": "fsq",
+    "LFQ": "lfq",
     "Frozen": "config",
     "Gradient": "config",
     "Grouped": "grouped",
@@ -109,6 +122,8 @@ _MODULES = {
     "MLP": "config",
     "Orthogonality": "config",
     "OwnOptimizer": "config",
+    "ProductVQ": "grouped",
+    "SimVQ": "sim_vq",
     "QuantizeDropout": "config",
     "Quantized": "base",
     "Quantizer": "base",

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqkit.dist import Reducer, has_default_group, is_managed, own_storage
-from vqkit.quantizers.codebook import Codebook, Committed, outside_backward
 from vqkit.quantizers.commit import Committing, Statistics, flatten_statistics, reduce_in_forward, synchronize_codebooks_
+from vqkit.quantizers.committed import Committed, Counting, outside_backward
 
 _COLLAPSED = 0.1
 _ENOUGH_VECTORS = 32
@@ -67,7 +68,7 @@ class Quantizer(Committing):
         """indices, positions + code_shape -> codes before the output projection; -1 gives zeros."""
 
     @abstractmethod
-    def codebooks(self) -> list[Codebook]:
+    def codebooks(self) -> Sequence[Counting]:
         """All codebooks in order, a shared one once; empty where there is nothing to learn."""
 
     @property
@@ -126,7 +127,7 @@ class Quantizer(Committing):
         for member in members:
             if not member.auto:
                 member.auto = True
-            if isinstance(member, Codebook):
+            if isinstance(member, Counting):
                 member.check_commit()
         if outside is not False and not torch.compiler.is_exporting():
             self._synchronize_start_()
@@ -155,7 +156,7 @@ class Quantizer(Committing):
         for (codebook, _), entry in zip(pairs, reduce_in_forward([entry for _, entry in pairs], self.reducer), strict=True):
             codebook.replace_statistics_(entry, outside)
         for member in members:
-            if not isinstance(member, Codebook):
+            if not isinstance(member, Counting):
                 member.pend_(outside)
 
     def _weigh(self, losses: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""The table of codes: its state, what is pending for it, and the value that a commit of what is pending would give.
-
-No forward writes what it reads. Statistics wait in `pending` until a commit, at one named place, makes them part of the state. With
-automatic commits `codes()` and the state dict already show the value after the commit, and write nothing: what is pending names the
-commit that it follows, so that committing it early, twice or on one rank alone changes nothing.
+"""The table of codes: its state, and the value that a commit of what is pending for it would give.
 
 Shapes: H heads with a codebook each, N vectors, C codes, K width.
 """
@@ -25,12 +21,12 @@ from vqkit.ops.codebook import (
     directions,
     gather_codes,
     largest_keys,
-    merge_statistics,
     zero_statistics,
 )
 from vqkit.ops.kmeans import kmeans
 from vqkit.ops.precision import without_autocast
-from vqkit.ops.usage import active_fraction, dead_fraction, perplexity, relative_error
+from vqkit.ops.usage import dead_fraction
+from vqkit.quantizers.committed import WIDE, Counting, in_backward, rare_fraction
 from vqkit.quantizers.config import (
     EMA,
     MLP,
@@ -48,7 +44,6 @@ from vqkit.quantizers.config import (
 from vqkit.quantizers.layout import check_range
 from vqkit.quantizers.update import State, advance, expire, next_count, start_state, stored_codes
 
-_WIDE = (torch.float32, torch.float64)
 _MAX_CANDIDATES = 64
 _VARIANCE_FLOOR = 1e-12
 _AFFINE_NAMES = ("batch_mean", "batch_variance", "code_mean", "code_variance")
@@ -56,184 +51,6 @@ _AFFINE_NAMES = ("batch_mean", "batch_variance", "code_mean", "code_variance")
 CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor]
 """What 1 - decay of each code is multiplied by at a commit: [C] or [H, C] floating point, or a function that returns it of the sum
 [H, C, K] and the number [H, C] of the vectors that chose each code. It is called whenever the codes are read: it must be pure."""
-
-
-# Whether a forward is the recomputation of another one
-
-
-@torch.library.custom_op("vqkit::outside_backward", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
-def _outside_backward(like: Tensor) -> Tensor:
-    return torch.full((), not _in_backward(), dtype=torch.bool, device=like.device)
-
-
-@_outside_backward.register_fake
-def _(like: Tensor) -> Tensor:
-    return like.new_empty((), dtype=torch.bool)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def outside_backward(like: Tensor) -> Tensor | bool:
-    """Whether no backward is running: a bool, or inside a compiled graph a bool tensor on the device of `like`, asked at every run."""
-    return _outside_backward(like.detach()) if torch.compiler.is_compiling() else not _in_backward()
-
-
-class Committed(nn.Module):
-    """State that changes by commits alone: a counter of the commits, and the commit that what is pending follows.
-
-    On its own it is a clock: the counter, for what must be a function of the number of commits. `updates` [] int64 is a buffer of the
-    state dict. With `auto` (set by the quantizer that owns it) readers see the value after the commit of what is pending.
-    """
-
-    _version = 1
-    updates: Tensor
-
-    def __init__(self, *, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
-        self.follows = torch.full_like(self.updates, -1)
-        self.auto = False
-        self._entered = False
-
-    # Reading
-
-    def committed_state(self) -> State:
-        """What is committed, by name."""
-        return {"updates": self.updates}
-
-    def _after_commit(self) -> State:
-        """The state after a commit of what is pending."""
-        return {"updates": self.updates + 1}
-
-    def _settled(self) -> State:
-        """The state as readers see it."""
-        state = self.committed_state()
-        if not self.auto or self._entered or not self.training:
-            return state
-        live, after = self.follows == self.updates, self._after_commit()
-        return {name: old if after[name] is old else _where_changed(live, after[name], old) for name, old in state.items()}
-
-    @property
-    def commits(self) -> Tensor:
-        """[] int64: how many commits the state has seen."""
-        return self._settled()["updates"]
-
-    # The forward of the outermost quantizer
-
-    def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
-        """A forward begins: until `leave_` readers see what is committed, which is what a recomputation of it sees too."""
-        self._follow_device_()
-        self._entered = True
-
-    def leave_(self) -> None:
-        self._entered = False
-
-    @torch.no_grad()
-    def settle_(self, outside: Tensor | bool = True) -> None:
-        """Commit what is pending, unless it was committed before or, in a recomputation, was added since (`outside` False)."""
-        if outside is False or not self.auto:
-            return
-        self._follow_device_()
-        self._write_((self.follows == self.updates) & outside)
-
-    @torch.no_grad()
-    def pend_(self, outside: Tensor | bool = True) -> None:
-        """What is pending now follows the last commit."""
-        if outside is not False:
-            self.follows.copy_(torch.where(torch.as_tensor(outside, device=self.follows.device), self.updates, self.follows))
-
-    @torch.no_grad()
-    def commit_pending_(self, applied: Tensor | None = None) -> None:
-        """Commit what is pending, which is that of all ranks; where `applied` [] bool is False, drop it."""
-        self._write_(applied)
-        self.discard_pending_()
-
-    def _write_(self, applied: Tensor | None) -> None:
-        state, after = self.committed_state(), self._after_commit()
-        for name, old in state.items():
-            if after[name] is not old:
-                old.copy_(after[name] if applied is None else torch.where(applied, after[name], old))
-
-    @torch.no_grad()
-    def discard_pending_(self) -> None:
-        """Forget what was added since the last commit."""
-        self.follows.fill_(-1)
-
-    def forget_pending_(self) -> None:
-        """Forget what is pending and what the metrics are made of, whatever these tensors hold."""
-        for tensor in self._pending_tensors().values():
-            tensor.zero_()
-        self.discard_pending_()
-
-    def train(self, mode: bool = True) -> Self:
-        if self.training and not mode:
-            self.settle_()
-        return super().train(mode)
-
-    # Moving and storing
-
-    def _pending_tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def _replace_pending(self, tensors: dict[str, Tensor]) -> None:
-        """Other tensors for `_pending_tensors`."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def apply(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if not tensor.is_floating_point() or moved.dtype in _WIDE:
-                return moved
-            if tensor.is_meta or moved.is_meta:
-                return torch.empty_like(tensor, device=moved.device)
-            return tensor.to(moved.device)
-
-        super()._apply(apply, recurse)
-        meta = self.follows.is_meta
-        self._map_pending_(apply)
-        if meta and not self.follows.is_meta:
-            self.forget_pending_()
-        return self
-
-    def _map_pending_(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.follows = fn(self.follows)
-        self._replace_pending({name: fn(tensor) for name, tensor in self._pending_tensors().items()})
-
-    def _follow_device_(self) -> None:
-        """FSDP2 moves parameters and buffers without asking the module; what is pending goes with them."""
-        device = self.updates.device
-        if self.follows.device != device:
-            self._map_pending_(lambda tensor: tensor.to(device))
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.auto:
-            destination |= {prefix + name: value.detach() for name, value in self._settled().items() if prefix + name in destination}
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        version = local_metadata.get("version", self._version)
-        if version > self._version:
-            error_msgs.append(f"{prefix or 'the codebook'} has format version {version}: this vqkit reads up to {self._version}")
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if self.follows.is_meta and not self.updates.is_meta:
-            self.follows = torch.full_like(self.updates, -1)
-        self.forget_pending_()
-
-
-def _where_changed(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new` where `live`; what stays as it was keeps its gradient."""
-    return torch.where(live & (new != old), new, old)
 
 
 class _Perceptron(nn.Sequential):
@@ -247,7 +64,7 @@ class _Perceptron(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-1], dim, dtype=dtype, device=device))
 
 
-class Codebook(Committed):
+class Codebook(Counting):
     """`heads` codebooks of `size` codes of width `dim`.
 
     The state is float32 or float64 and is never made narrower by `.to()`, `.half()` and the like: moving averages `sum` [H, C, K] and
@@ -282,19 +99,21 @@ class Codebook(Committed):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(device=device)
         update = EMA() if update is None else update
         for name, value in (("heads", heads), ("codebook_size", size), ("dim", dim)):
             if value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
-        if dtype not in _WIDE:
+        if dtype not in WIDE:
             raise ValueError(f"dtype = {dtype}: must be torch.float32 or torch.float64")
         check_choice("metric", metric, ("euclidean", "cosine"))
-        check_choice("init", init, ("uniform", "normal"), (KMeans,))
+        check_choice("init", init, ("uniform", "normal", "unit"), (KMeans,))
         _check_together(update, init, dead_codes, transform, affine, metric, code_weights)
-        self.heads, self.size, self.dim, self.metric = heads, size, dim, metric
+        num_candidates = min(size, _MAX_CANDIDATES) if dead_codes else 0
+        pending = zero_statistics(heads, size, dim, num_candidates=num_candidates, moments=moments, dtype=dtype, device=device)
+        super().__init__(size, pending, device=device)
+        self.heads, self.dim, self.metric = heads, dim, metric
         self.update, self.init, self.dead_codes, self.affine = update, init, dead_codes, affine
-        self.num_candidates = min(size, _MAX_CANDIDATES) if dead_codes else 0
+        self.num_candidates = num_candidates
         self._frozen = isinstance(update, Frozen)
         self._learning = self._frozen_call = False
         self._reducer: Reducer | None = None
@@ -320,9 +139,6 @@ class Codebook(Committed):
         else:
             self.code_weights = code_weights
         self.transform = _make_transform(transform, dim, dtype, device)
-        shape = {"num_candidates": self.num_candidates, "moments": moments, "dtype": dtype, "device": empty.device}
-        self.pending = zero_statistics(heads, size, dim, **shape)
-        self.last = zero_statistics(heads, size, dim, **shape)._replace(sum=empty.new_zeros(heads, 0, dim))
         self.found_dead = torch.zeros_like(self.pending.vectors)
         self._moments = moments
         self.reset_parameters()
@@ -336,11 +152,14 @@ class Codebook(Committed):
     def reset_parameters(self) -> None:
         """A random start, drawn by the global random generator; a k-means start waits for vectors again.
 
-        "uniform": within sqrt(6 / (codes * width)); "normal": standard deviation 1 / sqrt(heads * codes).
+        "uniform": within sqrt(6 / (codes * width)); "normal": standard deviation 1 / sqrt(heads * codes); "unit": 1 / sqrt(width), so
+        that codes have about length 1.
         """
         codes = self.pending.sum.new_empty(self.heads, self.size, self.dim)
         if self.init == "normal":
             codes.normal_(std=(self.heads * self.size) ** -0.5)
+        elif self.init == "unit":
+            codes.normal_(std=self.dim**-0.5)
         else:
             bound = math.sqrt(6 / (self.size * self.dim))
             codes.uniform_(-bound, bound)
@@ -448,34 +267,6 @@ class Codebook(Committed):
             moments=self._moments,
         )
 
-    def check_statistics(self, statistics: CodebookStatistics) -> None:
-        """Raise ValueError for shapes that are not those of what is pending."""
-        for name, new, pending in zip(statistics._fields, statistics, self.pending, strict=True):
-            if new.shape != pending.shape:
-                raise ValueError(f"statistics.{name} has shape {tuple(new.shape)}: must be {tuple(pending.shape)}")
-
-    @torch.no_grad()
-    def add_statistics_(self, statistics: CodebookStatistics, outside: Tensor | bool | None = None) -> None:
-        """Add to what is pending; in a recomputation, which runs inside a backward, add nothing."""
-        self.check_statistics(statistics)
-        self._write_pending_(merge_statistics(self.pending, statistics), outside)
-
-    @torch.no_grad()
-    def replace_statistics_(self, statistics: CodebookStatistics, outside: Tensor | bool | None = None) -> None:
-        """Make `statistics`, summed over all ranks, what is pending after the last commit; in a recomputation do nothing."""
-        self.check_statistics(statistics)
-        outside = outside_backward(self.updates) if outside is None else outside
-        self._write_pending_(statistics, outside)
-        self.pend_(outside)
-
-    def _write_pending_(self, statistics: CodebookStatistics, outside: Tensor | bool | None) -> None:
-        outside = outside_backward(self.updates) if outside is None else outside
-        if outside is False:
-            return
-        self._follow_device_()
-        for pending, new in zip(self.pending, statistics, strict=True):
-            pending.copy_(new if outside is True else torch.where(outside, new.to(pending.dtype), pending))
-
     # Committing
 
     def committed_state(self) -> State:
@@ -500,18 +291,6 @@ class Codebook(Committed):
             found = self._find_dead(self.dead_codes)
             self.found_dead.copy_(found if applied is None else torch.where(applied, found, self.found_dead))
         super()._write_(applied)
-
-    @torch.no_grad()
-    def commit_pending_(self, applied: Tensor | None = None) -> None:
-        for last, pending in zip(self.last, self.pending._replace(sum=self.last.sum), strict=True):
-            last.copy_(pending if applied is None else torch.where(applied, pending, last))
-        super().commit_pending_(applied)
-
-    @torch.no_grad()
-    def discard_pending_(self) -> None:
-        super().discard_pending_()
-        for tensor in self.pending:
-            tensor.zero_()
 
     def check_commit(self) -> None:
         """Raise ValueError where a commit is impossible: expiry writes codes, which a part of a parameter does not hold.
@@ -601,7 +380,7 @@ class Codebook(Committed):
             return
         if not self._learning or torch.compiler.is_compiling():
             self._raise_not_initialized()
-        if _in_backward():
+        if in_backward():
             return
         reducer = self._reducer or default_reducer()
         valid = x.detach().isfinite().all(-1)
@@ -700,33 +479,12 @@ class Codebook(Committed):
 
     # Health
 
-    def metrics(self) -> dict[str, float]:
-        """Of the vectors of the last commit, means over heads; {} before the first. Waits for the device.
-
-        perplexity; active, the share of the codes in use; dead, of those that this commit found dead, whether or not it could replace
-        them, or, without expiry, whose moving count is below a hundredth of an even share; relative_error; non_finite, vectors that are
-        not; vectors, those that are; codes, the size. NaN for what no vector tells.
-        """
-        counted = self.pending if self.auto and int(self.follows) >= 0 else self.last
-        if not (counted.vectors + counted.non_finite).any() and int(self.commits) == 0:
-            return {}
-        found = {
-            "perplexity": perplexity(counted.count),
-            "active": active_fraction(counted.count),
-            "dead": self._dead_fraction(counted.count),
-        }
-        if self._moments:
-            found["relative_error"] = relative_error(counted.squared_error, counted.vectors, counted.moments)
-        found = {name: value.where(counted.vectors > 0, torch.nan).nanmean() for name, value in found.items()}
-        found |= {"non_finite": counted.non_finite.mean(), "vectors": counted.vectors.mean()}
-        return {"codes": float(self.size), **{name: value.item() for name, value in found.items()}}
-
     def _dead_fraction(self, chosen: Tensor) -> Tensor:
         """[H], of the codes; `chosen` [H, C] as often in the last commit."""
         if self.dead_codes:
             return self._find_dead(self.dead_codes) if self.auto and bool(self.follows == self.updates) else self.found_dead
         count = self._settled().get("count", chosen)
-        return (count < 0.01 * count.mean(-1, keepdim=True)).to(self.dtype).mean(-1)
+        return rare_fraction(count)
 
     def _find_dead(self, dead_codes: DeadCodes) -> Tensor:
         """[H]: the share of the codes that a commit of what is pending finds dead, before it replaces any."""
@@ -743,20 +501,15 @@ class Codebook(Committed):
         return self
 
     def _pending_tensors(self) -> dict[str, Tensor]:
-        pending = {f"pending.{name}": tensor for name, tensor in self.pending._asdict().items()} | {"found_dead": self.found_dead}
-        return pending | {f"last.{name}": tensor for name, tensor in self.last._asdict().items()}
+        return {**super()._pending_tensors(), "found_dead": self.found_dead}
 
     def _replace_pending(self, tensors: dict[str, Tensor]) -> None:
-        self.pending = CodebookStatistics(**{name: tensors[f"pending.{name}"] for name in CodebookStatistics._fields})
-        self.last = CodebookStatistics(**{name: tensors[f"last.{name}"] for name in CodebookStatistics._fields})
+        super()._replace_pending(tensors)
         self.found_dead = tensors["found_dead"]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}initialized"] = torch.tensor(self.initialized, device="cpu")
-        nothing = self.auto or self._frozen  # the state is that after the commit
-        for name, tensor in self.pending._asdict().items():
-            destination[f"{prefix}pending.{name}"] = torch.zeros_like(tensor) if nothing else tensor
 
     def _load_from_state_dict(
         self,
@@ -773,21 +526,7 @@ class Codebook(Committed):
         if any("format version" in message for message in error_msgs[errors:]):
             return
         self.initialized = bool(state_dict.get(f"{prefix}initialized", True))
-        pending = {name: f"{prefix}pending.{name}" for name in self.pending._fields}
-        known = {f"{prefix}initialized", *pending.values()}
-        unexpected_keys[:] = [key for key in unexpected_keys if key not in known]
-        for name, key in pending.items():
-            own, stored = getattr(self.pending, name), state_dict.get(key)
-            if stored is None:
-                continue
-            if stored.shape != own.shape:
-                error_msgs.append(f"{key} has shape {tuple(stored.shape)}: must be {tuple(own.shape)}")
-            elif local_metadata.get("assign_to_params_buffers", False):
-                self.pending = self.pending._replace(**{name: stored})
-            else:
-                own.copy_(stored)
-        device = self.updates.device  # what came by assignment is no longer on the meta device
-        self._map_pending_(lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor)
+        unexpected_keys[:] = [key for key in unexpected_keys if key != f"{prefix}initialized"]
 
 
 def _row(values: Tensor) -> Tensor:

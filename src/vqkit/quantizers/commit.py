@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vqkit.dist import Reducer, default_reducer, is_sharded, register_forward_methods
 from vqkit.ops.codebook import CodebookStatistics, largest_keys, pool_moments
-from vqkit.quantizers.codebook import Codebook, Committed
+from vqkit.quantizers.committed import Committed, Counting
 from vqkit.quantizers.config import Commit, check_choice
 
 _SLOTTED = ("candidates", "keys", "vectors", "moments")
@@ -64,7 +64,7 @@ def add_statistics_(model: nn.Module, statistics: Statistics) -> None:
 
     For models that return statistics as outputs. A quantizer that is called adds its own.
     """
-    codebooks = [module for module in model.modules() if isinstance(module, Codebook)]
+    codebooks = [module for module in model.modules() if isinstance(module, Counting)]
     entries = flatten_statistics(statistics)
     if len(entries) != len(codebooks):
         raise ValueError(f"statistics has {len(entries)} entries: must be {len(codebooks)}, one a quantizer of the model")
@@ -89,7 +89,7 @@ def update_codebooks_(model: nn.Module, reducer: Reducer | None = None) -> None:
 def _update_(model: nn.Module, reducer: Reducer | None, refused: Tensor | None) -> None:
     """As `update_codebooks_`; where any rank's `refused` is not 0, what is pending is dropped instead."""
     members = [module for module in model.modules() if isinstance(module, Committed)]
-    codebooks = [member for member in members if isinstance(member, Codebook)]
+    codebooks = [member for member in members if isinstance(member, Counting)]
     for member in members:
         if member.auto:
             raise ValueError('commit = "auto": these quantizers commit by themselves; make them with commit="manual", or call attach first')
@@ -104,7 +104,7 @@ def _update_(model: nn.Module, reducer: Reducer | None, refused: Tensor | None) 
             codebook.replace_statistics_(statistics, True)
         codebook.commit_pending_(applied)
     for member in members:
-        if not isinstance(member, Codebook):
+        if not isinstance(member, Counting):
             member.commit_pending_(applied)
 
 
@@ -208,7 +208,7 @@ def synchronize_codebooks_(model: nn.Module, reducer: Reducer | None = None) -> 
         reducer.all_reduce_(flat)
         for tensor, value in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
             tensor.copy_(value.view(tensor.shape))
-    codebooks = [member for member in members if isinstance(member, Codebook)]
+    codebooks = [member for member in members if isinstance(member, Counting)]
     flags = torch.tensor([float(codebook.initialized and reducer.rank == 0) for codebook in codebooks], device=tensors[0].device)
     reducer.all_reduce_(flags)
     for codebook, flag in zip(codebooks, flags.tolist(), strict=True):
@@ -235,6 +235,27 @@ def reduce_in_forward(entries: list[CodebookStatistics], reducer: Reducer | None
         flat = torch.ops.vqkit.reduce_statistics([tensor for entry in entries for tensor in entry])
         return [CodebookStatistics(*flat[i : i + fields]) for i in range(0, len(flat), fields)]
     return _reduce(entries, [], default_reducer() if reducer is None else reducer)[0]
+
+
+def sum_in_forward(values: Tensor, reducer: Reducer | None) -> Tensor:
+    """`values` summed over the ranks inside a forward, and again in its recomputation, which needs them, too: all ranks call it alike."""
+    if reducer is None and torch.compiler.is_compiling():
+        return torch.ops.vqkit.sum_over_ranks(values)
+    total = values.clone()
+    (default_reducer() if reducer is None else reducer).all_reduce_(total)
+    return total
+
+
+@torch.library.custom_op("vqkit::sum_over_ranks", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    default_reducer().all_reduce_(total)
+    return total
+
+
+@_sum_over_ranks.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("vqkit::reduce_statistics", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)

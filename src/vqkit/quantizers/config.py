@@ -172,7 +172,7 @@ class KMeans:
         check_choice("KMeans.start", self.start, ("random", "k-means++"))
 
 
-Init = Literal["uniform", "normal"] | KMeans
+Init = Literal["uniform", "normal", "unit"] | KMeans
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,11 @@ class Commitment:
     """Squared distance of the vectors to their codes, which are constants (van den Oord et al., 2017)."""
 
     weight: float = 1.0
+    pull: float = 1.0
+    """Where the codes learn by gradient: how much they are pulled to the vectors, in multiples of `weight`."""
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "weight")
+        _check_not_negative(self, "weight", "pull")
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,19 @@ class Diversity:
     temperature: float = 0.01
     """Scores are divided by it. Far below the differences between the distances to a vector's codes it counts the nearest code almost
     alone, far above them all codes alike, whatever the vectors: then there is nothing to learn. It has the unit of the vectors."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "weight")
+        _check_positive(self, "temperature")
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Mean over all vectors of the entropy, in nats, of the softmax of minus the squared distances: least where each has one near code."""
+
+    weight: float = 1.0
+    temperature: float = 0.01
+    """Squared distances are divided by it."""
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "weight")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vqkit.dist import Reducer
 from vqkit.ops.precision import finite_rows
 from vqkit.quantizers.base import Quantized, Quantizer
-from vqkit.quantizers.codebook import Codebook
+from vqkit.quantizers.committed import Counting
 from vqkit.quantizers.config import Commit
 from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, where_kept, width_back, width_last
 from vqkit.quantizers.residual import (
@@ -25,11 +25,13 @@ from vqkit.quantizers.residual import (
     check_path,
     codebook_slots,
     gather_statistics,
+    has_start,
     joined_codebook,
     numbered,
     set_joined_codebook,
     unique_codebooks,
 )
+from vqkit.quantizers.vector_quantize import VectorQuantize
 
 
 class Grouped(Quantizer):
@@ -68,7 +70,7 @@ class Grouped(Quantizer):
 
     # What every quantizer says of itself
 
-    def codebooks(self) -> list[Codebook]:
+    def codebooks(self) -> list[Counting]:
         return unique_codebooks(self.parts)
 
     @property
@@ -190,7 +192,7 @@ class Grouped(Quantizer):
         for part, piece in zip(self._each(), rows.split(self.widths, dim=-1), strict=True):
             seen[part].append(piece.reshape(number, part.dim))
         for g, (part, pieces) in enumerate(seen.items()):
-            if part.codebooks():
+            if has_start(part):
                 part.initialize_(torch.cat(pieces), kept.repeat(len(pieces)), seed=seed + g, reducer=reducer)
 
     @torch.no_grad()
@@ -201,6 +203,27 @@ class Grouped(Quantizer):
             uses = [piece for piece, own in zip(pieces, self._order, strict=True) if own == number]
             if len(uses) > 1 and not all(codebook.initialized for codebook in unique_codebooks([part])):
                 part.quantize(torch.cat(uses), None if counted is None else torch.cat([counted] * len(uses)), **options)
+
+
+class ProductVQ(Grouped):
+    """Product quantization (Jegou et al., 2011): `groups` times a `VectorQuantize` of width dim / groups, each of `codebook_size` codes.
+
+    So codebook_size^groups codes in all. `options` are those of `VectorQuantize`; other quantizers are combined by `Grouped`. Raises
+    ValueError where `groups` does not divide `dim`.
+    """
+
+    def __init__(
+        self, dim: int, codebook_size: int, groups: int, *, layout: Layout = "last", commit: Commit = "auto", **options: Any
+    ) -> None:
+        width = _width(dim, groups)
+        super().__init__([VectorQuantize(width, codebook_size, **options) for _ in range(groups)], layout=layout, commit=commit)
+
+
+def _width(dim: int, groups: int) -> int:
+    """Of one group."""
+    if groups < 1 or dim % groups:
+        raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
+    return dim // groups
 
 
 class GroupedResidualVQ(Grouped):
@@ -222,9 +245,8 @@ class GroupedResidualVQ(Grouped):
         commit: Commit = "auto",
         **options: Any,
     ) -> None:
-        if groups < 1 or dim % groups:
-            raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
-        parts = [ResidualVQ(dim // groups, codebook_size, num_quantizers, masked=masked, **options) for _ in range(groups)]
+        width = _width(dim, groups)
+        parts = [ResidualVQ(width, codebook_size, num_quantizers, masked=masked, **options) for _ in range(groups)]
         super().__init__(parts, layout=layout, commit=commit)
 
     def decode_layers(self, indices: Tensor) -> Tensor:

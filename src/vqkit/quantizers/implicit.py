@@ -255,7 +255,7 @@ class ImplicitVQ(Quantizer):
             own = codes.of(indices, given.partial)
             value = mean_commitment_loss(given.vectors, own, known)
             pull = mean_commitment_loss(own, given.vectors, known)
-            return value + (pull - pull.detach())
+            return value + loss.pull * (pull - pull.detach())
         if isinstance(loss, CrossEntropyCommitment):
             return _mean_cross_entropy(codes, given, indices)
         if isinstance(loss, Diversity):

@@ -20,8 +20,9 @@ from vqkit.ops.codebook import CodebookStatistics, merge_statistics
 from vqkit.ops.precision import finite_rows
 from vqkit.quantizers.base import Quantized, Quantizer, Statistics, changed
 from vqkit.quantizers.beam import beam_search
-from vqkit.quantizers.codebook import Codebook, Committed
+from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.commit import flatten_statistics
+from vqkit.quantizers.committed import Committed, Counting
 from vqkit.quantizers.config import (
     MLP,
     BeamSearch,
@@ -126,7 +127,7 @@ class Residual(Quantizer):
 
     # What every quantizer says of itself
 
-    def codebooks(self) -> list[Codebook]:
+    def codebooks(self) -> list[Counting]:
         return unique_codebooks(self.layers)
 
     @property
@@ -181,7 +182,8 @@ class Residual(Quantizer):
         counted = position_mask(positions, mask, lengths)
         for name, given in (("indices", indices), ("targets", targets)):
             check_path(name, given, positions, self.code_shape, self.codebook_sizes)
-        check_options(options, self._options, type(self).__name__)
+        own = (name for name, given in (("indices", indices), ("targets", targets)) if given is not None)
+        check_options((*own, *options), self._options, type(self).__name__)
         if indices is not None and beam_size is not None:
             raise ValueError(f"beam_size = {beam_size}: must be None where indices are given, as nothing is searched")
         used = self._used_layers(depth, x.device)
@@ -272,14 +274,14 @@ class Residual(Quantizer):
         partial = torch.zeros_like(residual)
         inputs: dict[tuple[int, ...], list[Tensor]] = {}
         for number, (layer, slots) in enumerate(zip(self._each(), map(tuple, self._slots), strict=True)):
-            if slots and slots not in inputs:
+            if slots not in inputs and has_start(layer):
                 layer.initialize_(residual, kept, seed=seed + number, reducer=reducer)
             inputs.setdefault(slots, []).append(residual)
             given = conditions(layer, partial)
             codes = layer.decode(layer.encode(residual, **given), **given).to(residual.dtype)
             residual, partial = residual - codes, partial + codes
         for slots, seen in inputs.items():
-            if slots and len(seen) > 1:
+            if len(seen) > 1 and has_start(self._owner(slots)):
                 self._owner(slots).initialize_(torch.cat(seen), kept.repeat(len(seen)), seed=seed, reducer=reducer)
 
     def _owner(self, slots: tuple[int, ...]) -> Any:
@@ -595,9 +597,14 @@ def numbered(name: str, number: int) -> str:
     return "/".join([first, str(number), *rest])
 
 
-def unique_codebooks(parts: Iterable[Any]) -> list[Codebook]:
+def unique_codebooks(parts: Iterable[Any]) -> list[Counting]:
     """Those of all parts, in order, each once."""
     return list(dict.fromkeys(codebook for part in parts for codebook in part.codebooks()))
+
+
+def has_start(part: Any) -> bool:
+    """Whether `part` has codes that k-means can set."""
+    return any(isinstance(codebook, Codebook) for codebook in part.codebooks())
 
 
 def codebook_slots(parts: Iterable[Any]) -> list[list[int]]:

@@ -518,7 +518,7 @@ class VectorQuantize(Quantizer):
             if not own.requires_grad:
                 return value
             pull = mean_commitment_loss(own, vectors, counted, reduction=reduction)
-            return value + (pull - pull.detach())
+            return value + loss.pull * (pull - pull.detach())
         if isinstance(loss, CrossEntropyCommitment):
             return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self.metric, reduction=reduction)
         if isinstance(loss, Diversity):

@@ -1,0 +1,99 @@
+"""Finite scalar quantization (Mentzer et al., 2023): each scalar is bounded and rounded; nothing is learned, and no code can die.
+
+Shapes: P... positions of the input, H heads, d scalars of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vqkit.ops.estimators import straight_through
+from vqkit.ops.scalar import Bound, Rounded, level_codes, level_steps, round_to_levels
+from vqkit.quantizers.base import changed
+from vqkit.quantizers.config import Commit, check_choice, check_number
+from vqkit.quantizers.layout import Layout
+from vqkit.quantizers.scalar import ScalarQuantizer
+
+
+class FSQ(ScalarQuantizer):
+    """Scalars rounded to `levels[i]` levels each: prod(levels) codes for every one of `heads` vectors of width len(levels).
+
+    The codes are those of the paper, from about -1 to 1, see `round_to_levels`; with `symmetric` those of Parker et al. (2024), from -1
+    to 1 for even levels, too. The output has the gradient of the bounded scalars. `noise_dropout` of the scalars are in training not
+    rounded but moved by uniform noise as wide as a step (Parker et al.); indices do not show it. Where heads * len(levels) is not `dim`
+    (None: it is), linear projections stand before and behind.
+
+    `scale`, one number or one a scalar, is what the codes are multiplied by, and the scalars divided by: a later layer of a `Residual`
+    has a smaller one. There, `bound="clamp"` leaves scalars between the outermost codes as they are, so that codes add up.
+
+    No codes are stored: index arithmetic is int64 and exact for up to 2^63 - 1 codes. Masked positions get index -1 and zeros, or with
+    masked="input" themselves; vectors that are not finite get index -1, zeros and no gradient.
+
+    Raises ValueError for levels below 2, for more codes than an index can name and for choices out of range, TypeError for other kinds.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None = None,
+        *,
+        heads: int = 1,
+        symmetric: bool = False,
+        bound: Bound = "tanh",
+        scale: float | Sequence[float] = 1.0,
+        noise_dropout: float = 0.0,
+        layout: Layout = "last",
+        masked: Literal["zero", "input"] = "zero",
+        commit: Commit = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(levels, dim, heads, layout=layout, masked=masked, device=device)
+        check_choice("bound", bound, get_args(Bound))
+        check_number("noise_dropout", noise_dropout)
+        if not 0.0 <= noise_dropout <= 1.0:
+            raise ValueError(f"noise_dropout = {noise_dropout}: must be from 0 to 1")
+        self.symmetric, self.bound, self.noise_dropout = symmetric, bound, noise_dropout
+        self.scale = check_scale(scale, self.width)
+        self.commit = commit
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + changed(self, symmetric=False, bound="tanh", scale=1.0, noise_dropout=0.0)
+
+    def _scale(self, like: Tensor) -> Tensor | float:
+        return self.scale if isinstance(self.scale, float) else torch.tensor(self.scale, dtype=like.dtype, device=like.device)
+
+    def _round(self, vectors: Tensor) -> Rounded:
+        scale = self._scale(vectors)
+        values, digits = round_to_levels(vectors / scale, self.levels, symmetric=self.symmetric, bound=self.bound)
+        return Rounded(values * scale, digits)
+
+    def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = level_codes(digits, self.levels, dtype, symmetric=self.symmetric)
+        return codes * self._scale(codes)
+
+    def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
+        output = straight_through(values, codes)
+        if not self.training or self.noise_dropout == 0.0:
+            return output
+        step = level_steps(self.levels, values, symmetric=self.symmetric)
+        moved = values + (torch.rand_like(values) - 0.5) * step * self._scale(values)
+        return torch.where(torch.rand_like(values) < self.noise_dropout, moved, output)
+
+
+def check_scale(scale: float | Sequence[float], width: int) -> float | tuple[float, ...]:
+    """One positive number, or one a scalar. Raises ValueError, or TypeError for what is no number."""
+    several = isinstance(scale, Sequence) and not isinstance(scale, str)
+    values = tuple(scale) if several else (scale,)
+    for place, value in enumerate(values):
+        name = f"scale[{place}]" if several else "scale"
+        check_number(name, value)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} = {value}: must be positive and finite")
+    if several and len(values) != width:
+        raise ValueError(f"scale has {len(values)} entries: must be {width}, one a scalar")
+    return tuple(map(float, values)) if several else float(values[0])

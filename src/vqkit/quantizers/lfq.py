@@ -1,0 +1,171 @@
+"""Lookup-free quantization (Yu et al., 2023): each scalar becomes its sign, and losses keep all combinations of signs in use.
+
+What the losses ask of all 2^b codes factorises over the bits, exactly: the entropy of a vector is a sum of b numbers, the distribution of
+a batch a product of two halves. With `spherical` vectors and codes lie on a sphere (BSQ; Zhao et al., 2024).
+
+Shapes: P... positions of the input, N of them flattened, H heads, b bits of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vqkit.ops.codebook import directions
+from vqkit.ops.losses import mean_commitment_loss
+from vqkit.ops.scalar import Rounded, bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
+from vqkit.quantizers.base import changed
+from vqkit.quantizers.commit import sum_in_forward
+from vqkit.quantizers.config import Commit, Commitment, Diversity, Entropy, check_choice, check_count, check_number
+from vqkit.quantizers.layout import Layout
+from vqkit.quantizers.scalar import ScalarQuantizer
+
+_MOST_BITS = 24
+"""Of a group whose distribution is made: 2^24 numbers."""
+
+_LOSS_NAMES: dict[type, str] = {Commitment: "commitment", Entropy: "entropy", Diversity: "diversity"}
+
+
+class LFQ(ScalarQuantizer):
+    """`codebook_size` = 2^b codes {-scale, scale}^b for each of `heads` vectors of width b; None: b = dim / heads.
+
+    A scalar above 0 is bit 1; the first scalar is the lowest bit of an index. Where heads * b is not `dim`, linear projections stand
+    before and behind. With `spherical` vectors are brought to length `scale`, and so are the codes: {-1, 1}^b scale / sqrt(b).
+    `soft_clamp` keeps scalars within that value, by a tanh. The output has the gradient of the scalars as they are after all this.
+
+    Losses are of `Commitment`, `Entropy` and `Diversity`, at most one of each; here the softmax is that of minus the squared distances
+    over the temperature. Yu et al. have `Entropy` and `Diversity` of equal weight: vectors are to be sure of their code, and the batch
+    to use all. The distribution of the batch is exact for up to 24 bits; `diversity_bits` takes so many bits at a time instead and adds
+    up their entropies, an upper bound that is exact where these groups are independent (1: as in BSQ). With diversity_over="ranks" the
+    distribution is the mean over the vectors of all ranks, in training; `reducer` sums, all ranks must call alike, and the mean of the
+    gradients over ranks is that of one process on all vectors. Else it is that of this process.
+
+    Masked positions get index -1 and zeros, or with masked="input" themselves; vectors that are not finite get index -1, zeros, no loss
+    and no gradient. Raises ValueError for a codebook size that is no power of two or that no index can name, and for choices that
+    contradict each other, TypeError for other kinds.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int | None = None,
+        *,
+        heads: int = 1,
+        scale: float = 1.0,
+        spherical: bool = False,
+        soft_clamp: float | None = None,
+        losses: Sequence[Commitment | Entropy | Diversity] = (Entropy(weight=0.1), Diversity(weight=0.1)),
+        diversity_bits: int | None = None,
+        diversity_over: Literal["process", "ranks"] = "process",
+        layout: Layout = "last",
+        masked: Literal["zero", "input"] = "zero",
+        commit: Commit = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        bits = _number_of_bits(dim, codebook_size, heads)
+        super().__init__((2,) * bits, dim, heads, layout=layout, masked=masked, device=device)
+        for name, value in (("scale", scale), ("soft_clamp", soft_clamp)):
+            if value is not None:
+                check_number(name, value)
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} = {value}: must be positive and finite")
+        check_choice("diversity_over", diversity_over, ("process", "ranks"))
+        self.scale, self.spherical, self.soft_clamp, self.losses = scale, spherical, soft_clamp, _check_losses(losses)
+        self.diversity_bits, self.diversity_over = _check_diversity_bits(diversity_bits, bits, self.losses), diversity_over
+        self.commit = commit
+
+    def extra_repr(self) -> str:
+        own = f"dim={self.dim}, codebook_size={self.codebook_size}, losses={self.losses}"
+        more = changed(self, heads=1, scale=1.0, spherical=False, soft_clamp=None, diversity_over="process")
+        return own + more + changed(self, layout="last", masked="zero", commit="auto")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {_LOSS_NAMES[type(loss)]: loss.weight for loss in self.losses}
+
+    @property
+    def _step(self) -> float:
+        """What each scalar of a code is, or minus that."""
+        return self.scale / math.sqrt(self.width) if self.spherical else self.scale
+
+    def _round(self, vectors: Tensor) -> Rounded:
+        if self.soft_clamp is not None:
+            vectors = self.soft_clamp * torch.tanh(vectors / self.soft_clamp)
+        if self.spherical:
+            vectors = self.scale * directions(vectors)
+        return Rounded(vectors, (vectors.detach() > 0).to(torch.int64))
+
+    def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        return (digits.to(dtype) * 2.0 - 1.0) * self._step
+
+    def _losses(self, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        return {_LOSS_NAMES[type(loss)]: self._loss(loss, values, codes, kept) for loss in self.losses}
+
+    def _loss(self, loss: Commitment | Entropy | Diversity, values: Tensor, codes: Tensor, kept: Tensor) -> Tensor:
+        if isinstance(loss, Commitment):
+            return mean_commitment_loss(values, codes, kept)
+        logits = bit_logits(values, self._step, loss.temperature)
+        if isinstance(loss, Entropy):
+            return bits_entropy(logits).where(kept, 0.0).sum() / kept.sum().clamp(min=1)
+        logits, share = logits.flatten(0, -3).transpose(0, 1), kept.flatten(0, -2).T.to(values.dtype)
+        groups = logits.split(self.diversity_bits, dim=-1)
+        entropies = [distribution_entropy(self._mean_distribution(group, share)) for group in groups]
+        return -torch.stack(entropies).sum(0).mean()
+
+    def _mean_distribution(self, logits: Tensor, share: Tensor) -> Tensor:
+        """[H, 2^bits], of log odds [H, N, bits] and share [H, N], 1 for a vector that counts; 0 where none does."""
+        number = share.sum(-1, keepdim=True)
+        total = mean_bit_distribution(logits, share)
+        if self.diversity_over == "process" or not self.training:
+            return total / number.clamp(min=1)
+        with torch.no_grad():
+            own = torch.cat([total, number, torch.ones_like(number)], dim=-1)
+            everywhere, numbers, ranks = sum_in_forward(own, self.reducer).split([total.shape[-1], 1, 1], dim=-1)
+            numbers = numbers.clamp(min=1)
+        # The gradients of all ranks are averaged, not added: each is worth as many times more as there are ranks.
+        return everywhere / numbers + (total - total.detach()) * (ranks / numbers)
+
+
+def _number_of_bits(dim: int, codebook_size: int | None, heads: int) -> int:
+    check_count("dim", dim)
+    check_count("heads", heads)
+    if codebook_size is None:
+        if dim % heads:
+            raise ValueError(f"heads = {heads}: must divide dim = {dim} where codebook_size is not given")
+        bits = dim // heads
+    else:
+        check_count("codebook_size", codebook_size, least=2)
+        bits = int(codebook_size).bit_length() - 1
+        if codebook_size != 1 << bits:
+            raise ValueError(f"codebook_size = {codebook_size}: must be a power of two, as {1 << bits} and {2 << bits} are")
+    if bits > 62:
+        raise ValueError(f"codebook_size = 2^{bits}: must be at most 2^62, what an index (int64) can name; take more heads")
+    return bits
+
+
+def _check_losses(losses: Sequence[Commitment | Entropy | Diversity]) -> tuple[Commitment | Entropy | Diversity, ...]:
+    if not isinstance(losses, Sequence):
+        raise TypeError(f"losses = {losses!r}: must be a sequence, () for none")
+    kinds = [type(loss) for loss in losses]
+    for loss in losses:
+        if type(loss) not in _LOSS_NAMES:
+            raise TypeError(f"losses holds {loss!r}: must be of {', '.join(kind.__name__ for kind in _LOSS_NAMES)}")
+        if kinds.count(type(loss)) > 1:
+            raise ValueError(f"losses holds several of {type(loss).__name__}: must be at most one of each kind")
+    return tuple(losses)
+
+
+def _check_diversity_bits(together: int | None, bits: int, losses: Sequence[object]) -> int:
+    if together is not None:
+        check_count("diversity_bits", together)
+    together = bits if together is None else min(together, bits)
+    if together > _MOST_BITS and any(isinstance(loss, Diversity) for loss in losses):
+        raise ValueError(
+            f"diversity_bits = {together}: must be at most {_MOST_BITS}, as the distribution of so many bits has 2^{together} numbers; "
+            "take fewer at a time, or no Diversity among the losses"
+        )
+    return together

@@ -1,0 +1,326 @@
+"""What quantizers have in common that round scalars one by one: their codes are no table, but all combinations of levels.
+
+An input of any layout is brought into one vector a head, whose scalars a subclass rounds; the digits are joined to one index. Nothing
+here makes a tensor of all codes, unless asked to list them.
+
+Shapes: P... positions of the input, D width of the input, H heads, d scalars of a head, C codes of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqkit.ops.codebook import CodebookStatistics, assignment_stats, zero_statistics
+from vqkit.ops.estimators import straight_through
+from vqkit.ops.nearest_code import nearest_codes
+from vqkit.ops.precision import finite_rows
+from vqkit.ops.scalar import Rounded, join_digits, split_digits
+from vqkit.quantizers.base import Quantized, Quantizer, changed
+from vqkit.quantizers.committed import Counting
+from vqkit.quantizers.config import check_choice, check_count
+from vqkit.quantizers.layout import (
+    Layout,
+    check_indices,
+    check_layout,
+    check_tensor,
+    is_integer,
+    position_mask,
+    where_kept,
+    width_back,
+    width_last,
+)
+
+_COUNTED = 2**18
+"""With more codes than this, how often each is used is not counted: `metrics()` then knows the error alone."""
+_LISTED = 2**20
+"""More codes than this are not listed."""
+
+
+class CodeCounts(Counting):
+    """How often each of `size` codes was used; the codes are those that `codes_of` makes of indices [C]: [C, d].
+
+    There is no state but the number of commits.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        size: int,
+        width: int,
+        codes_of: Callable[[Tensor], Tensor],
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        none = zero_statistics(heads, 1, width, moments=True, device=device)
+        self.counted = size if size <= _COUNTED else 0
+        pending = none._replace(count=none.count.new_zeros(heads, self.counted), sum=none.sum.new_zeros(heads, 0, width))
+        super().__init__(size, pending, device=device)
+        self.heads = heads
+        self.codes_of = codes_of
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, size={self.size}"
+
+    def codes(self) -> Tensor:
+        """[H, C, d] float32. Raises ValueError for more than 2^20 codes."""
+        if self.size > _LISTED:
+            raise ValueError(f"codebook: of {self.size} codes no list is made, only up to {_LISTED}; decode the indices that you need")
+        codes = self.codes_of(torch.arange(self.size, device=self.updates.device))
+        return codes.expand(self.heads, *codes.shape)
+
+    @torch.no_grad()
+    def statistics(self, x: Tensor, indices: Tensor, counted: Tensor | None, codes: Tensor) -> CodebookStatistics:
+        """Of x [H, N, d] with indices [H, N] of codes [H, N, d]; counted [H, N] bool."""
+        weights = None if counted is None else counted.to(x.dtype)
+        found = assignment_stats(x, indices.clamp(max=0), 1, weights=weights, quantized=codes, moments=True)
+        found = found._replace(sum=found.sum[:, :0])
+        if not self.counted:
+            return found._replace(count=found.count[:, :0])
+        taken = indices >= 0 if counted is None else (indices >= 0) & counted
+        first = torch.arange(self.heads, device=x.device).unsqueeze(-1) * self.counted
+        row = torch.where(taken, indices + first, self.heads * self.counted).reshape(-1)
+        count = found.count.new_zeros(self.heads * self.counted + 1).index_add_(0, row, found.count.new_ones(1).expand(row.shape))
+        return found._replace(count=count[:-1].view(self.heads, self.counted))
+
+
+class _Vectors(NamedTuple):
+    """An input, ready to be rounded."""
+
+    rows: Tensor  # [P..., D] the input with its width last
+    vectors: Tensor  # [P..., H, d] float32 or wider; 0 where not kept
+    mask: Tensor | None  # [P...] bool, the positions that count
+    kept: Tensor  # [P...] bool, those of them that are finite
+    dtype: torch.dtype  # of the projected input
+
+
+class ScalarQuantizer(Quantizer):
+    """The base of quantizers that round the scalars of `heads` vectors, the i-th to `levels[i]` levels.
+
+    Where heads * len(levels) is not dim, linear projections stand before and behind. A subclass writes `_round` and `_codes`, and may
+    write `_estimate` and `_losses`. Raises ValueError for levels below 2, for more codes than an int64 can name, and for other sizes
+    that do not fit.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None,
+        heads: int,
+        *,
+        layout: Layout,
+        masked: Literal["zero", "input"],
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        self.levels = check_levels(levels)
+        check_count("heads", heads)
+        check_layout(layout)
+        check_choice("masked", masked, ("zero", "input"))
+        self.heads, self.width = heads, len(self.levels)
+        inner = heads * self.width
+        if dim is not None:
+            check_count("dim", dim)
+        self.dim = inner if dim is None else dim
+        self.layout, self.masked = layout, masked
+        self.codebook_size = math.prod(self.levels)
+        self.project_in = nn.Linear(self.dim, inner, device=device) if inner != self.dim else None
+        self.project_out = nn.Linear(inner, self.dim, device=device) if inner != self.dim else None
+        self.counts = CodeCounts(heads, self.codebook_size, self.width, self._codes_of, device=device)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, levels={self.levels}" + changed(self, heads=1, layout="last", masked="zero", commit="auto")
+
+    # What a subclass writes
+
+    @abstractmethod
+    def _round(self, vectors: Tensor) -> Rounded:
+        """vectors [..., H, d], finite -> the scalars among their codes, and the number of each one's level."""
+
+    @abstractmethod
+    def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        """digits [..., d] -> codes [..., d]."""
+
+    def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
+        """The codes in value, or near them, with a gradient to the values."""
+        return straight_through(values, codes)
+
+    def _losses(self, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """Of values and codes [P..., H, d], kept [P...]."""
+        return {}
+
+    # What every quantizer says of itself
+
+    def codebooks(self) -> list[CodeCounts]:
+        return [self.counts]
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        return () if self.heads == 1 else (self.heads,)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return (self.codebook_size,) * self.heads
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {}
+
+    @property
+    def codebook(self) -> Tensor:
+        """[C, d], all codes of a head, listed anew at every call. Raises ValueError for more than 2^20."""
+        return self.counts.codes()[0]
+
+    # Quantizing
+
+    def quantize(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        freeze_codebook: bool = False,
+        indices: Tensor | None = None,
+    ) -> Quantized:
+        """x [B, ..., D] or, with layout "first", [B, D, ...]; mask [P...] bool, or lengths [B] of sequences.
+
+        `indices` [P..., heads?] are taken instead of rounding; -1: none.
+        """
+        given = self._read(x, mask, lengths)
+        positions = given.rows.shape[:-1]
+        if indices is not None:
+            check_indices("indices", indices, self.codebook_size, torch.Size((*positions, *self.code_shape)))
+        values, digits = self._round(given.vectors)
+        found = join_digits(digits, self.levels)
+        kept = given.kept.unsqueeze(-1).expand(found.shape)
+        if indices is not None:
+            found = indices.to(torch.int64).reshape(found.shape)
+            digits, kept = split_digits(found, self.levels), kept & (found >= 0)
+        found = found.where(kept, -1)
+        codes = self._codes(digits, values.dtype)
+        losses = self._losses(values, codes, kept)
+        output = where_kept(kept, self._estimate(values, codes))
+        statistics = None
+        if self.training and not freeze_codebook:
+            statistics = self._statistics(given, values, found, codes, indices)
+        found = found.reshape(*positions, *self.code_shape)
+        return Quantized(self._write(given, output, found), found, losses, statistics)
+
+    def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
+        """x -> indices int64, [P...] or [P..., heads]; -1: masked or not finite."""
+        given = self._read(x, mask, lengths)
+        found = join_digits(self._round(given.vectors).digits, self.levels).where(given.kept.unsqueeze(-1), -1)
+        return found.reshape(*given.rows.shape[:-1], *self.code_shape)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """indices [P...] or [P..., heads] -> vectors in the layout and width of the input; zeros where all heads are -1."""
+        codes = self._look_up(indices)
+        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
+        return width_back(self._project_out(codes, known), self.layout)
+
+    def decode_codes(self, indices: Tensor) -> Tensor:
+        """As `decode`, without the output projection: of width heads * d."""
+        return width_back(self._look_up(indices), self.layout)
+
+    def digits(self, indices: Tensor) -> Tensor:
+        """indices -> the level of each scalar, [..., d] int64, as a model with one small alphabet a scalar wants them; 0 for -1."""
+        check_indices("indices", indices, self.codebook_size)
+        return split_digits(indices, self.levels)
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """The `num` codes nearest to the scalars of vectors x [N, D] before rounding, or all if there are fewer; for a beam search.
+
+        Indices [N, k] int64, nearest first, and what they decode to, [N, k, D] of the dtype of x; -1 and zeros for a vector that is not
+        finite. Raises ValueError for more than one head and for more codes than are listed.
+        """
+        if self.heads > 1:
+            raise ValueError(f"nearest needs one head: this has heads = {self.heads}, whose nearest codes do not combine")
+        check_tensor("x", x)
+        if x.dim() != 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}: must be [vectors, {self.dim}]")
+        check_count("num", num)
+        given = self._read(x, None, None)
+        values, digits = self._round(given.vectors)
+        if num == 1:
+            indices = join_digits(digits, self.levels)
+        else:
+            codes = self.counts.codes()[0].to(values.dtype)
+            indices = nearest_codes(values.squeeze(1), codes, min(num, self.codebook_size)).indices
+        indices = indices.where(given.kept.unsqueeze(-1), -1)
+        decoded = self._project_out(self._look_up(indices).to(given.dtype), indices >= 0)
+        return indices, decoded.to(x.dtype)
+
+    # From an input to vectors and back
+
+    def _read(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> _Vectors:
+        rows = width_last(x, self.dim, self.layout)
+        mask = position_mask(rows.shape[:-1], mask, lengths)
+        kept = finite_rows(rows) if mask is None else finite_rows(rows) & mask
+        vectors = where_kept(kept, rows)  # before the projection, whose gradient what is not finite would reach even with weight 0
+        if self.project_in is not None:
+            vectors = self.project_in(vectors.to(self.project_in.weight.dtype))
+            kept = kept & finite_rows(vectors)
+            vectors = where_kept(kept, vectors)
+        wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return _Vectors(rows, wide.unflatten(-1, (self.heads, self.width)), mask, kept, vectors.dtype)
+
+    def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor) -> Tensor:
+        """[P..., H, d] to the layout, width and dtype of the input."""
+        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
+        output = self._project_out(quantized.flatten(-2).to(given.dtype), known).to(given.rows.dtype)
+        if given.mask is not None and self.masked == "input":
+            output = output.where(given.mask.unsqueeze(-1), given.rows)
+        return width_back(output, self.layout)
+
+    def _project_out(self, codes: Tensor, known: Tensor) -> Tensor:
+        if self.project_out is None:
+            return codes
+        return where_kept(known, self.project_out(codes.to(self.project_out.weight.dtype)))
+
+    def _look_up(self, indices: Tensor) -> Tensor:
+        """[P...] or [P..., heads] -> codes [P..., heads * d]."""
+        check_tensor("indices", indices)
+        if not is_integer(indices):
+            raise TypeError(f"indices is {indices.dtype}: must be an integer type")
+        if indices.dim() <= len(self.code_shape) or indices.shape[indices.dim() - len(self.code_shape) :] != self.code_shape:
+            shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
+            raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
+        check_indices("indices", indices, self.codebook_size)
+        codes = where_kept(indices >= 0, self._codes_of(indices))
+        return codes if self.heads == 1 else codes.flatten(-2)
+
+    def _codes_of(self, indices: Tensor) -> Tensor:
+        """[...] -> [..., d], float32; those of -1 mean nothing."""
+        return self._codes(split_digits(indices, self.levels), torch.float32)
+
+    def _statistics(self, given: _Vectors, values: Tensor, found: Tensor, codes: Tensor, own: Tensor | None) -> CodebookStatistics:
+        """Of [P..., H, d]; heads of positions that are masked, or have no index of those given, are left out."""
+        counted = None if given.mask is None else given.mask.unsqueeze(-1).expand(found.shape)
+        if own is not None:
+            known = own.reshape(found.shape) >= 0
+            counted = known if counted is None else counted & known
+        x, codes = (tensor.detach().flatten(0, -3).transpose(0, 1) for tensor in (values, codes))
+        counted = None if counted is None else counted.flatten(0, -2).T
+        return self.counts.statistics(x, found.flatten(0, -2).T, counted, codes)
+
+
+def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
+    """Levels as a tuple.
+
+    Raises TypeError for what is no sequence of integers, ValueError for one below 2 and for more than 2^63 - 1 codes.
+    """
+    if isinstance(levels, str) or not isinstance(levels, Sequence):
+        raise TypeError(f"levels = {levels!r}: must be a sequence of integers, one a scalar")
+    if not levels:
+        raise ValueError("levels is empty: must hold one number a scalar")
+    for place, number in enumerate(levels):
+        check_count(f"levels[{place}]", number, least=2)
+    if (size := math.prod(levels)) >= 2**63:
+        raise ValueError(f"levels make {size} codes: must be below 2^63, what an index (int64) can name; use heads, with fewer levels each")
+    return tuple(map(int, levels))

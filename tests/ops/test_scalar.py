@@ -1,0 +1,121 @@
+"""Scalars rounded to levels, and what factorises over them: against the published formulas and against all codes at once."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from vqkit.ops.scalar import (
+    bit_logits,
+    bits_entropy,
+    distribution_entropy,
+    join_digits,
+    level_codes,
+    level_steps,
+    mean_bit_distribution,
+    round_to_levels,
+    split_digits,
+)
+
+LEVELS = [(8, 5, 5, 5), (7, 5, 5, 5, 5), (3, 4, 9, 16), (1000, 3)]
+
+
+def published(z, levels, eps=1e-3):
+    """Appendix A.1 of Mentzer et al. (2023) as a formula, in float64: the codes and the index of z [N, d]."""
+    levels = np.asarray(levels)
+    half_l = (levels - 1) * (1 - eps) / 2
+    offset = np.where(levels % 2 == 1, 0.0, 0.5)
+    bounded = np.tanh(z + np.tan(offset / half_l)) * half_l - offset
+    half = levels // 2
+    codes = np.round(bounded) / half
+    basis = np.concatenate(([1], np.cumprod(levels[:-1])))
+    return bounded / half, codes, ((codes * half + half) * basis).sum(-1).round().astype(np.int64)
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=str)
+def test_it_is_the_published_formula(levels):
+    z = torch.randn(4096, len(levels), dtype=torch.float64) * 2
+    values, codes, indices = published(z.numpy(), levels)
+    found = round_to_levels(z, levels)
+    np.testing.assert_allclose(found.values.numpy(), values, rtol=0, atol=1e-14)
+    np.testing.assert_array_equal(level_codes(found.digits, levels, torch.float64).numpy(), codes)
+    np.testing.assert_array_equal(join_digits(found.digits, levels).numpy(), indices)
+
+
+def test_zero_has_code_zero():
+    levels = (3, 4, 5, 8)
+    digits = round_to_levels(torch.zeros(len(levels)), levels).digits
+    assert not level_codes(digits, levels, torch.float32).any()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_two_levels_part_at_zero(symmetric):
+    x = torch.tensor([-3.0, -0.1, -1e-6, 1e-6, 0.1, 3.0]).unsqueeze(-1)
+    digits = round_to_levels(x, (2,), symmetric=symmetric).digits.squeeze(-1)
+    assert digits.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 8])
+def test_symmetric_levels_are_the_nearest_of_evenly_spaced_ones(number):
+    x = torch.randn(2000, 1, dtype=torch.float64)
+    codes = torch.linspace(-1, 1, number, dtype=torch.float64)
+    found = round_to_levels(x, (number,), symmetric=True)
+    torch.testing.assert_close(found.values, x.tanh())
+    torch.testing.assert_close(level_codes(torch.arange(number).unsqueeze(-1), (number,), torch.float64, symmetric=True).squeeze(-1), codes)
+    assert torch.equal(found.digits, (x.tanh() - codes).abs().argmin(-1, keepdim=True))
+    assert level_steps((number,), x, symmetric=True) == pytest.approx((codes[1] - codes[0]).item())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_clamp_rounds_to_the_nearest_code(symmetric):
+    levels = (5, 4, 2)
+    x = torch.randn(500, 3, dtype=torch.float64, requires_grad=True)
+    found = round_to_levels(x, levels, symmetric=symmetric, bound="clamp")
+    for place, number in enumerate(levels):
+        codes = level_codes(torch.arange(number).unsqueeze(-1), (number,), torch.float64, symmetric=symmetric).squeeze(-1)
+        assert torch.equal(found.digits[:, place], (x[:, place].unsqueeze(-1) - codes).abs().argmin(-1))
+        inside = (x[:, place] > codes[0]) & (x[:, place] < codes[-1])
+        torch.testing.assert_close(found.values[inside, place], x[inside, place])
+    assert found.values.abs().max() <= 1
+
+
+@pytest.mark.parametrize("levels", [*LEVELS, (2,) * 62, (2**31, 2**31 - 1), (1000,) * 6], ids=lambda levels: f"{len(levels)}")
+def test_integers_and_digits_are_each_others_inverse(levels):
+    digits = torch.stack([torch.randint(0, number, (500,)) for number in levels], dim=-1)
+    digits[0], digits[1] = 0, torch.tensor(levels) - 1
+    indices = join_digits(digits, levels)
+    assert indices.dtype == torch.int64 and torch.equal(split_digits(indices, levels), digits)
+    assert indices[0] == 0 and int(indices[1]) == int(np.prod([int(n) for n in levels], dtype=object)) - 1
+
+
+def every_code(bits, scale):
+    """[2^b, b], the first bit the lowest."""
+    return torch.tensor([code[::-1] for code in itertools.product((-scale, scale), repeat=bits)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("bits", "scale", "temperature"), [(1, 1.0, 1.0), (5, 0.5, 0.3), (6, 2.0, 0.3)])
+def test_what_factorises_is_what_all_codes_say(bits, scale, temperature):
+    x = torch.randn(2, 7, bits, dtype=torch.float64, requires_grad=True)
+    share = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.5, 1.0, 1.0], dtype=torch.float64).expand(2, 7)
+    distances = (x.unsqueeze(-2) - every_code(bits, scale)).square().sum(-1)
+    logs = (-distances / temperature).log_softmax(-1)
+    entropy, mean = -(logs.exp() * logs).sum(-1), (logs.exp() * share.unsqueeze(-1)).sum(1)
+    logits = bit_logits(x, scale, temperature)
+    found_entropy, found_mean = bits_entropy(logits), mean_bit_distribution(logits, share)
+    torch.testing.assert_close(found_entropy, entropy, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found_mean, mean, rtol=1e-9, atol=1e-12)
+    expected = entropy.sum() + torch.special.entr(mean / 5.5).sum()
+    found = found_entropy.sum() + distribution_entropy(found_mean / 5.5).sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x)[0], torch.autograd.grad(expected, x)[0], rtol=1e-7, atol=1e-9)
+
+
+def test_sure_bits_have_no_entropy_and_finite_gradients():
+    logits = torch.tensor([[0.0, 1e4, -1e4]], requires_grad=True)
+    entropy = bits_entropy(logits)
+    assert entropy.item() == pytest.approx(np.log(2))
+    mean = mean_bit_distribution(logits.unsqueeze(0), torch.ones(1, 1))
+    assert torch.equal(mean, torch.tensor([[0.0, 0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0]]))
+    (entropy.sum() + distribution_entropy(mean).sum()).backward()
+    assert logits.grad.isfinite().all()
