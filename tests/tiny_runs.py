@@ -30,7 +30,7 @@ def write_texts(folder: Path) -> Path:
 def tiny_config(texts: Path, **train) -> RunConfig:
     """Four steps a sequence and a checkpoint every third: most stand in the middle of a sequence, and between two log lines.
 
-    k-means start and expiry of dead codes are on, so that the run draws random numbers to the end.
+    k-means start, expiry of dead codes and dropout are on, so that the run draws random numbers to the end, some for a whole sequence.
     """
     codebook = CodebookConfig(decay=0.9, init="kmeans", dead_code_threshold=0.5)
     settings: dict[str, Any] = {
@@ -47,7 +47,20 @@ def tiny_config(texts: Path, **train) -> RunConfig:
     }
     return RunConfig(
         recipe="tiny",
-        model=ModelConfig(dim=8, key_dim=4, value_dim=8, layers=1, heads=2, codebook_size=8, block_len=8, mem_len=6, codebook=codebook),
+        model=ModelConfig(
+            dim=8,
+            key_dim=4,
+            value_dim=8,
+            layers=1,
+            heads=2,
+            codebook_size=8,
+            block_len=8,
+            mem_len=6,
+            residual_dropout=0.1,
+            sinusoid_dropout=0.2,
+            layer_dropout=0.2,
+            codebook=codebook,
+        ),
         data=DataConfig(path=str(texts), sequence_len=32, validation_fraction=0.2, test_fraction=0.1),
         train=TrainConfig(**(settings | train)),
     )

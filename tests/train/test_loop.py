@@ -114,6 +114,18 @@ def test_resumed_equals_unbroken(config, unbroken, tmp_path, kind, step):
     assert result.validation_bits_per_byte == [e for e in unbroken[1] if isinstance(e, Evaluated)][-1].bits_per_byte
 
 
+def test_a_run_of_ordinary_attention_resumes_in_the_middle_of_a_sequence(config, tmp_path):
+    """Its state grows, and there are no codebooks to tell of; Lion keeps its momentum in bfloat16."""
+    full = with_codebook(config, init="normal", dead_code_threshold=0.0)
+    full = replace(full, model=replace(full.model, attention="full"), train=replace(full.train, steps=6, micro_batches=2))
+    full = replace(full, train=replace(full.train, optimizer="lion", momentum_dtype="bfloat16", learning_rate=1e-3))
+    train(full, tmp_path / "unbroken")
+    run_dir = stopped_run(full, tmp_path / "run", step=3)
+    train(full, run_dir)
+    assert differing(run_dir, tmp_path / "unbroken") == []
+    assert "active_codes" not in read_lines(run_dir / "metrics.jsonl")[-1]
+
+
 def test_a_finished_run_has_nothing_left_to_do(config, unbroken, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(unbroken[0], run_dir)

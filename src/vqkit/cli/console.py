@@ -65,7 +65,7 @@ class TrainingView:
             case Progress():
                 self._progress(event)
             case Evaluated():
-                self._say(f"step {event.step:,}: validation {event.bits_per_byte:.3f} bits/byte, {event.active_codes:.0%} codes active")
+                self._say(f"step {event.step:,}: validation {event.bits_per_byte:.3f} bits/byte{_activity(event, ', ')}")
             case CheckpointSaved():
                 pass
             case Finished():
@@ -74,7 +74,7 @@ class TrainingView:
     def _progress(self, event: Progress) -> None:
         figures = (
             f"{event.bits_per_byte:.3f} bits/byte  {event.tokens_per_second:,.0f} tokens/s  "
-            f"{duration(event.seconds_left)} left  {event.active_codes:.0%} codes active"
+            f"{duration(event.seconds_left)} left{_activity(event, '  ')}"
         )
         if self._bar:
             if self._task is None:
@@ -97,6 +97,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _activity(event: Progress | Evaluated, separator: str) -> str:
+    """The share of active codes; nothing for a model without codebooks."""
+    return "" if event.active_codes is None else f"{separator}{event.active_codes:.0%} codes active"
 
 
 def duration(seconds: float) -> str:

@@ -55,7 +55,7 @@ def codebook_table(counts: Sequence[Any]) -> str:
         use = code_use(count.detach())
         for head, (active, perplexity) in enumerate(zip(use.active.tolist(), use.perplexity.tolist(), strict=True)):
             rows.append((f"layer {i // 2} unit {i % 2} head {head}", f"{active:.1%}", f"{perplexity:.1f} of {count.shape[-1]}"))
-    return table(("", "active codes", "perplexity"), rows)
+    return table(("", "active codes", "perplexity"), rows) if rows else ""
 
 
 def _configuration(run: Path, model: Any) -> str:

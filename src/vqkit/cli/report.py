@@ -50,7 +50,9 @@ def headline(split: Split, evaluation: Evaluation) -> str:
 
 
 def code_table(evaluation: Evaluation) -> str:
-    """Use of the codes per attention unit and head, the worst named below."""
+    """Use of the codes per attention unit and head, the worst named below; nothing for a model without codebooks."""
+    if not evaluation.code_counts:
+        return ""
     rows, worst = [], (2.0, "")
     for i, (shares, perplexities) in enumerate(zip(evaluation.active_codes, evaluation.perplexity, strict=True)):
         for head, (share, perplexity) in enumerate(zip(shares, perplexities, strict=True)):

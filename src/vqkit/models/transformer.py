@@ -140,7 +140,7 @@ class TransformerVQ(Pretrained, nn.Module):
         self._check_dropout(dropout, inputs)
         batch, time = inputs.shape[:2]
         state = self.initial_state(batch) if state is None else state
-        masks = self._sequence_masks(state, batch, time)
+        masks = self.sequence_masks(state, batch, time)
         if segments is None:
             positions = state.position[:, None] + torch.arange(time, device=inputs.device)
             segment = torch.zeros_like(state.segment)
@@ -229,8 +229,11 @@ class TransformerVQ(Pretrained, nn.Module):
             layer=tuple(draw_keep(batch, rate=config.layer_dropout, device=device) for _ in range(parts)),
         )
 
-    def _sequence_masks(self, state: ModelState, batch: int, time: int) -> SequenceMasks | None:
-        """Those of the state; in training drawn where it has none, and drawn on for distances that ordinary attention first meets here."""
+    def sequence_masks(self, state: ModelState, batch: int, time: int) -> SequenceMasks | None:
+        """Dropout masks for `time` tokens after `state`, which rows of one batch that are worked off one after another must share.
+
+        Those of the state; in training drawn where it has none, and drawn on for distances that ordinary attention first meets here.
+        """
         masks = self._draw_sequence_masks(batch) if state.masks is None else state.masks
         if not self.training or masks is None or not masks.sinusoid or not isinstance(state.attention[0], KeyValueState):
             return masks

@@ -99,7 +99,7 @@ def load_checkpoint(path: Path, config: RunConfig, device: torch.device) -> tupl
     training = Training.of(config, model)
     training.step = values["step"]
     if values["mid_sequence"]:
-        template = model.initial_state(config.train.batch_size)
+        template = model.train().initial_state(config.train.batch_size)
         training.state = from_named_tensors(template, tensors, "state")
     training.interval.load_state_tensors_(tensors)
     training.optimizer.load_state_tensors_(_below("optimizer.", tensors))

@@ -43,14 +43,15 @@ class Evaluation:
         return self.nats / math.log(2) / max(self.num_bytes, 1)
 
     @property
-    def worst_active_codes(self) -> float:
-        """Share of active codes in the worst head of the worst unit."""
-        return min(share for unit in self.active_codes for share in unit)
+    def worst_active_codes(self) -> float | None:
+        """Share of active codes in the worst head of the worst unit; None without codebooks."""
+        return min((share for unit in self.active_codes for share in unit), default=None)
 
     @property
-    def mean_perplexity(self) -> float:
+    def mean_perplexity(self) -> float | None:
+        """Mean over heads and units; None without codebooks."""
         values = [value for unit in self.perplexity for value in unit]
-        return sum(values) / len(values)
+        return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)

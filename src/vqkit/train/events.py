@@ -40,8 +40,8 @@ class Progress:
     bits_per_byte: float
     tokens_per_second: float
     seconds_left: float
-    active_codes: float
-    """Share of codes in use in the worst head of the worst layer."""
+    active_codes: float | None
+    """Share of codes in use in the worst head of the worst layer; None for a model without codebooks."""
     learning_rate: float
     gradient_norm: float
 
@@ -52,7 +52,7 @@ class Evaluated:
 
     step: int
     bits_per_byte: float
-    active_codes: float
+    active_codes: float | None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ from vqkit.quantizers.learnable import LearnableVQ
 def initialize_codebooks_(model: TransformerVQ, batch: Batch, *, segments: bool = True) -> None:
     """Set each unit's codebook by k-means on its keys, in one pass: those of a unit depend on the codebooks below, set just before."""
 
+    mask = batch.loss_mask if model.config.masked_keys == "left_out" else None
+
     def begin(unit: AttentionUnit, inputs: tuple[Tensor, ...]) -> None:
         if isinstance(unit.quantizer, LearnableVQ):
-            unit.quantizer.initialize_(unit.project(inputs[0]).k, batch.loss_mask)
+            unit.quantizer.initialize_(unit.project(inputs[0]).k, mask)
 
     hooks = [unit.register_forward_pre_hook(begin) for unit in model.units()]
     try:

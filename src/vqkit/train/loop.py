@@ -168,9 +168,10 @@ class _Run:
         segments = config.data.segments == "isolate"
         if training.step == 0 and config.model.codebook.init == "kmeans":
             initialize_codebooks_(training.model, batch, segments=segments)
+        training.model.train()
         state = training.model.initial_state(config.train.batch_size) if training.state is None else training.state
         try:
-            result = train_step(training.model.train(), training.optimizer, batch, state, training.step, segments=segments)
+            result = train_step(training.model, training.optimizer, batch, state, training.step, segments=segments)
         except (ValueError, RuntimeError):
             self._check_finite()  # says what the error is a consequence of, if parameters are no numbers any more
             raise
@@ -211,7 +212,7 @@ class _Run:
                 bits_per_byte=summary["bits_per_byte"],
                 tokens_per_second=speed,
                 seconds_left=left,
-                active_codes=summary["active_codes"],
+                active_codes=summary.get("active_codes"),
                 learning_rate=rate,
                 gradient_norm=summary["gradient_norm"],
             )
@@ -228,7 +229,9 @@ class _Run:
             max_tokens=config.train.eval_tokens,
         )
         active, perplexity = result.worst_active_codes, result.mean_perplexity
-        record = {"bits_per_byte": result.bits_per_byte, "active_codes": active, "perplexity": perplexity}
+        record = {"bits_per_byte": result.bits_per_byte}
+        if active is not None and perplexity is not None:
+            record |= {"active_codes": active, "perplexity": perplexity}
         self.metrics.write({"step": step, "kind": "validation", **record})
         self.emit(Evaluated(step, result.bits_per_byte, active))
 

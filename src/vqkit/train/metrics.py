@@ -45,17 +45,22 @@ class Interval:
         return bool(self._sums.isfinite().all())
 
     def summary(self) -> dict[str, float]:
-        """Means over the interval; `active_codes` is the share in the worst head of the worst unit, `perplexity` a mean over all."""
+        """Means over the interval; `active_codes` is the share in the worst head of the worst unit, `perplexity` a mean over all.
+
+        A model without codebooks has neither.
+        """
         steps, loss, commitment, nats, size, norm = self._sums.tolist()
         uses = [code_use(counts) for counts in self._counts]
-        return {
+        found = {
             "loss": loss / steps,
             "bits_per_byte": nats / math.log(2) / max(size, 1.0),
             "commitment": commitment / steps,
             "gradient_norm": norm / steps,
-            "active_codes": min(use.active.min().item() for use in uses),
-            "perplexity": sum(use.perplexity.mean().item() for use in uses) / len(uses),
         }
+        if uses:
+            found["active_codes"] = min(use.active.min().item() for use in uses)
+            found["perplexity"] = sum(use.perplexity.mean().item() for use in uses) / len(uses)
+        return found
 
     def clear_(self) -> None:
         for tensor in (self._sums, *self._counts):

@@ -15,11 +15,11 @@ PLOTS_FOLDER = "plots"
 
 
 def save_plots(run_dir: Path, evaluation: Evaluation | None = None) -> list[Path]:
-    """Write RUN/plots/loss.png and, given an evaluation, RUN/plots/codes.png; older ones are replaced. Returns the paths."""
+    """Write RUN/plots/loss.png and, given an evaluation of codes, RUN/plots/codes.png; older ones are replaced. Returns the paths."""
     folder = run_dir / PLOTS_FOLDER
     folder.mkdir(exist_ok=True)
     figures = {"loss.png": loss_figure(run_dir)}
-    if evaluation is not None:
+    if evaluation is not None and evaluation.code_counts:
         figures["codes.png"] = code_figure(evaluation)
     for name, figure in figures.items():
         figure.savefig(folder / name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vqkit.data import Batch
 from vqkit.dist import Reducer
@@ -53,7 +55,7 @@ def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def train_step(
-    model: TransformerVQ,
+    model: TransformerVQ | DistributedDataParallel,
     optimizer: Optimizer,
     batch: Batch,
     state: ModelState,
@@ -64,25 +66,38 @@ def train_step(
 ) -> StepResult:
     """Change the model by update number `step` (0, 1, 2, ...), from `batch`, which goes on where `state` ends.
 
-    The batch is worked off in `micro_batches` parts, with the result of the whole. With `segments=False` the documents of a row see
-    each other. The returned state carries no gradient.
+    The batch is worked off in `micro_batches` parts, with the result of the whole; noise that is drawn for each position (dropout of
+    embeddings and residuals) is other noise then. With `segments=False` the documents of a row see each other. The returned state
+    carries no gradient.
+
+    With several processes, each with as many rows of one batch, DistributedDataParallel averages gradients and `reducer` sums what
+    codebooks learn from: all of them take the step of one process on the whole batch. Losses and counts are of the rows here.
     """
+    core: TransformerVQ = model.module if isinstance(model, DistributedDataParallel) else model
     config = optimizer.config
     optimizer.zero_grad()
+    state = state._replace(masks=core.sequence_masks(state, *batch.tokens.shape))  # once for all parts
     parts, states, counts = [], [], []
-    for rows, rows_state in zip(split_rows(batch, config.micro_batches), split_rows(state, config.micro_batches), strict=True):
-        output = model(rows.tokens, rows_state, segments=rows.segment_ids if segments else None, mask=rows.loss_mask, statistics=True)
-        losses = composite_loss(output, rows, config)
-        (losses.total / config.micro_batches).backward()
-        add_statistics_(model, output.statistics)
+    shares = zip(split_rows(batch, config.micro_batches), split_rows(state, config.micro_batches), strict=True)
+    for number, (rows, rows_state) in enumerate(shares, start=1):
+        with _averaging(model, number == config.micro_batches):
+            output = model(rows.tokens, rows_state, segments=rows.segment_ids if segments else None, mask=rows.loss_mask, statistics=True)
+            losses = composite_loss(output, rows, config)
+            (losses.total / config.micro_batches).backward()
+        add_statistics_(core, output.statistics)
         parts.append(torch.stack([loss.detach() for loss in losses]))
         states.append(detached_copy(output.state))
         counts.append([statistics.count for statistics in output.statistics])
     norm = optimizer.step_(step)
-    update_codebooks_(model, reducer)
+    update_codebooks_(core, reducer)
     return StepResult(
         state=join_rows(states),
         losses=Losses(*torch.stack(parts).mean(0).unbind()),
         gradient_norm=norm,
         code_counts=tuple(torch.stack(unit).sum(0) for unit in zip(*counts, strict=True)),
     )
+
+
+def _averaging(model: TransformerVQ | DistributedDataParallel, last: bool) -> AbstractContextManager[None]:
+    """Gradients are averaged over processes with the last part of a batch, and not before."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
