@@ -57,10 +57,10 @@ def course(form, *, micro_batches=1, segments=True, rank=0, reducer=None, **opti
     world = 1 if reducer is None else reducer.world_size
     optimizer = Optimizer(model.named_parameters(), TrainConfig(batch_size=4 // world, micro_batches=micro_batches, warmup_steps=0))
     state, found = split_rows(model.initial_state(4), world)[rank], {}
-    wrapped = model if reducer is None else DistributedDataParallel(model)
+    called = model if reducer is None else DistributedDataParallel(model)
     for step in range(3):
         batch = split_rows(random_batch(seed=step), world)[rank]
-        result = train_step(wrapped, optimizer, batch, state, step, segments=segments, reducer=reducer)
+        result = train_step(model, optimizer, batch, state, step, segments=segments, reducer=reducer, called=called)
         state = result.state
         found |= named_tensors((*result.losses, result.gradient_norm), f"step {step}")
     after = model.state_dict()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vqkit.data import Batch
@@ -55,7 +55,7 @@ def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def train_step(
-    model: TransformerVQ | DistributedDataParallel,
+    model: TransformerVQ,
     optimizer: Optimizer,
     batch: Batch,
     state: ModelState,
@@ -63,6 +63,7 @@ def train_step(
     *,
     segments: bool = True,
     reducer: Reducer | None = None,
+    called: nn.Module | None = None,
 ) -> StepResult:
     """Change the model by update number `step` (0, 1, 2, ...), from `batch`, which goes on where `state` ends.
 
@@ -70,26 +71,27 @@ def train_step(
     embeddings and residuals) is other noise then. With `segments=False` the documents of a row see each other. The returned state
     carries no gradient.
 
-    With several processes, each with as many rows of one batch, DistributedDataParallel averages gradients and `reducer` sums what
-    codebooks learn from: all of them take the step of one process on the whole batch. Losses and counts are of the rows here.
+    With several processes, each with as many rows of one batch, `called` is the model in DistributedDataParallel, which averages
+    gradients, and `reducer` sums what codebooks learn from: all take the step of one process on the whole batch. Losses and counts
+    are of the rows here.
     """
-    core: TransformerVQ = model.module if isinstance(model, DistributedDataParallel) else model
+    called = called or model
     config = optimizer.config
     optimizer.zero_grad()
-    state = state._replace(masks=core.sequence_masks(state, *batch.tokens.shape))  # once for all parts
+    state = state._replace(masks=model.sequence_masks(state, *batch.tokens.shape))  # once for all parts
     parts, states, counts = [], [], []
     shares = zip(split_rows(batch, config.micro_batches), split_rows(state, config.micro_batches), strict=True)
     for number, (rows, rows_state) in enumerate(shares, start=1):
-        with _averaging(model, number == config.micro_batches):
-            output = model(rows.tokens, rows_state, segments=rows.segment_ids if segments else None, mask=rows.loss_mask, statistics=True)
+        with _averaging(called, number == config.micro_batches):
+            output = called(rows.tokens, rows_state, segments=rows.segment_ids if segments else None, mask=rows.loss_mask, statistics=True)
             losses = composite_loss(output, rows, config)
             (losses.total / config.micro_batches).backward()
-        add_statistics_(core, output.statistics)
+        add_statistics_(model, output.statistics)
         parts.append(torch.stack([loss.detach() for loss in losses]))
         states.append(detached_copy(output.state))
         counts.append([statistics.count for statistics in output.statistics])
     norm = optimizer.step_(step)
-    update_codebooks_(core, reducer)
+    update_codebooks_(model, reducer)
     return StepResult(
         state=join_rows(states),
         losses=Losses(*torch.stack(parts).mean(0).unbind()),
@@ -98,6 +100,6 @@ def train_step(
     )
 
 
-def _averaging(model: TransformerVQ | DistributedDataParallel, last: bool) -> AbstractContextManager[None]:
+def _averaging(called: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients are averaged over processes with the last part of a batch, and not before."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+    return called.no_sync() if isinstance(called, DistributedDataParallel) and not last else nullcontext()
