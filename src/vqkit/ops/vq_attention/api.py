@@ -5,13 +5,13 @@ Shapes: B batch, Hq query heads, Hk key heads, T time, K key width, V value widt
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from vqkit.ops.precision import without_autocast
-from vqkit.ops.vq_attention.blocked import blocked_attention
+from vqkit.ops.vq_attention.blocked import ReductionName, blocked_attention
 from vqkit.ops.vq_attention.inputs import AttentionInputs, Positions
 from vqkit.ops.vq_attention.recurrent import recurrent_attention
 from vqkit.ops.vq_attention.reference import reference_attention
@@ -42,6 +42,7 @@ def vq_attention(
     segments: Tensor | None = None,
     cache: bool = True,
     cache_gradient: bool = True,
+    reduction: ReductionName = "auto",
     impl: Implementation = "auto",
 ) -> VQAttentionOutput:
     """Causal softmax attention over quantized keys (Lingle 2024, arXiv 2309.16354, section 3).
@@ -68,24 +69,31 @@ def vq_attention(
             queries see their own document only. None: one document.
         cache: Whether keys older than the window are attended, through the cache.
         cache_gradient: Whether gradients pass from a block to earlier ones.
+        reduction: How the blocked form comes by what each block finds in the cache; equal but for rounding. "auto" carries sums from block
+            to block and holds the means of one group of blocks at a time. The others hold [B, Hk, T / L, C, V] means at once, in
+            several copies, as the official code does: "serial" block by block, "matmul" by a product with a triangular matrix
+            ((T / L)^2 C V operations a head), "associative" in log2(T / L) rounds.
         impl: "reference" (dense, defines the meaning), "recurrent" (block by block), "blocked" (fast), or "auto".
 
     Raises:
-        ValueError: shapes that do not fit, a state of other sizes, an unknown `impl`.
+        ValueError: shapes that do not fit, a state of other sizes, an unknown `impl` or `reduction`.
     """
     if (position_query is None) != (position_keys is None):
         raise ValueError("position_query and position_keys come together: pass both or neither")
     positions = None if position_query is None or position_keys is None else Positions(position_query, position_keys)
     inputs = AttentionInputs(q, k_hat, v, indices.long(), codebook.detach(), positions, segments)
-    _check_choices(block_len, mem_len, impl)
+    _check_choices(block_len, mem_len, reduction, impl)
     _check_shapes(inputs, mem_len)
     _check_values(inputs)
     state = _checked_state(state, inputs, mem_len)
     if impl == "auto":
         impl = "recurrent" if q.shape[2] <= block_len else "blocked"
-    run = {"reference": reference_attention, "recurrent": recurrent_attention, "blocked": blocked_attention}[impl]
+    options = (block_len, mem_len, cache, cache_gradient)
     with without_autocast(q.device.type):
-        return VQAttentionOutput(*run(inputs, state, block_len, mem_len, cache, cache_gradient))
+        if impl == "blocked":
+            return VQAttentionOutput(*blocked_attention(inputs, state, *options, reduction))
+        run = recurrent_attention if impl == "recurrent" else reference_attention
+        return VQAttentionOutput(*run(inputs, state, *options))
 
 
 def _checked_state(state: AttentionState | None, inputs: AttentionInputs, mem_len: int) -> AttentionState:
@@ -106,9 +114,10 @@ def _checked_state(state: AttentionState | None, inputs: AttentionInputs, mem_le
     return state
 
 
-def _check_choices(block_len: int, mem_len: int, impl: str) -> None:
-    if impl not in ("auto", "reference", "recurrent", "blocked"):
-        raise ValueError(f'impl = {impl!r}: must be "auto", "reference", "recurrent" or "blocked"')
+def _check_choices(block_len: int, mem_len: int, reduction: str, impl: str) -> None:
+    for name, value, choices in (("reduction", reduction, get_args(ReductionName)), ("impl", impl, get_args(Implementation))):
+        if value not in choices:
+            raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, choices))}")
     for name, value in (("block_len", block_len), ("mem_len", mem_len)):
         if value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")

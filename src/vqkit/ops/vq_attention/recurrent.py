@@ -96,6 +96,8 @@ def advance(inputs: AttentionInputs, state: AttentionState) -> AttentionState:
     # Each token moves the mean of its code by its share; a code that gains nothing stays exactly as it was.
     row = target[..., None].expand_as(values)
     share = (weight / count.gather(2, target).clamp(min=1))[..., None]
-    mean = mean.scatter_add(2, row, (values - mean.gather(2, row)) * share)
+    moved = (values - mean.gather(2, row)) * share
+    # The moves of a block are added up before they meet the mean, which so is rounded once a block and not once a token.
+    mean = mean.scatter_add(2, row, moved) if length == 1 else mean + torch.zeros_like(mean).scatter_add(2, row, moved)
     k_hat, v, window_indices, window_segment = next_window(inputs, state)
     return AttentionState(k_hat, v, window_indices, count, mean, window_segment, cached_segment)
