@@ -17,11 +17,11 @@ from vqkit.models.norm import RMSNorm, normalize
 from vqkit.models.positions import PositionKeys
 from vqkit.ops.codebook import CodebookStatistics
 from vqkit.ops.full_attention import KeyValueState, full_attention
-from vqkit.ops.vq_attention import AttentionState, vq_attention
+from vqkit.ops.vq_attention import AttentionState, DecodingState, codes_of, decoding_state, step_, vq_attention
 from vqkit.quantizers.fixed import SimpleVQ
 from vqkit.quantizers.learnable import LearnableVQ, QuantizedKeys
 
-UnitState = AttentionState | KeyValueState
+UnitState = AttentionState | KeyValueState | DecodingState
 Implementation = Literal["auto", "reference", "recurrent", "blocked"]
 
 
@@ -94,12 +94,16 @@ class AttentionUnit(nn.Module):
     ) -> AttentionOutput:
         """x [B, T, D]; segments [B, T] documents; mask [B, T] positions that count; statistics default to `self.training`.
 
-        masks: what dropout keeps, in training. Raises ValueError for a state of the other kind of attention.
+        masks: what dropout keeps, in training. With a `DecodingState` T is 1, the state is changed in place, and there is no gradient,
+        no commitment and no statistics. Raises ValueError for a state of the other kind of attention.
         """
         projected = self.project(x)
         statistics = self.training if statistics is None else statistics
-        attend = self._attend_codes if self.config.attention == "vq" else self._attend_keys
-        attended, state, keys = attend(projected, state, segments, mask, masks.sinusoid, statistics, impl)
+        if isinstance(state, DecodingState):
+            attended, keys = self._step_(projected, state), None
+        else:
+            attend = self._attend_codes if self.config.attention == "vq" else self._attend_keys
+            attended, state, keys = attend(projected, state, segments, mask, masks.sinusoid, statistics, impl)
         attended = attended.transpose(1, 2).flatten(2)
         added = self.out(attended if projected.gate is None else attended * projected.gate)
         if self.training:
@@ -161,6 +165,20 @@ class AttentionUnit(nn.Module):
             impl=impl,
         )
         return attended, state, keys
+
+    def _step_(self, projected: Projected, decoding: DecodingState) -> Tensor:
+        q, k, v, _ = projected
+        position_query = None if self.position_bias is None else q + self.scaled_bias(self.position_bias)
+        content_query = q + self.scaled_bias(self.content_bias)
+        return step_(content_query, v, codes_of(k, decoding), decoding, position_query, cache=self.config.cache)
+
+    @torch.no_grad()
+    def decoding_state(self, state: AttentionState, *, slot: int = 0) -> DecodingState:
+        """What single steps carry after `state`; see `vqkit.ops.vq_attention.decoding_state`. It holds codes and position keys of now."""
+        if self.quantizer is None:
+            raise ValueError('model.attention = "full": there is no codebook')
+        codebook = self.quantizer.codes(state.v.device) if isinstance(self.quantizer, SimpleVQ) else self.quantizer.codebook
+        return decoding_state(state, codebook, None if self.r is None else self.r(state.v.dtype) * self.scale, slot=slot)
 
     def _quantize(self, k: Tensor, mask: Tensor | None, statistics: bool) -> tuple[QuantizedKeys, Tensor]:
         """The quantized keys, and the codebook [H, C, K] that they come from."""

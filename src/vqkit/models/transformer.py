@@ -23,7 +23,7 @@ from vqkit.models.norm import RMSNorm
 from vqkit.models.positions import ScaledSinusoids, count_positions
 from vqkit.ops.codebook import CodebookStatistics
 from vqkit.ops.full_attention import KeyValueState, empty_state
-from vqkit.ops.vq_attention import AttentionState, initial_state
+from vqkit.ops.vq_attention import AttentionState, DecodingState, initial_state
 from vqkit.quantizers.learnable import LearnableVQ
 
 
@@ -32,7 +32,7 @@ class ModelState(NamedTuple):
 
     position: Tensor  # [B] int64, tokens of the current document so far
     segment: Tensor  # [B] int64, that document; -1 before any token, 0 where documents are not told apart
-    attention: tuple[UnitState, ...]  # one a unit, in order
+    attention: tuple[UnitState, ...]  # one a unit, in order; `DecodingState`s for single steps in place
     masks: SequenceMasks | None = None  # dropout decided for the whole sequence; None where no such dropout is on, and in evaluation
 
     def detach(self) -> ModelState:
@@ -286,7 +286,7 @@ class TransformerVQ(Pretrained, nn.Module):
             raise ValueError(f"state is that of a batch of {state.position.shape[0]}: inputs has a batch of {batch}")
         kind = KeyValueState if config.attention == "full" else AttentionState
         for i, attention in enumerate(state.attention):
-            if not isinstance(attention, kind):
+            if not isinstance(attention, kind) and not (kind is AttentionState and isinstance(attention, DecodingState)):
                 needs = f'model.attention = "{config.attention}" needs a {kind.__name__}'
                 raise ValueError(f"state.attention[{i}] is a {type(attention).__name__}: {needs}")
             for name, shape in self._state_shapes(attention, batch).items():
@@ -304,6 +304,9 @@ class TransformerVQ(Pretrained, nn.Module):
                 "k_hat": (batch, heads, config.mem_len, config.key_dim),
                 "mean": (batch, heads, config.codebook_size, config.value_dim),
             }
+        if isinstance(state, DecodingState):
+            rows = config.mem_len + 1 + config.codebook_size
+            return {"keys": (batch, heads, rows, config.key_dim), "values": (batch, heads, rows, config.value_dim)}
         slots = state.present.shape[-1]
         return {
             "present": (batch, slots),
