@@ -18,10 +18,12 @@ from tiny_models import tiny_model
 from tiny_runs import tiny_config, write_texts
 from vqkit.cli import main
 from vqkit.compat.official_names import to_official
-from vqkit.config import to_json
+from vqkit.config import from_json, to_json
 from vqkit.data import pack
-from vqkit.models import load_weights
+from vqkit.models import find_weights, load_weights
 from vqkit.models.transformer import TransformerVQ
+from vqkit.train.checkpoint import load_checkpoint
+from vqkit.train.config import RunConfig
 
 MODEL = {"vocab_size": 259, "block_len": 8, "mem_len": 6, "absolute_positions": False, "position_base": 100_000.0}
 WORDS = ["--block-len", "8", "--mem-len", "6", "--logit-scale", "1"]
@@ -52,13 +54,27 @@ def model() -> TransformerVQ:
 
 @pytest.fixture
 def official(model: TransformerVQ, tmp_path: Path) -> Path:
-    """The folder that the official code writes its checkpoints into."""
-    tree = {"step": torch.tensor(7, dtype=torch.int32), "opt_state": {}, "params": nested(to_official(model.state_dict(), model.config))}
-    write(
-        with_lists(nested({"step": tree["step"]}) | {"params": tree["params"], "opt_state": {}}),
-        tmp_path / "official" / "checkpoint_7" / "checkpoint",
-    )
+    """The folder that the official code writes its checkpoints into; parameters alone have no optimizer state."""
+    arrays = {f"params/{key}": array for key, array in to_official(model.state_dict(), model.config).items()}
+    tree = nested(arrays | {"step": torch.tensor(7, dtype=torch.int32)})
+    write(with_lists(tree), tmp_path / "official" / "checkpoint_7" / "checkpoint")
     return tmp_path / "official"
+
+
+def with_optimizer(model: TransformerVQ, path: Path, updates: int) -> Path:
+    """A checkpoint with the state of AdamW after some updates."""
+    arrays = to_official(model.state_dict(), model.config)
+    chain = "opt_state/inner_states/main/inner_state"
+    count = torch.tensor(updates, dtype=torch.int32)
+    tree = {f"params/{key}": array for key, array in arrays.items()} | {
+        "step": count,
+        f"{chain}/1/0/count": count,
+        f"{chain}/2/count": count,
+    }
+    for key, array in arrays.items():
+        if "quantizer" not in key:
+            tree |= {f"{chain}/1/0/mu/{key}": array * 0.01, f"{chain}/1/0/nu/{key}": array**2}
+    return write(with_lists(nested(tree)), path)
 
 
 def test_what_is_imported_writes_and_is_measured(vqkit: Callable[..., Said], official: Path, model: TransformerVQ, tmp_path: Path) -> None:
@@ -145,3 +161,71 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
     assert re.match(f"vqkit: {message}", said.err)
     assert said.err.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+GOES_ON = {
+    "data.sequence-len": 32,
+    "data.validation-fraction": 0.2,
+    "data.test-fraction": 0.2,
+    "train.steps": 6,
+    "train.warmup-steps": 2,
+    "train.update-len": 16,
+    "train.batch-size": 2,
+}
+RUN = [word for name, value in GOES_ON.items() for word in (f"--{name}", str(value))]
+
+
+def test_with_data_and_an_optimizer_state_training_goes_on(vqkit: Callable[..., Said], model: TransformerVQ, tmp_path: Path) -> None:
+    texts, run = write_texts(tmp_path / "texts"), tmp_path / "run"
+    checkpoint = with_optimizer(model, tmp_path / "checkpoint_4" / "checkpoint", 4)
+    said = vqkit("import-official", checkpoint.parent, "--out", run, *WORDS, "--data.path", texts, *RUN)
+    assert (said.code, said.err) == (0, "")
+    assert re.search(rf"^  go on         vqkit train --run {run}$", said.out, re.MULTILINE)
+    assert re.search(r"^optimizer state +adamw$", said.out, re.MULTILINE)
+
+    config = from_json(RunConfig, (run / "config.json").read_text())
+    training, _ = load_checkpoint(run / "checkpoints" / "step_00000004", config, torch.device("cpu"))
+    assert (training.step, training.state) == (4, None)
+    state, parameters = training.optimizer.state_tensors(), dict(model.named_parameters())
+    assert state.keys() == {f"{name}.{moment}" for name in parameters for moment in ("exp_avg", "exp_avg_sq", "step")}
+    for name, parameter in parameters.items():
+        assert torch.equal(dict(training.model.named_parameters())[name], parameter)
+        assert torch.equal(state[f"{name}.exp_avg"], parameter * 0.01)
+        assert torch.equal(state[f"{name}.exp_avg_sq"], parameter**2)
+        assert state[f"{name}.step"] == 4
+
+    trained = vqkit("train", "--run", run)
+    assert trained.code == 0, trained.err
+    assert "after step 4 of 6" in trained.out
+    assert "trained: 6 steps, 2 of them now" in trained.out
+    assert find_weights(run).name == "step_00000006"
+
+
+@pytest.mark.parametrize(
+    ("updates", "words", "message"),
+    [
+        (None, [], r"the checkpoint holds no optimizer state to go on with: import the weights alone"),
+        (4, ["--train.optimizer", "lion"], r'train\.optimizer = "lion": the checkpoint has the state of adamw; leave it out'),
+        (4, ["--train.steps", "4"], r"train\.steps = 4: the checkpoint has done 4 updates, must be more than that"),
+        (3, [], r"data\.sequence_len = 32 is 2 updates of train\.update_len = 16: the 3 updates of the checkpoint must be whole sequences"),
+        (4, ["--train.update-len", "20"], r"train\.update_len = 20: must divide data\.sequence_len = 32"),
+    ],
+    ids=["no state", "another rule", "no step left", "within a sequence", "contradictory"],
+)
+def test_what_no_run_can_be_made_of(
+    vqkit: Callable[..., Said], official: Path, model: TransformerVQ, tmp_path: Path, updates: int | None, words: list[str], message: str
+) -> None:
+    checkpoint = official if updates is None else with_optimizer(model, tmp_path / "state", updates)
+    run = tmp_path / "run"
+    said = vqkit("import-official", checkpoint, "--out", run, *WORDS, "--data.path", tmp_path, *RUN, *words)
+    assert (said.code, said.out) == (1, "")
+    assert re.match(f"vqkit: {message}", said.err)
+    assert not run.exists()
+
+
+def test_a_run_needs_a_folder_of_its_own(vqkit: Callable[..., Said], model: TransformerVQ, tmp_path: Path) -> None:
+    checkpoint, out = with_optimizer(model, tmp_path / "state", 4), tmp_path / "out"
+    assert vqkit("import-official", checkpoint, "--out", out, *WORDS).code == 0
+    said = vqkit("import-official", checkpoint, "--out", out, *WORDS, "--data.path", tmp_path, *RUN)
+    assert said.code == 1
+    assert "is there already: a run needs a directory that is its own" in said.err

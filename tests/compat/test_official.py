@@ -263,4 +263,4 @@ def test_the_public_names_of_the_room() -> None:
     import vqkit
 
     assert vqkit.compat.load_official is load_official
-    assert vqkit.compat.__all__ == ["OfficialModel", "OfficialSettings", "load_official"]
+    assert vqkit.compat.__all__ == ["OfficialModel", "OfficialSettings", "load_official", "run_config", "write_run"]

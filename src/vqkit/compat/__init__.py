@@ -9,13 +9,17 @@ if TYPE_CHECKING:
     from vqkit.compat.config import OfficialSettings as OfficialSettings
     from vqkit.compat.official import OfficialModel as OfficialModel
     from vqkit.compat.official import load_official as load_official
+    from vqkit.compat.official_run import run_config as run_config
+    from vqkit.compat.official_run import write_run as write_run
 
-__all__ = ["OfficialModel", "OfficialSettings", "load_official"]
+__all__ = ["OfficialModel", "OfficialSettings", "load_official", "run_config", "write_run"]
 
 _MODULES = {
     "OfficialModel": "official",
     "OfficialSettings": "config",
     "load_official": "official",
+    "run_config": "official_run",
+    "write_run": "official_run",
 }
 
 

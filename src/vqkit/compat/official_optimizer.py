@@ -142,7 +142,11 @@ def _adafactor(pieces: Sequence[_Piece], steps: int) -> dict[str, Tensor]:
 
     Of several pieces the mean squares of all their columns are the mean of theirs, weighted by the number of their rows.
     """
-    if len(pieces) == 1 and factored_axes(pieces[0].shape) is None:
+    for piece in pieces:
+        axes, last = factored_axes(piece.shape), len(piece.shape) - 1
+        if axes is not None and set(axes) != {last, last - 1}:
+            raise ValueError(f"key 'opt_state/.../v_row/{piece.key}' is a mean over layers, which have no moments in common here")
+    if len(part_shape(pieces[0].shape, pieces[0].place)) != 2:
         return {"exp_avg_sq": _rows(pieces, "v")}
     sizes = [part_shape(piece.shape, piece.place) for piece in pieces]
     rows = [size[-1] if pieces[0].place.transposed else size[0] for size in sizes]
@@ -160,8 +164,6 @@ def _row_and_column(piece: _Piece) -> tuple[Tensor, Tensor]:
         whole = piece.whole("v")
         return whole.mean(1), whole.mean(0)
     last = len(piece.shape) - 1
-    if set(axes) != {last, last - 1}:
-        raise ValueError(f"key 'opt_state/.../v_row/{piece.key}' is a mean over layers, which have no common moments here")
     kept = {}
     for moment, axis, other in (("v_row", axes[0], axes[1]), ("v_col", axes[1], axes[0])):
         array = piece.checked(moment, tuple(size for i, size in enumerate(piece.shape) if i != other))
