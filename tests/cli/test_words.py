@@ -27,6 +27,10 @@ HELP = [
     "eval --help",
     "sample --help",
     "inspect --help",
+    "data --help",
+    "data download --help",
+    "data prepare x --help",
+    "data check --help",
     "import-official --help",
     "--version",
 ]
@@ -82,7 +86,7 @@ def test_every_help_teaches_by_an_example(vqkit: Callable[..., Said], words: str
     said = vqkit(*words.split())
     assert said.code == 0
     assert said.err == ""
-    assert re.search(r"^(usage:)? *vqkit (train|eval|sample|inspect|import-official) [^C]", said.out.split("\n", 1)[1], re.MULTILINE)
+    assert re.search(r"^(usage:)? *vqkit (train|eval|sample|inspect|data|import-official) [^C]", said.out.split("\n", 1)[1], re.MULTILINE)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "models": _MODELS,
     "train": _ABOVE_MODELS,
     "generate": _ABOVE_MODELS,
-    "recipes": {"config", "data.config", "data.standard_library", "models.config", "quantizers.config", "train.config"},
+    "recipes": {"config", "data.config", "data.published", "data.standard_library", "models.config", "quantizers.config", "train.config"},
     "compat": {"train", *_ABOVE_MODELS},
     "cli": {"compat", "recipes", "train", "generate", *_ABOVE_MODELS},
     "__main__": {"cli"},

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "measure a trained model on a split of its data",
     "sample": "let a trained model write",
     "inspect": "show what a run is: size, cost, codebooks, metrics, checkpoints",
+    "data": "fetch, prepare and check what a run reads",
     "import-official": "take a checkpoint of the official Transformer-VQ (JAX) over",
 }
 

@@ -75,13 +75,15 @@ def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
     """Directory and configuration of a recipe with the changes that `words` ask for. Raises UsageError."""
     if recipe not in RECIPES:
         raise UsageError(f"unknown recipe {recipe!r}{near_miss(recipe, RECIPES)}")
+    from vqkit.cli.data import with_rules_of_packed
+
     base = RECIPES[recipe]()
     options = parse(
         TrainOptions,
         words,
         prog=f"vqkit train {recipe}",
         description=f"{first_line(RECIPES[recipe].__doc__)}\n\n{example(recipe)}",
-        default=TrainOptions(base.model, base.data, base.train),
+        default=TrainOptions(base.model, with_rules_of_packed(base.data, words), base.train),
     )
     if not options.data.path:
         raise UsageError(f"recipe {recipe} needs data: add --data.path FOLDER")

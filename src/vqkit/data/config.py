@@ -227,6 +227,8 @@ class DataConfig:
         return 256 + SPECIAL_IDS
 
 
+CUT_OPTIONS = ("sequence_len", "segments")
+"""Options that say how packed data are read, not how they are packed."""
 _CHOICES: dict[str, tuple[type, ...]] = {
     "source": (TextSource, IdSource, ImageSource),
     "splits": (FractionSplits, SizedSplits, PathSplits),

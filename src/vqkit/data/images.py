@@ -116,9 +116,9 @@ def save_png(path: str | os.PathLike[str], images: np.ndarray, *, columns: int |
 
 
 def pillow_module() -> Any:
-    """`PIL.Image`, or ModuleNotFoundError that says how to get it."""
+    """`PIL.Image`, or ImportError that says how to get it."""
     try:
         from PIL import Image
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('image files need: pip install "vqkit[images]"', name="PIL") from None
+        raise ImportError('image files need: pip install "vqkit[images]"') from None
     return Image

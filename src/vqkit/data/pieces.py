@@ -154,11 +154,11 @@ def train_sentencepiece(texts: Iterable[bytes], vocab_size: int) -> SentencePiec
 
 
 def sentencepiece_module() -> Any:
-    """The package, or ModuleNotFoundError that says how to get it."""
+    """The package, or ImportError that says how to get it."""
     try:
         import sentencepiece
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('a SentencePiece vocabulary needs: pip install "vqkit[sentencepiece]"', name="sentencepiece") from None
+        raise ImportError('a SentencePiece vocabulary needs: pip install "vqkit[sentencepiece]"') from None
     return sentencepiece
 
 
