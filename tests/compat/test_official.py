@@ -25,6 +25,7 @@ FORMS: list[dict[str, Any]] = [
     {"layers": 3, "heads": 1, "absolute_positions": False},
     {"tied": True, "output_norm": False, "logit_scale": 0.005},
     {"input": "features", "position_base": 500.0},
+    {"embedding_dropout": 0.1, "residual_dropout": 0.2, "sinusoid_dropout": 0.3, "layer_dropout": 0.4},
     {"input": "features", "tied": True, "cache": False, "cache_gradient": False, "codebook": CodebookConfig(decay=0.9)},
 ]
 
@@ -39,6 +40,10 @@ def settings_of(config: ModelConfig) -> OfficialSettings:
         cache_gradient=config.cache_gradient,
         decay=config.codebook.decay,
         input=config.input,
+        embedding_dropout=config.embedding_dropout,
+        residual_dropout=config.residual_dropout,
+        sinusoid_dropout=config.sinusoid_dropout,
+        layer_dropout=config.layer_dropout,
     )
 
 
@@ -198,7 +203,8 @@ def test_a_wrong_statement_names_key_and_shapes(tmp_path: Path, change: dict[str
 
 
 @pytest.mark.parametrize(
-    "name, value", [("block_len", 0), ("mem_len", True), ("logit_scale", 0.0), ("position_base", 1), ("decay", 1), ("input", "x")]
+    "name, value",
+    [("block_len", 0), ("mem_len", True), ("logit_scale", 0.0), ("position_base", 1), ("decay", 1), ("layer_dropout", 1.0), ("input", "x")],
 )
 def test_settings_that_make_no_sense_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} = {value!r}: must be"):

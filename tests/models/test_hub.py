@@ -51,7 +51,7 @@ def test_the_card_tells_the_facts_and_is_not_written_over(tmp_path: Path) -> Non
     assert {"transformer-vq", "pytorch_model_hub_mixin"} <= set(card.data.tags or [])
     assert card.data.license is None  # whoever trained the weights decides
     assert "| layers, width, heads | 3, 8, 2 |" in card.content
-    assert f"| parameters | {sum(p.numel() for p in model.parameters()):,}, and" in card.content
+    assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in card.content
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"

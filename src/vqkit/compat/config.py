@@ -32,6 +32,15 @@ class OfficialSettings:
     input: Literal["tokens", "features"] = "tokens"
     """What a model with a tied output reads; every other tells it by having an embedding or none."""
 
+    embedding_dropout: float = 0.0
+    """Rate of dropout on the embedded input, when training goes on (--p_dropemb)."""
+    residual_dropout: float = 0.0
+    """Rate of dropout on what an attention adds (--p_dropres)."""
+    sinusoid_dropout: float = 0.0
+    """Rate of dropout on the table of distances (--p_dropsin)."""
+    layer_dropout: float = 0.0
+    """Rate at which parts of layers are skipped (--p_droplyr)."""
+
     def __post_init__(self) -> None:
         for name in ("block_len", "mem_len", "key_dim"):
             value = getattr(self, name)
@@ -45,5 +54,14 @@ class OfficialSettings:
             raise ValueError(f"position_base = {self.position_base}: must be a finite number greater than 1")
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"decay = {self.decay}: must be at least 0 and below 1")
+        for name, rate in self.dropouts.items():
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} = {rate}: must be at least 0 and below 1")
         if self.input not in ("tokens", "features"):
             raise ValueError(f'input = {self.input!r}: must be "tokens" or "features"')
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        """The four rates, by the names that they have in `ModelConfig`, too."""
+        names = ("embedding_dropout", "residual_dropout", "sinusoid_dropout", "layer_dropout")
+        return {name: getattr(self, name) for name in names}

@@ -67,7 +67,8 @@ def _read(path: Path) -> bytes:
         if not first or not (0x80 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF)):
             found = f"begins with byte 0x{first.hex()}" if first else "is empty"
             raise ValueError(f"{path}: {found}: no map in msgpack, as Flax writes checkpoints")
-        return first + file.read()
+        file.seek(0)
+        return file.read()
 
 
 def _unpack(data: bytes, where: str, *, max_items: int = MAX_ITEMS, max_keys: int = MAX_KEYS) -> Any:

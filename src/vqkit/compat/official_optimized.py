@@ -133,6 +133,7 @@ def infer_config(arrays: Mapping[str, Tensor], settings: OfficialSettings) -> Mo
         output_norm=settings.output_norm,
         logit_scale=settings.logit_scale,
         codebook=CodebookConfig(decay=settings.decay),
+        **settings.dropouts,
         **options,
     )
 

@@ -76,11 +76,12 @@ class Pretrained:
 
 def model_card(model: TransformerVQ) -> str:
     """What a reader of the model's page wants to know, in Markdown, from the model alone."""
-    from vqkit.models.cost import flops_per_token, num_codebook_values, num_parameters, state_bytes
+    from vqkit.models.cost import flops_per_token, state_bytes
 
     config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = [
-        ("parameters", f"{num_parameters(config):,}, and {num_codebook_values(config):,} codebook values"),
+        ("parameters", f"{parameters:,}"),
         ("layers, width, heads", f"{config.layers}, {config.dim}, {config.heads}"),
         ("codes per head", f"{config.codebook_size} of width {config.key_dim}"),
         ("block, window", f"{config.block_len}, {config.mem_len}"),
