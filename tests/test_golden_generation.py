@@ -30,7 +30,8 @@ def test_generation_follows_the_official_one(name: str, mode: str) -> None:
     noise = golden["sampled/gumbel"] if mode == "sampled" else None
     temperature = 1.0 if mode == "sampled" else 0.0
     options = {"temperature": temperature, "top_p": p, "official_nucleus": True, "noise": noise}
-    steps = list(generate(model, inputs[:, :1], length, **options))
+    generation = generate(model, inputs[:, :1], length, **options)
+    steps = list(generation)
 
     tokens = torch.stack([step.tokens for step in steps], 1)
     golden.check(f"{mode}/tokens", tokens)
@@ -38,7 +39,7 @@ def test_generation_follows_the_official_one(name: str, mode: str) -> None:
     logits = torch.stack([step.logits for step in steps], 1)
     golden.check(f"{mode}/logprobs", logits.log_softmax(-1))
     golden.check(f"{mode}/kept", apply_rules(logits, SamplingRules(top_p=p, official_nucleus=True)).isfinite())
-    _check_final_state(golden, mode, model, steps[-1].state, golden[f"{mode}/doc_ids"])
+    _check_final_state(golden, mode, model, generation.state().model, golden[f"{mode}/doc_ids"])
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sampled"])

@@ -9,13 +9,24 @@ import pytest
 import torch
 
 from vqkit.generate import engine
-from vqkit.generate.engine import generate
-from vqkit.generate.sampling import gumbel_noise
+from vqkit.generate.decoder import Decoder
+from vqkit.generate.engine import generate, prefill
+from vqkit.generate.sampling import SamplingRules, apply_rules, gumbel_noise
+from vqkit.generate.states import row_seeds
 from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=17, dim=16, key_dim=8, value_dim=12, layers=1, heads=2, codebook_size=6, block_len=4, mem_len=5)
 NO_CACHE = replace(CONFIG, cache=False, mem_len=3)
+FORMS = {
+    "gated": CONFIG,
+    "no cache": NO_CACHE,
+    "grouped heads": replace(CONFIG, layer="feed_forward", heads=4, key_heads=2, absolute_positions=True, tied=True),
+    "sinusoidal codes, no positions": replace(CONFIG, quantizer="sinusoidal", relative_positions=False),
+    "full": replace(CONFIG, attention="full", layer="feed_forward", key_heads=1),
+    "full, no positions": replace(CONFIG, attention="full", relative_positions=False),
+}
+every_form = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
 
 
 def _model(config: ModelConfig = CONFIG) -> TransformerVQ:
@@ -31,8 +42,8 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [tree] if isinstance(tree, torch.Tensor) else [tensor for part in tree or () for tensor in _tensors(part)]
 
 
-@pytest.mark.parametrize("config", [CONFIG, NO_CACHE], ids=["cache", "no cache"])
-@pytest.mark.parametrize("time", [1, 4, 9, 23])
+@every_form
+@pytest.mark.parametrize("time", [1, 4, 23])
 def test_prefill_and_steps_equal_one_call_over_everything(config: ModelConfig, time: int) -> None:
     model, prompts = _model(config), _prompts(3, time)
     steps = list(generate(model, prompts, 15, seed=3))
@@ -43,19 +54,45 @@ def test_prefill_and_steps_equal_one_call_over_everything(config: ModelConfig, t
     torch.testing.assert_close(torch.stack([step.logits for step in steps], 1), expected, rtol=0, atol=1e-10)
 
 
+def test_the_first_token_after_a_long_prompt_is_that_of_reading_it_step_by_step() -> None:
+    model, prompts = _model(), _prompts(2, 301)
+    first = next(generate(model, prompts, 1))
+    steps = Decoder(model, model.initial_state(2))
+    logits = [steps.read(prompts[:, t]) for t in range(301)][-1]
+    torch.testing.assert_close(first.logits, logits, rtol=0, atol=1e-10)
+
+
+@every_form
+def test_prompts_of_unequal_lengths_are_each_as_alone(config: ModelConfig) -> None:
+    model = _model(config)
+    prompts = [_prompts(1, time, seed=time)[0].tolist() for time in (5, 1, 19, 5, 8)]
+    together = list(generate(model, prompts, 12, seed=6, repetition_penalty=1.2))
+    for row, (prompt, seed) in enumerate(zip(prompts, row_seeds(6, 5), strict=True)):
+        alone = list(generate(model, [prompt], 12, seed=seed, repetition_penalty=1.2))
+        assert [int(step.tokens[row]) for step in together] == [int(step.tokens) for step in alone]
+        for step, own in zip(together, alone, strict=True):
+            torch.testing.assert_close(step.logits[row], own.logits[0], rtol=0, atol=1e-10)
+
+
 def test_a_long_prompt_is_read_in_pieces_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = _model(), _prompts(2, 31)
+    model, prompts = _model(), _prompts(2, 32)
     once = next(generate(model, prompts, 1))
-    monkeypatch.setattr(engine, "PREFILL_LEN", 9)
     lengths = []
     model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
-    pieces = next(generate(model, prompts, 1))
-    assert lengths == [8, 8, 8, 7], "whole blocks, at most 9 positions"
-    torch.testing.assert_close(pieces.logits, once.logits, rtol=0, atol=1e-10)
+    for name, limit in (("PREFILL_POSITIONS", 18), ("PREFILL_LOGITS", 18 * 17)):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, name, limit)
+            pieces = next(generate(model, prompts, 1))
+        assert lengths == [8, 8, 8, 7, 1], "whole blocks of at most 18 positions of both rows, and the last token as a step"
+        torch.testing.assert_close(pieces.logits, once.logits, rtol=0, atol=1e-10)
+        lengths.clear()
 
 
 def test_the_state_keeps_its_size() -> None:
-    sizes = {sum(t.nbytes for t in _tensors(step.state)) for step in generate(_model(), _prompts(2, 3), 40)}
+    model = _model()
+    generation, sizes = generate(model, _prompts(2, 3), 40), set()
+    for _ in generation:
+        sizes.add(sum(t.nbytes for t in _tensors(generation.state().model[:3])))
     assert len(sizes) == 1
 
 
@@ -63,16 +100,132 @@ def test_every_call_after_the_prompt_reads_one_position() -> None:
     model, lengths = _model(), []
     model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     list(generate(model, _prompts(2, 11), 5))
-    assert lengths == [11, 1, 1, 1, 1]
+    assert lengths == [10, 1, 1, 1, 1, 1]
 
 
-def test_going_on_from_a_state_equals_not_having_stopped() -> None:
+@pytest.mark.parametrize("config", [CONFIG, FORMS["full"]], ids=["vq", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resumed_equals_unbroken_bit_for_bit(config: ModelConfig, dtype: torch.dtype) -> None:
+    model = _model(config).to(dtype)
+    options = {"seed": 8, "repetition_penalty": 1.5, "temperature": 1.3, "stop": (16,)}
+    unbroken = list(generate(model, [[1, 2, 3], [4], [5] * 9], 24, **options))
+    generation = generate(model, [[1, 2, 3], [4], [5] * 9], 24, **options)
+    first = [next(generation) for _ in range(10)]
+    state = generation.state()
+    next(generation)  # a state that was taken is a value
+    rest = list(generate(model, state, 14, **{**options, "seed": 99}))
+    for step, other in zip([*first, *rest], unbroken, strict=True):
+        assert torch.equal(step.tokens, other.tokens)
+        assert torch.equal(step.done, other.done)
+        assert torch.equal(step.logits, other.logits)
+
+
+def test_given_noise_is_resumed_by_its_rest() -> None:
     model, prompts = _model(), _prompts(2, 5)
     noise = gumbel_noise((2, 12, 17), torch.Generator().manual_seed(4))
     unbroken = [step.tokens for step in generate(model, prompts, 12, noise=noise)]
-    first = list(generate(model, prompts, 5, noise=noise[:, :5]))
-    rest = generate(model, first[-1].tokens[:, None], 7, noise=noise[:, 5:], state=first[-1].state)
+    generation = generate(model, prompts, 5, noise=noise[:, :5])
+    first = list(generation)
+    rest = generate(model, generation.state(), 7, noise=noise[:, 5:])
     assert torch.equal(torch.stack(unbroken), torch.stack([step.tokens for step in (*first, *rest)]))
+
+
+def test_forks_go_on_from_one_prefill_and_differ() -> None:
+    model, lengths = _model(), []
+    alone = [int(step.tokens) for step in generate(model, [[5] * 9], 30, seed=3)]
+    state = prefill(model, [[1, 2], [5] * 9], seed=[7, 3])
+    model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    texts = torch.stack([step.tokens for step in generate(model, state.fork(3), 30)], 1).tolist()
+    assert set(lengths) == {1}, "no prompt is read again"
+    assert texts[3] == alone
+    assert len({tuple(text) for text in texts}) == 6
+    again = torch.stack([step.tokens for step in generate(model, state.fork(3), 30)], 1).tolist()
+    assert texts == again
+    assert torch.stack([step.tokens for step in generate(model, state.rows([1, 0]), 30)], 1).tolist() == [texts[3], texts[0]]
+
+
+@pytest.mark.parametrize("number", [0, True, 1.5])
+def test_forks_and_rows_are_numbers(number: Any) -> None:
+    state = prefill(_model(), [[1, 2]])
+    with pytest.raises(ValueError, match=rf"^number = {number}: must be an integer of at least 1"):
+        state.fork(number)
+    with pytest.raises(ValueError, match=r"^rows = \[1\]: must be at least one of 0 to 0"):
+        state.rows([1])
+
+
+def test_a_text_goes_on_with_more_prompt() -> None:
+    model = _model()
+    generation = generate(model, [[1, 2, 3], [7, 7]], 6, seed=1)
+    written = torch.stack([step.tokens for step in generation], 1).tolist()
+    more = [[4, 5], [6]]
+    after = prefill(model, more, after=generation.state())
+    step = next(generate(model, after, 1, temperature=0.0, repetition_penalty=2.0))
+    whole = [[*prompt, *text, *new] for prompt, text, new in zip([[1, 2, 3], [7, 7]], written, more, strict=True)]
+    expected = next(generate(model, whole, 1, temperature=0.0, repetition_penalty=2.0))
+    torch.testing.assert_close(step.logits, expected.logits, rtol=0, atol=1e-10)
+    assert torch.equal(step.tokens, expected.tokens)
+    with pytest.raises(ValueError, match="after has 2 rows: must have one for each of 1 prompts"):
+        prefill(model, [[1]], after=generation.state())
+
+
+def test_repetition_penalty_is_over_prompt_and_text() -> None:
+    model, prompt = _model(), [3, 3, 9]
+    seen, written = set(prompt), []
+    for step in generate(model, [prompt], 12, temperature=0.0, repetition_penalty=4.0):
+        mask = torch.tensor([[token in seen for token in range(17)]])
+        logits = step.logits
+        assert int(step.tokens) == int(torch.where(mask, torch.where(logits > 0, logits / 4, logits * 4), logits).argmax())
+        seen.add(int(step.tokens))
+        written.append(int(step.tokens))
+    assert written != [int(step.tokens) for step in generate(model, [prompt], 12, temperature=0.0)]
+
+
+def test_logprobs_are_those_of_the_model_and_of_the_rules() -> None:
+    model = _model()
+    options = {"seed": 2, "top_k": 4, "temperature": 0.7, "stop": (3, 8)}
+    stopped = torch.zeros(3, dtype=torch.bool)
+    for step in generate(model, _prompts(3, 4), 20, logprobs=5, **options):
+        found, chosen = step.logprobs, step.tokens[:, None]
+        assert found is not None
+        by_model = step.logits.log_softmax(-1)
+        by_rules = apply_rules(step.logits, SamplingRules(temperature=0.7, top_k=4)).log_softmax(-1)
+        torch.testing.assert_close(found.model, by_model.gather(1, chosen)[:, 0].masked_fill(stopped, 0.0))
+        torch.testing.assert_close(found.sampled, by_rules.gather(1, chosen)[:, 0].masked_fill(stopped, 0.0))
+        assert torch.equal(found.top_tokens, by_model.sort(-1, descending=True).indices[:, :5])
+        torch.testing.assert_close(found.top, by_model.gather(1, found.top_tokens).masked_fill(stopped[:, None], 0.0))
+        stopped = step.done
+    assert stopped.any(), "a row of this seed is to stop"
+    plain = list(generate(model, _prompts(3, 4), 3, **options))
+    assert all(step.logprobs is None for step in plain)
+    greedy = next(generate(model, _prompts(1, 4), 1, temperature=0.0, logprobs=0)).logprobs
+    assert greedy is not None
+    assert float(greedy.sampled) == 0.0 > float(greedy.model)
+    assert greedy.top.shape == (1, 0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, FORMS["grouped heads"]], ids=["gated", "grouped heads"])
+def test_compiled_steps_equal_eager_ones(config: ModelConfig) -> None:
+    model, prompts = _model(config), _prompts(2, 7)
+    eager, compiled = (list(generate(model, prompts, 12, seed=4, compile=backend)) for backend in (False, "aot_eager"))
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-10)
+        assert torch.equal(a.tokens, b.tokens)
+
+
+def test_what_cannot_be_generated_from_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'model.attention = "full" keeps a state that grows'):
+        generate(_model(FORMS["full"]), [[1]], 3, compile=True)
+    with pytest.raises(ValueError, match=r'model.input = "features": generation needs a model of tokens'):
+        generate(_model(replace(CONFIG, input="features")), [[1]], 3)
+    with pytest.raises(ValueError, match=r"in training mode and has dropout: call model.eval\(\) first"):
+        generate(_model(replace(CONFIG, residual_dropout=0.1)), [[1]], 3)
+    with pytest.raises(ValueError, match=r"state.attention\[0\].k_hat has shape \(1, 2, 5, 8\): this model needs \(1, 2, 3, 8\)"):
+        generate(_model(NO_CACHE), prefill(_model(), [[1, 2]]), 3)
+    model = _model()
+    with torch.no_grad():
+        model.logits.bias[3] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        next(generate(model, [[1]], 3))
 
 
 def test_rows_do_not_influence_each_other() -> None:
@@ -137,9 +290,11 @@ def test_prompts_may_be_lists_and_no_token_may_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("prompts", "options", "error", "message"),
     [
-        ([[1, 2], [3]], {}, ValueError, r"prompts of lengths \[1, 2\]: must all be of one length"),
-        ([[]], {}, ValueError, r"prompts of shape \(1, 0\): must be \[B, T\] with T >= 1"),
-        ([], {}, ValueError, r"prompts of shape \(0,\)"),
+        ([[1, 2], []], {}, ValueError, r"prompts\[1\] has shape \(0,\): must hold at least one token"),
+        ([], {}, ValueError, "prompts is empty: must hold at least one prompt"),
+        ([[1]], {"seed": [1, 2]}, ValueError, "seed has 2 numbers: must be one integer, or one for each of 1 prompts"),
+        ([[1]], {"logprobs": 18}, ValueError, "logprobs = 18: must be None, or from 0 to 17"),
+        ([[1]], {"repetition_penalty": 0.0}, ValueError, "repetition_penalty = 0.0: must be positive"),
         (torch.tensor([1, 2]), {}, ValueError, r"prompts of shape \(2,\)"),
         (torch.ones(1, 2), {}, TypeError, "prompts of torch.float32: must be integers"),
         ([[1, 17]], {}, ValueError, "prompts hold token 17: must be from 0 to 16"),

@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
 THIRD_PARTY: dict[str, set[str]] = {
     "torch": {"ops", "dist", "quantizers", "data", "models", "train", "generate", "compat", "cli"},
     "numpy": {"ops", "data", "train", "generate", "models", "compat"},
-    "safetensors": {"models", "train"},
+    "safetensors": {"models", "train", "generate"},
     "tyro": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"train"},

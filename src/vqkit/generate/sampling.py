@@ -1,7 +1,7 @@
 """From logits to the next token: pure functions on tensors [..., vocab].
 
-Rules cut logits (a dropped token becomes -inf) in one order: excluded tokens, temperature, top-k, top-p. What is left is sampled
-by the Gumbel-max trick, so that a draw is a function of logits and noise, and noise can be given to replay a draw exactly.
+Rules change logits (a dropped token becomes -inf) in one order: repetition penalty, excluded tokens, temperature, top-k, top-p. What is
+left is sampled by the Gumbel-max trick, so that a draw is a function of logits and noise, and noise can be given to replay a draw exactly.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ class SamplingRules:
     """Cut top_p as the official Transformer-VQ does: with a slack of 1e-4, and the higher index first among equals."""
     exclude: tuple[int, ...] = ()
     """Tokens that are never chosen."""
+    repetition_penalty: float = 1.0
+    """Above 1 tokens of the prompt and of what was generated become less probable: see `penalize`; 1 = as they are."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature = {self.temperature!r}: must be 0 (greedy) or positive, and finite")
         if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k = {self.top_k!r}: must be an integer of at least 1, or None for all tokens")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty = {self.repetition_penalty!r}: must be positive and finite; 1 = none")
         if not 0.0 <= self.top_p <= 1.0:
             raise ValueError(f"top_p = {self.top_p!r}: must be from 0 to 1")
 
@@ -64,8 +68,23 @@ def keep_top_p(logits: Tensor, p: float, *, official: bool = False) -> Tensor:
     return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -math.inf)
 
 
-def apply_rules(logits: Tensor, rules: SamplingRules) -> Tensor:
-    """Logits [..., vocab] of the distribution that is sampled from; with temperature 0 only the most probable token is left."""
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [..., vocab] where those of tokens `seen` [..., vocab] bool are divided by `penalty` if positive, multiplied if negative.
+
+    CTRL (Keskar et al. 2019, arXiv 1909.05858, section 4.1), with the sign taken into account as in common use.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def apply_rules(logits: Tensor, rules: SamplingRules, seen: Tensor | None = None) -> Tensor:
+    """Logits [..., vocab] of the distribution that is sampled from; with temperature 0 only the most probable token is left.
+
+    `seen` [..., vocab] bool: tokens of the text so far; a repetition penalty needs them (ValueError).
+    """
+    if rules.repetition_penalty != 1.0:
+        if seen is None:
+            raise ValueError(f"seen = None: repetition_penalty = {rules.repetition_penalty} needs the tokens of the text so far")
+        logits = penalize(logits, seen, rules.repetition_penalty)
     if rules.exclude:
         logits = logits.index_fill(-1, torch.tensor(rules.exclude, device=logits.device), -math.inf)
     if rules.temperature == 0.0:
@@ -84,19 +103,28 @@ def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return -exponential.clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
 
-def next_token(logits: Tensor, rules: SamplingRules, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+def next_token(
+    logits: Tensor,
+    rules: SamplingRules,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
     """The next token [...] int64 for logits [..., vocab].
 
-    Randomness is `noise` (Gumbel, the shape of logits) or else drawn from `generator`; greedy rules need neither.
-    Raises ValueError when sampling has no source of randomness, or noise of another shape.
+    Randomness is `noise` (Gumbel, the shape of logits) or else drawn from `generator`; greedy rules need neither. `seen` is that of
+    `apply_rules`. Raises ValueError when sampling has no source of randomness, or noise of another shape.
     """
-    kept = apply_rules(logits, rules)
-    if rules.temperature == 0.0:
-        return kept.argmax(dim=-1)
-    if noise is None:
+    if rules.temperature > 0.0 and noise is None:
         if generator is None:
             raise ValueError("generator = None: sampling needs a torch.Generator, or noise, or temperature 0")
         noise = gumbel_noise(tuple(logits.shape), generator)
-    if noise.shape != logits.shape:
+    if noise is not None and noise.shape != logits.shape:
         raise ValueError(f"noise of shape {tuple(noise.shape)}: must have the shape of logits, {tuple(logits.shape)}")
-    return (kept + noise.to(kept.device)).argmax(dim=-1)
+    return choose(apply_rules(logits, rules, seen), rules, noise)
+
+
+def choose(kept: Tensor, rules: SamplingRules, noise: Tensor | None) -> Tensor:
+    """The token [...] that `noise` picks from what `apply_rules` left; the most probable one with temperature 0."""
+    return kept.argmax(dim=-1) if rules.temperature == 0.0 or noise is None else (kept + noise.to(kept.device)).argmax(dim=-1)

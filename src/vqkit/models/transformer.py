@@ -273,11 +273,12 @@ class TransformerVQ(Pretrained, nn.Module):
         if self.config.attention == "full" and impl not in ("auto", "reference"):
             raise ValueError(f'impl = {impl!r}: model.attention = "full" has "auto" and "reference"')
         if state is not None:
-            self._check_state(state, shape[0])
+            self.check_state(state, shape[0])
         if segments is not None:
             _check_segments(segments, shape[:2], state)
 
-    def _check_state(self, state: ModelState, batch: int) -> None:
+    def check_state(self, state: ModelState, batch: int) -> None:
+        """Raise ValueError unless `state` is one of this model with this batch."""
         config = self.config
         units = config.layers * config.attentions_per_layer
         if len(state.attention) != units:
