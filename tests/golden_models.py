@@ -38,6 +38,10 @@ def config_of(golden: GoldenCase) -> ModelConfig:
         tied=c["e_tie"],
         output_norm=c["e_preln"],
         logit_scale=c["e_scale"],
+        embedding_dropout=c["p_dropemb"],
+        residual_dropout=c["p_dropres"],
+        sinusoid_dropout=c["p_dropsin"],
+        layer_dropout=c["p_droplyr"],
         codebook=CodebookConfig(decay=c["c_gamma"]),
     )
 
