@@ -133,6 +133,24 @@ def test_training_goes_on_from_a_checkpoint_as_the_official_run_did(tmp_path: Pa
             assert error <= case.tolerance(name), (update, key, error)
 
 
+@pytest.mark.parametrize("head_type", ["shga", "mqa", "mha"])
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_moments_of_stacked_layers_find_their_parameters(kind: str, head_type: Any) -> None:
+    config = official_optimized(head_type, dim=12, key_dim=4, block_len=4, layers=3, vocab_size=11, codebook_size=5)
+    model = TransformerVQ(config)
+    arrays: dict[str, Tensor] = {f"{CHAIN}/0/0/count": torch.tensor(9), f"{CHAIN}/1/count": torch.tensor(9)}
+    for key, array in to_official(model.state_dict(), config).items():
+        if "quantizer" not in key:
+            arrays |= {f"{CHAIN}/0/0/{moment}/{key}": array * factor for moment, factor in zip(MOMENTS[kind], (2.0, 3.0), strict=False)}
+    state = optimizer_from_official(arrays, config)
+    assert state is not None
+    assert (state.kind, state.steps) == (kind, 9)
+    for name, parameter in model.named_parameters():
+        for ours, factor in zip(MOMENTS[kind].values(), (2.0, 3.0), strict=False):
+            assert torch.equal(state.tensors[f"{name}.{ours}"], parameter * factor), name
+    Optimizer(model.named_parameters(), train_config(kind)).load_state_tensors_(state.tensors)
+
+
 # Factored moments
 
 
