@@ -48,8 +48,11 @@ triton: $(VENV)/.triton
 wheel: $(VENV)/.dev
 	rm -rf build
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
-	$(BIN)/python -I .ci/check_wheel.py build/site
+	CXX=no-compiler $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/pure .
+	for kind in wheel pure; do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/$$kind/site build/$$kind/*.whl || exit; \
+		$(BIN)/python -I .ci/check_wheel.py build/$$kind || exit; \
+	done
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --quiet --fix-only
@@ -59,26 +62,27 @@ bench-train: $(VENV)/.train
 	$(BIN)/python benchmarks/bench_train.py
 
 bench-quantizers: $(VENV)/.bench
-	$(BIN)/python -m vqkit.ops.nearest_code.compiled
 	$(BIN)/python benchmarks/bench_quantizers.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build
 
-# Installed anew only when the wanted versions change: the stamps say with what.
-$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+# Installed anew only when the wanted versions change, or what is compiled at installation: the stamps say with what.
+BUILT := pyproject.toml constraints.txt hatch_build.py $(addprefix src/vqkit/ops/nearest_code/,compiled.cpp libraries.py)
+
+$(VENV)/.train: $(BUILT) | $(BIN)/python
 	$(INSTALL) -e ".[train]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: $(BUILT) | $(BIN)/python
 	$(INSTALL) -e ".[train,dev]"
 	@touch $@ $(VENV)/.train
 
-$(VENV)/.triton: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.triton: $(BUILT) | $(BIN)/python
 	$(INSTALL) -e ".[train,dev,triton]"
 	@touch $@ $(VENV)/.dev $(VENV)/.train
 
-$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.bench: $(BUILT) | $(BIN)/python
 	$(INSTALL) -e ".[train,bench]"
 	@touch $@ $(VENV)/.train
 

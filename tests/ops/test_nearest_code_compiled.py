@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vqkit.ops.codebook import assignment_stats, gather_codes
 from vqkit.ops.estimators import rotation_trick
 from vqkit.ops.losses import mean_commitment_loss
-from vqkit.ops.nearest_code import compiled, reference
+from vqkit.ops.nearest_code import compiled, libraries, nearest_codes, reference
 
 
 @contextlib.contextmanager
@@ -125,6 +125,61 @@ def test_any_layout_and_empty_inputs(build):
     assert not compiled.nearest_index(torch.randn(1, 100, 0), torch.randn(1, 5, 0)).any()
 
 
+# The nearest few
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_nearest_few_are_as_near_as_by_explicit_differences(build, kind, dtype):
+    for (groups, num, codes, width), few in zip(SHAPES, (1, 3, 7, 4, 70, 1, 9), strict=True):
+        x, codebook = KINDS[kind](torch.randn(groups, num, width, dtype=dtype)), KINDS[kind](torch.randn(groups, codes, width, dtype=dtype))
+        indices, distance = compiled.nearest_codes(x, codebook, few)
+        exact = torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+        best, bound = exact.sort(-1).values[..., :few], 4 * (width + 4) * torch.finfo(dtype).eps
+        assert (indices.sort(-1).values.diff(dim=-1) > 0).all() and (indices >= 0).all()  # all different
+        assert (exact.gather(-1, indices) <= best * (1 + bound)).all()
+        torch.testing.assert_close(distance.double(), best, rtol=bound, atol=0.0)
+        assert (distance.diff(dim=-1) >= 0).all()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**31))
+def test_the_nearest_few_put_the_lower_index_first_among_equals(build, num, distinct, repeats, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (1, num, width), generator=generator).float()
+    codebook = torch.randint(-3, 4, (1, distinct, width), generator=generator).float().repeat(1, repeats, 1)
+    few = 1 + seed % codebook.shape[1]
+    for found, expected in zip(compiled.nearest_codes(x, codebook, few), reference.nearest_codes(x, codebook, few), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_the_nearest_few_of_and_among_what_is_not_finite_are_those_of_the_reference(build, bad):
+    x, codebook = (2 * torch.randn(1, 90, 12)).round(), (2 * torch.randn(1, 40, 12)).round()
+    clean = compiled.nearest_codes(x, codebook, 4)
+    spoiled = x.clone()
+    spoiled[0, [3, 50], 7] = bad
+    indices, distance = compiled.nearest_codes(spoiled, codebook, 4)
+    keep = torch.ones(90, dtype=torch.bool)
+    keep[[3, 50]] = False
+    assert (indices[0, ~keep] == -1).all() and not distance[0, ~keep].any()
+    assert equal((indices[0, keep], distance[0, keep]), (clean[0][0, keep], clean[1][0, keep]))
+    codebook[0, 5, 2] = bad
+    for few in (4, 40):
+        assert equal(compiled.nearest_codes(spoiled, codebook, few), reference.nearest_codes(spoiled, codebook, few))
+
+
+def test_the_nearest_few_by_name_and_unasked_are_those_of_the_compiled_form(build):
+    x, codebook = torch.randn(2, 70, 6), torch.randn(3, 2, 90, 6)
+    expected = nearest_codes(x, codebook, 5, impl="reference")
+    for impl in ("compiled", "auto"):
+        found = nearest_codes(x, codebook, 5, impl=impl)
+        assert torch.equal(found.indices, expected.indices)
+        torch.testing.assert_close(found.squared_distance, expected.squared_distance)
+    assert torch.equal(nearest_codes(x, codebook, 90).indices, nearest_codes(x, codebook, 90, impl="reference").indices)
+    assert compiled.nearest_codes(torch.randn(1, 0, 4), torch.randn(1, 5, 4), 2)[0].shape == (1, 0, 2)
+
+
 # After the choice
 
 
@@ -202,6 +257,7 @@ def test_bad_arguments_are_named(build):
         (TypeError, "^x is torch.bfloat16", lambda: compiled.nearest_index(x.bfloat16(), codebook.bfloat16())),
         (TypeError, "^codebook is torch.float64: must be torch.float32", lambda: compiled.nearest_index(x, codebook.double())),
         (ValueError, "^codebook is on meta", lambda: compiled.nearest_index(x, codebook.to("meta"))),
+        (ValueError, "^k = 4: must be from 1 to 3", lambda: compiled.nearest_codes(x, codebook, 4)),
         (TypeError, "^indices is torch.int32", lambda: compiled.gather_and_count(x, codebook, indices.int())),
         (ValueError, "^indices has shape", lambda: compiled.gather_and_count(x, codebook, indices[:1])),
         (ValueError, "^weights has shape", lambda: compiled.gather_and_count(x, codebook, indices, x[0])),
@@ -216,7 +272,8 @@ def test_bad_arguments_are_named(build):
 
 def everything(x, codebook):
     indices = compiled.nearest_index(x, codebook)
-    return indices, *compiled.gather_and_count(x, codebook, indices), compiled.rotation_gradient(x.flip(1), x, codebook, indices, 0.1)
+    few = compiled.nearest_codes(x[:, ::8], codebook, 3)
+    return indices, *few, *compiled.gather_and_count(x, codebook, indices), compiled.rotation_gradient(x.flip(1), x, codebook, indices, 0.1)
 
 
 def equal(first, second):
@@ -272,13 +329,57 @@ def wait(child, seconds):
     raise TimeoutError("the forked process hangs")
 
 
+# What a wheel brings along
+
+
+def test_the_fastest_library_that_this_processor_runs_is_loaded(made, fresh, monkeypatch):
+    monkeypatch.setattr(libraries, "FOLDER", made)
+    runnable = [level.name for level in libraries.levels() if libraries.is_runnable(level)]
+    assert [path.stem.rsplit("-", 2)[0] for path in libraries.suitable(made)] == [f"compiled-{name}" for name in runnable]
+    assert compiled.build_() == libraries.suitable(made)[0] and not fresh.exists()
+    flags = libraries._processor_flags()
+    for gone in ("avx512_vnni", "avx512vl", "avx_vnni", "fma", "sse4_2"):
+        monkeypatch.setattr(libraries, "_processor_flags", lambda gone=gone: flags - {gone})
+        assert all(gone not in level.needs for level in libraries.levels() if libraries.is_runnable(level))
+        assert libraries.is_runnable(libraries.levels()[-1])
+        fit = [path for level in libraries.levels() if gone not in level.needs for path in libraries.made(level, made)]
+        assert set(libraries.suitable(made)) <= set(fit)
+
+
+def test_what_was_made_of_another_source_is_not_loaded(made, fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(libraries, "FOLDER", made)
+    assert compiled.is_there()
+    changed = tmp_path / "compiled.cpp"
+    changed.write_text(libraries.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(libraries, "SOURCE", changed)
+    compiled._found.cache_clear()
+    assert not compiled.is_there()
+
+
+def test_a_level_that_the_compiler_does_not_know_is_left_out(finished, tmp_path, monkeypatch):
+    script = tmp_path / "old compiler"
+    script.write_text(f"""#!/bin/sh
+for word in "$@"; do [ "$word" = -march=new ] && exit 1; done
+while [ "$1" != -o ]; do shift; done
+cp "{finished}" "$2"
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{script}'")
+    new, old = libraries.Level("new", ("-march=new",)), libraries.Level("old", ())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert libraries.make((new, old), folder) == libraries.made(old, folder) != []
+    with pytest.raises(RuntimeError, match=r"-march=new .*failed"):
+        libraries.make((new,), folder)
+
+
 # The cache of builds
 
 
 @pytest.fixture
-def finished(cache):
+def finished(made):
     """A file as the compiler makes it."""
-    return next(cache.glob("*.so"))
+    return next(made.glob("*.so"))
 
 
 @pytest.fixture
@@ -326,7 +427,7 @@ def test_a_damaged_or_foreign_file_is_not_loaded_and_built_anew(compiler, fresh,
     if damage in ("no library", "another library"):  # whose name is that of its contents
         content = b"no library" if damage == "no library" else other_library()
         path.unlink()
-        path = path.with_name(f"{path.stem.rpartition('-')[0]}-{compiled._hash(content)}.so")
+        path = path.with_name(f"{path.stem.rpartition('-')[0]}-{libraries.content_hash(content)}.so")
         path.write_bytes(content)
     else:
         path.unlink()  # the old contents may still be in use by this process
@@ -347,18 +448,19 @@ def other_library():
 
 def test_a_build_for_another_processor_or_source_is_not_taken(compiler, monkeypatch, tmp_path):
     compiled.build_()
-    monkeypatch.setattr(compiled, "_processor", lambda: ("another",))
+    monkeypatch.setattr(libraries, "_processor", lambda: ("another",))
     compiled._found.cache_clear()
     assert not compiled.is_there()
     monkeypatch.undo()
     monkeypatch.delenv("VQKIT_COMPILED", raising=False)
+    monkeypatch.setattr(libraries, "FOLDER", tmp_path / "brought")
     changed = tmp_path / "compiled.cpp"
-    shutil.copy(compiled._SOURCE, changed)
+    shutil.copy(libraries.SOURCE, changed)
     changed.write_text(changed.read_text() + "\n")
     monkeypatch.setenv("VQKIT_CACHE", str(tmp_path / "cache"))
     compiled._found.cache_clear()
     assert compiled.is_there()
-    monkeypatch.setattr(compiled, "_SOURCE", changed)
+    monkeypatch.setattr(libraries, "SOURCE", changed)
     compiled._found.cache_clear()
     assert not compiled.is_there()
 
@@ -379,7 +481,7 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(fresh, tmp_path, monkey
     script.write_text("#!/bin/sh\necho what is wrong >&2\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(RuntimeError, match=r"-march=native .*failed:\nwhat is wrong"):
+    with pytest.raises(RuntimeError, match=r"compiled\.cpp .*failed:\nwhat is wrong"):
         compiled.build_()
     assert not compiled.is_there() and [*fresh.iterdir()] == []
 

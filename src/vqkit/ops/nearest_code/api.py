@@ -25,6 +25,14 @@ def _best(x: Tensor, codebook: Tensor) -> Tensor:
     return blocked.nearest_index(x, codebook)
 
 
+def _best_few(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k <= _FEW and x.device.type == codebook.device.type == "cpu" and compiled.is_there():
+        return compiled.nearest_codes(x, codebook, k)
+    return blocked.nearest_codes(x, codebook, k)
+
+
+_FEW = 64  # up to here the compiled form is the faster one: it holds that many scores of each vector in order
+
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "auto": _best,
     "reference": reference.nearest_index,
@@ -33,9 +41,10 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "triton": triton.nearest_index,
 }
 _BACKENDS_K: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
-    "auto": blocked.nearest_codes,
-    "blocked": blocked.nearest_codes,
+    "auto": _best_few,
     "reference": reference.nearest_codes,
+    "blocked": blocked.nearest_codes,
+    "compiled": compiled.nearest_codes,
 }
 
 
@@ -55,7 +64,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", i
 
     Metrics: "euclidean"; "cosine" is the euclidean distance of the directions, of vectors and codes alike, whose square is
     2 - 2 * cosine; zero has direction zero. Implementations: "reference" computes all differences, "blocked" works on tiles of scores
-    and settles close races by explicit differences, "compiled" does so in C++ built on this machine (see compiled.py) and "triton" on
+    and settles close races by explicit differences, "compiled" does so in C++ (see compiled.py) and "triton" on
     CUDA; "auto" takes these two where they are there (compiled.is_there, triton.is_there), else "blocked". Raises TypeError for tensors
     that are not floating point, ValueError for shapes that do not fit, an empty codebook and an unknown `metric` or `impl`.
     """
@@ -74,7 +83,7 @@ def nearest_index(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", 
 
 
 def nearest_codes(
-    x: Tensor, codebook: Tensor, k: int, *, metric: Metric = "euclidean", impl: Literal["auto", "reference", "blocked"] = "auto"
+    x: Tensor, codebook: Tensor, k: int, *, metric: Metric = "euclidean", impl: Literal["auto", "reference", "blocked", "compiled"] = "auto"
 ) -> NearestCode:
     """The `k` nearest codes of each vector, nearest first, the lower index first among equals: both fields [..., N, k].
 

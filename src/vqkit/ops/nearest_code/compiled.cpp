@@ -209,9 +209,18 @@ struct Problem {
 
 template <class T>
 T squared_distance(const T* a, const T* b, int64_t width) {
-    T sum = 0;
-    for (int64_t k = 0; k < width; ++k) sum += (a[k] - b[k]) * (a[k] - b[k]);
-    return sum;
+    using V = Vec<T>;
+    constexpr int L = kLanes<T>;
+    V sums{};
+    T rest = 0;
+    int64_t k = 0;
+    for (; k + L <= width; k += L) {
+        const V difference = load<V>(a + k) - load<V>(b + k);
+        sums = sums + difference * difference;
+    }
+    for (; k < width; ++k) rest += (a[k] - b[k]) * (a[k] - b[k]);
+    for (int i = 0; i < L; ++i) rest += sums[i];
+    return rest;
 }
 
 // The nearest code of each vector row[0 ... num - 1] by explicit differences to all codes; at most as many as there are lanes.
@@ -384,6 +393,76 @@ struct Packed {
     S* tile(int64_t t) const { return codes.get() + t * steps * kTile; }
 };
 
+// The largest score of each tile for each lane of a panel, [tiles, kPanel registers], and the `few` largest of these, falling,
+// [few, kPanel registers]: the codes of that many scores lie in those tiles.
+template <class P, int registers>
+void top_tiles(const typename P::Step* panel, int64_t steps, const typename P::Step* codes, const typename P::Step* start, int64_t tiles,
+               int64_t few, typename P::Step* tops, typename P::Step* largest) {
+    using S = typename P::Step;
+    using V = Vec<S>;
+    constexpr int L = kLanes<S>;
+    constexpr S lowest = std::is_integral<S>::value ? std::numeric_limits<S>::min() : -std::numeric_limits<S>::infinity();
+    std::fill_n(largest, few * kPanel * L, lowest);
+    for (int64_t tile = 0; tile < tiles; ++tile, start += kTile, tops += kPanel * L) {
+        V score[registers][kTile];
+#pragma GCC unroll 8
+        for (int j = 0; j < kTile; ++j)
+#pragma GCC unroll 4
+            for (int i = 0; i < registers; ++i) score[i][j] = splat<V>(start[j]);
+        const S* from = panel;
+        for (int64_t s = 0; s < steps; ++s, from += kPanel * L, codes += kTile) {
+            V x[registers];
+#pragma GCC unroll 4
+            for (int i = 0; i < registers; ++i) x[i] = load<V>(from + i * L);
+#pragma GCC unroll 8
+            for (int j = 0; j < kTile; ++j) {
+                const V code = splat<V>(codes[j]);
+#pragma GCC unroll 4
+                for (int i = 0; i < registers; ++i) score[i][j] = P::add_product(score[i][j], x[i], code);
+            }
+        }
+        V top[registers];
+#pragma GCC unroll 4
+        for (int i = 0; i < registers; ++i) {
+            top[i] = score[i][0];
+#pragma GCC unroll 8
+            for (int j = 1; j < kTile; ++j) top[i] = larger(score[i][j], top[i]);
+            store(tops + i * L, top[i]);
+        }
+        for (int64_t place = 0; place < few; ++place)
+#pragma GCC unroll 4
+            for (int i = 0; i < registers; ++i) {
+                S* at = largest + (place * kPanel + i) * L;
+                const V held = load<V>(at);
+                store(at, larger(top[i], held));
+                top[i] = smaller(top[i], held);
+            }
+    }
+}
+
+template <class P>
+void top_tiles(int registers, const typename P::Step* panel, int64_t steps, const typename P::Step* codes, const typename P::Step* start,
+               int64_t tiles, int64_t few, typename P::Step* tops, typename P::Step* largest) {
+    if (registers == 1) top_tiles<P, 1>(panel, steps, codes, start, tiles, few, tops, largest);
+    else if (registers == 2 || kPanel == 2) top_tiles<P, 2>(panel, steps, codes, start, tiles, few, tops, largest);
+    else top_tiles<P, kPanel>(panel, steps, codes, start, tiles, few, tops, largest);
+}
+
+// The codes of lane r whose score is at least `least`, to `found`; how many. `tops` as top_tiles leaves it.
+template <class P, class M>
+int64_t codes_from(const typename P::Step* panel, int64_t steps, const Packed<typename P::Step>& packed, const typename P::Step* start, int r,
+                   M least, const typename P::Step* tops, int64_t size, int64_t* found) {
+    using S = typename P::Step;
+    int64_t num = 0;
+    for (int64_t tile = 0; tile < packed.tiles; ++tile) {
+        if (!(M(tops[tile * kPanel * kLanes<S> + r]) >= least)) continue;
+        const auto score = tile_scores<P>(panel + r, steps, packed.tile(tile), start + tile * kTile);
+        for (int j = 0; j < kTile; ++j)
+            if (tile * kTile + j < size && M(score[j]) >= least) found[num++] = tile * kTile + j;
+    }
+    return num;
+}
+
 template <class Task>
 void for_tiles(Crew crew, int64_t tiles, int64_t width, const Task& task) {
     const int64_t at_once = std::max<int64_t>(1, 32768 / (kTile * (width + 1)));
@@ -509,6 +588,25 @@ struct ByFloats {
             p.index[first + r] = pick(p, first + r, tile, score, bound);
         }
     }
+
+    // found(r, codes, how many) for each vector of the panel: codes among which are its `few` nearest, or null where scores do not tell.
+    template <class Found>
+    void choose_few(const Problem<T>& p, const Panel<T>& panel, int64_t few, T* tops, T* largest, int64_t* codes, const Found& found) const {
+        constexpr int R = Panel<T>::R;
+        top_tiles<Floats<T>>(panel.registers, panel.values.get(), packed.steps, packed.codes.get(), packed.start.get(), packed.tiles, few,
+                             tops, largest);
+        const T unit = T(p.width + 8) * std::numeric_limits<T>::epsilon(), least = T(p.width + 8) * std::numeric_limits<T>::min();
+        for (int r = 0; r < panel.num; ++r) {
+            const T error = unit * (panel.length[r] + T(0.5) * centre.radius) * centre.radius + least;
+            if (!within_range(panel.length[r], centre.radius)) {
+                found(r, static_cast<const int64_t*>(nullptr), p.size);
+                continue;
+            }
+            const T bound = largest[(few - 1) * R + r] - error;
+            const int64_t num = codes_from<Floats<T>>(panel.values.get(), packed.steps, packed, packed.start.get(), r, bound, tops, p.size, codes);
+            found(r, static_cast<const int64_t*>(codes), num);
+        }
+    }
 };
 
 // --------------------------------------------------------------------------------------------------------------- by pairs of integers
@@ -590,12 +688,8 @@ struct ByPairs {
         race<Pairs>(panel.registers, scratch.values.get(), packed.steps, packed.codes.get(), scratch.start.get(), packed.tiles,
                     race_of.best, race_of.second, race_of.tile);
         int doubtful = 0;
-        const double radius = double(code_scale) * centre.radius, slack = 1.001 + p.width * 1e-6;
         for (int r = 0; r < panel.num; ++r) {
-            const double length = double(scale) * panel.length[r];
-            const double by_rounding = taken[r] * radius + (length + taken[r]) * lost;
-            const double by_floats = 8 * std::numeric_limits<float>::epsilon() * (length + double(scale) * centre.radius) * radius;
-            const double bound = race_of.best[r] - (2 * slack * (by_rounding + by_floats) + 2);
+            const double bound = race_of.best[r] - error(p, panel, scale, taken[r], r);
             const int64_t tile = race_of.tile[r];
             p.index[first + r] = kDoubt;
             if (!(race_of.second[r] < bound) || !within_range(panel.length[r], centre.radius)) {
@@ -606,6 +700,36 @@ struct ByPairs {
             p.index[first + r] = pick(p, first + r, tile, score, bound);
         }
         return doubtful;
+    }
+
+    // Two scores of vector r of the panel further apart than this are in their true order.
+    double error(const Problem<float>& p, const Panel<float>& panel, float scale, float taken, int r) const {
+        const double radius = double(code_scale) * centre.radius, slack = 1.001 + p.width * 1e-6;
+        const double length = double(scale) * panel.length[r];
+        const double by_rounding = taken * radius + (length + taken) * lost;
+        const double by_floats = 8 * std::numeric_limits<float>::epsilon() * (length + double(scale) * centre.radius) * radius;
+        return 2 * slack * (by_rounding + by_floats) + 2;
+    }
+
+    // As ByFloats::choose_few.
+    template <class Found>
+    void choose_few(const Problem<float>& p, const Panel<float>& panel, Scratch& scratch, int64_t few, int32_t* tops, int32_t* largest,
+                    int64_t* codes, const Found& found) const {
+        constexpr int R = Panel<float>::R;
+        const float scale = fit(p, panel, scratch);
+        alignas(64) float taken[R];
+        pack(p, panel, scale, scratch, taken);
+        top_tiles<Pairs>(panel.registers, scratch.values.get(), packed.steps, packed.codes.get(), scratch.start.get(), packed.tiles, few, tops,
+                         largest);
+        for (int r = 0; r < panel.num; ++r) {
+            if (!within_range(panel.length[r], centre.radius)) {
+                found(r, static_cast<const int64_t*>(nullptr), p.size);
+                continue;
+            }
+            const double bound = largest[(few - 1) * R + r] - error(p, panel, scale, taken[r], r);
+            const int64_t num = codes_from<Pairs>(scratch.values.get(), packed.steps, packed, scratch.start.get(), r, bound, tops, p.size, codes);
+            found(r, static_cast<const int64_t*>(codes), num);
+        }
     }
 
     // The scale of the vectors for which all components and all sums fit, in steps, so that most panels share one.
@@ -715,6 +839,66 @@ void find_nearest(const Problem<T>& p, Crew crew) {
     const int64_t num = int64_t(doubtful.size());
     in_parallel(crew.for_work(double(num) * p.size * p.width), (num + L - 1) / L, [&](int worker, int64_t i) {
         settle(p, doubtful.data() + i * L, int(std::min<int64_t>(L, num - i * L)), desks[worker]->panel.values.get());
+    });
+}
+
+// The `few` nearest codes of each vector, nearest first, of equals the lower one first: by explicit differences to those whose scores
+// could mean them. The few-th largest score of a tile bounds the few-th largest score from below.
+template <class T>
+void find_few(const Problem<T>& p, Crew crew, int64_t few, T* distance) {
+    constexpr int R = Panel<T>::R;
+    crew = crew.for_work(double(p.num) * p.size * p.width);
+    std::vector<std::unique_ptr<Desk<T>>> desks;
+    for (int i = 0; i < crew.size; ++i) desks.push_back(std::make_unique<Desk<T>>(p));
+    const Centre<T> centre(p, crew);
+    const int64_t panels = (p.num + R - 1) / R, tiles = (p.size + kTile - 1) / kTile;
+    struct Few {
+        std::vector<std::pair<T, int64_t>> ranked;
+        std::vector<int64_t> codes;
+        Buffer<T> tops, largest;  // or integers of this size
+        Few(int64_t size, int64_t tiles, int64_t few) : codes(size), tops(size_t(tiles) * R), largest(size_t(few) * R) { ranked.reserve(size); }
+    };
+    std::vector<std::unique_ptr<Few>> scratch;
+    for (int i = 0; i < crew.size; ++i) scratch.push_back(std::make_unique<Few>(p.size, tiles, few));
+    auto rank = [&](int worker, int64_t row, const int64_t* codes, int64_t num) {
+        auto& ranked = scratch[worker]->ranked;
+        ranked.clear();
+        for (int64_t i = 0; i < num; ++i) {
+            const int64_t code = codes ? codes[i] : i;
+            const T far = squared_distance(p.vector(row), p.code(code), p.width);
+            ranked.emplace_back(far == far ? far : std::numeric_limits<T>::infinity(), code);  // without NaN there is an order
+        }
+        std::partial_sort(ranked.begin(), ranked.begin() + few, ranked.end());
+        for (int64_t i = 0; i < few; ++i) {
+            const bool known = ranked[i].first < std::numeric_limits<T>::infinity();
+            p.index[row * few + i] = known ? ranked[i].second : -1;
+            distance[row * few + i] = known ? ranked[i].first : T(0);
+        }
+    };
+    auto for_panels = [&](const auto& choose) {
+        in_parallel(crew, panels, [&](int worker, int64_t i) {
+            Panel<T>& panel = desks[worker]->panel;
+            panel.pack(p, centre, i * R, int(std::min<int64_t>(R, p.num - i * R)));
+            choose(worker, panel, [&](int r, const int64_t* codes, int64_t num) { rank(worker, i * R + r, codes, num); });
+        });
+    };
+#if VQKIT_PAIRS
+    if constexpr (std::is_same<T, float>::value) {
+        if (ByPairs::suits(p, centre)) {
+            const ByPairs by_pairs(p, centre, crew);
+            for_panels([&](int worker, const Panel<T>& panel, const auto& found) {
+                Few& own = *scratch[worker];
+                by_pairs.choose_few(p, panel, desks[worker]->pairs, few, reinterpret_cast<int32_t*>(own.tops.get()),
+                                    reinterpret_cast<int32_t*>(own.largest.get()), own.codes.data(), found);
+            });
+            return;
+        }
+    }
+#endif
+    const ByFloats<T> by_floats(p, centre, crew);
+    for_panels([&](int worker, const Panel<T>& panel, const auto& found) {
+        Few& own = *scratch[worker];
+        by_floats.choose_few(p, panel, few, own.tops.get(), own.largest.get(), own.codes.data(), found);
     });
 }
 
@@ -894,6 +1078,19 @@ int nearest(const T* x, const T* codes, int64_t groups, int64_t num, int64_t siz
 }
 
 template <class T>
+int few_nearest(const T* x, const T* codes, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group, int64_t x_stride,
+                Crew crew, int64_t few, int64_t* index, T* distance) {
+    try {
+        for (int64_t g = 0; g < groups; ++g)
+            find_few(Problem<T>{x + g * x_group, codes + g * size * width, num, size, width, x_stride, index + g * num * few}, crew, few,
+                     distance + g * num * few);
+        return kDone;
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+}
+
+template <class T>
 int gather(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
            int64_t x_group, int64_t x_stride, Crew crew, T* quantized, T* errors, T* count, T* sum) {
     try {
@@ -932,6 +1129,10 @@ int rotate(const T* gradient, const T* x, const T* codes, const int64_t* index, 
 }  // namespace
 
 #define VQKIT_FUNCTIONS(T)                                                                                                              \
+    int vqkit_few_##T(const T* x, const T* codes, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group,            \
+                      int64_t x_stride, int threads, int pooled, int64_t few, int64_t* index, T* distance) {                            \
+        return few_nearest(x, codes, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, few, index, distance);    \
+    }                                                                                                                                   \
     int vqkit_nearest_##T(const T* x, const T* codes, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group,        \
                           int64_t x_stride, int threads, int pooled, int64_t* index) {                                                              \
         return nearest(x, codes, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, index);                                          \

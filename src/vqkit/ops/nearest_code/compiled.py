@@ -1,9 +1,9 @@
-"""Nearest code and the rest of a training step by C++ that is compiled on this machine; never needed, taken where it is there.
+"""Nearest code and the rest of a training step in C++; never needed, taken where it is there.
 
-`build_()`, or `python -m vqkit.ops.nearest_code.compiled`, compiles compiled.cpp for this processor into the folder $VQKIT_CACHE, else
-$XDG_CACHE_HOME/vqkit, else ~/.cache/vqkit. The file's name carries a hash of what it was made from and for, and one of its contents: a
-file for another version or processor, half written or damaged is not loaded, and several processes may build at once.
-VQKIT_COMPILED=0 keeps it from being taken unasked.
+A wheel brings its libraries along (libraries.py), and the fastest that this processor runs is loaded. Where it brought none, `build_()`,
+or `python -m vqkit.ops.nearest_code.compiled`, compiles one for this processor into the folder $VQKIT_CACHE, else $XDG_CACHE_HOME/vqkit,
+else ~/.cache/vqkit. A file for another version or processor, half written or damaged is not loaded, and several processes may build at
+once. VQKIT_COMPILED=0 keeps it from being taken unasked.
 """
 
 from __future__ import annotations
@@ -11,46 +11,40 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import itertools
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("compiled.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w")
-_FOR_THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
+from vqkit.ops.nearest_code import libraries
+
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
-_ARGUMENTS = {"nearest": "ppnnnnnniip", "gather": "ppppnnnnnniipppp", "rotate": "ppppnnnnnnnndiip"}
+_ARGUMENTS = {"nearest": "ppnnnnnniip", "few": "ppnnnnnniinpp", "gather": "ppppnnnnnniipppp", "rotate": "ppppnnnnnnnndiip"}
 _NO_MEMORY, _BAD_INDEX = 1, 2
 
 
 def is_there() -> bool:
-    """Whether a build for this machine is at hand and welcome. Compiles nothing; what it found first is remembered."""
+    """Whether a library for this machine is at hand and welcome. Compiles nothing; what it found first is remembered."""
     return os.environ.get("VQKIT_COMPILED") != "0" and _found() is not None
 
 
 def build_() -> Path:
-    """Compile, unless a build for this machine is at hand, and return where it is.
+    """Compile, unless a library for this machine is at hand, and return where it is.
 
     Raises RuntimeError where there is no C++ compiler or it fails; OSError where the folder cannot be written.
     """
-    folder = _folder()
     _found.cache_clear()
-    for path in _candidates(folder):
+    for path in _candidates():
         if _load(path) is not None:
             return path
+    folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
-    path = _compile(_compiler(), folder)
+    path = _make_one(folder)
     if _load(path) is None:
         raise RuntimeError(f"{path} was compiled and cannot be loaded")
     _found.cache_clear()
@@ -68,6 +62,21 @@ def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
     index = torch.empty(x.shape[:2], dtype=torch.int64)
     _run("nearest", x.dtype, x, codebook, *_sizes(x, codebook), *x.stride()[:2], *_threads(), index)
     return index
+
+
+def nearest_codes(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest codes [G, N, k] int64, nearest first, and their squared distances; -1 and 0 where a distance is not finite.
+
+    x and codebook as for `nearest_index`, 1 <= k <= C. Of equal codes the lower index is first; else up to the rounding of explicit
+    differences. The answer does not depend on the number of threads. Errors as `nearest_index`, and ValueError for another k.
+    """
+    _check(x, codebook)
+    if not 1 <= k <= codebook.shape[1]:
+        raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[1]}, the size of the codebook")
+    x, codebook = _with_dense_rows(x), codebook.detach().contiguous()
+    index, distance = torch.empty(*x.shape[:2], k, dtype=torch.int64), x.new_empty(*x.shape[:2], k)
+    _run("few", x.dtype, x, codebook, *_sizes(x, codebook), *x.stride()[:2], *_threads(), k, index, distance)
+    return index, distance
 
 
 class Gathered(NamedTuple):
@@ -186,10 +195,22 @@ def _at_hand() -> ctypes.CDLL:
 @functools.cache
 def _found() -> ctypes.CDLL | None:
     with contextlib.suppress(OSError, RuntimeError):  # no home, no folder, no source: not there
-        for path in _candidates(_folder()):
+        for path in _candidates():
             if (library := _load(path)) is not None:
                 return library
     return None
+
+
+def _candidates() -> Iterator[Path]:
+    yield from libraries.suitable(libraries.FOLDER)
+    yield from libraries.suitable(_folder())
+
+
+def _make_one(folder: Path) -> Path:
+    try:
+        return libraries.make((libraries.NATIVE,), folder)[0]
+    except RuntimeError:  # not every compiler knows this processor, or how to ask for it
+        return libraries.make(libraries.levels()[-1:], folder)[0]
 
 
 def _folder() -> Path:
@@ -199,35 +220,10 @@ def _folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "vqkit"
 
 
-def _candidates(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"nearest_code-{_origin()}-*.so"))
-
-
-def _origin() -> str:
-    """What a build was made from and for. Not the compiler: asking it costs more than a search may, and what it made has its own hash."""
-    parts = (_SOURCE.read_bytes(), repr((_FLAGS, _FOR_THIS_PROCESSOR, platform.system(), platform.machine(), _processor())).encode())
-    return _hash(b"".join(parts))
-
-
-def _processor() -> tuple[str, ...]:
-    """What tells processors apart for which different instructions may be chosen."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            first = list(iter(lines.readline, "\n"))
-    except OSError:
-        return (platform.processor(),)
-    told = ("vendor_id", "cpu family", "model", "flags", "CPU ", "Features")
-    return tuple(line.strip() for line in first if line.startswith(told) and not line.startswith("cpu MHz"))
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=12).hexdigest()
-
-
 def _load(path: Path) -> ctypes.CDLL | None:
     """None for a file whose contents are not what its name says, or that does not load."""
     try:
-        if path.stem.rpartition("-")[2] != _hash(path.read_bytes()):
+        if not libraries.is_whole(path):
             return None
         library = ctypes.CDLL(str(path))
         for (name, arguments), dtype in itertools.product(_ARGUMENTS.items(), _NAMES.values()):
@@ -235,35 +231,6 @@ def _load(path: Path) -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     return library
-
-
-def _compiler() -> list[str]:
-    if named := shlex.split(os.environ.get("CXX", "")):
-        candidates = [named]
-    else:
-        candidates = [["c++"], ["g++"], ["clang++"]]
-    for command in candidates:
-        if found := shutil.which(command[0]):
-            return [found, *command[1:]]
-    names = ", ".join(command[0] for command in candidates)
-    raise RuntimeError(f"the compiled form of nearest code needs a C++ compiler, and there is none: looked for {names} (CXX names another)")
-
-
-def _compile(compiler: list[str], folder: Path) -> Path:
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
-        result = Path(scratch) / "nearest_code.so"
-        complaints = []
-        for processor in _FOR_THIS_PROCESSOR:
-            command = [*compiler, *_FLAGS, *processor, str(_SOURCE), "-o", str(result)]
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            if done.returncode == 0:
-                break
-            complaints.append(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-        if not result.exists():
-            raise RuntimeError("\n".join(complaints))
-        path = folder / f"nearest_code-{_origin()}-{_hash(result.read_bytes())}.so"
-        os.replace(result, path)  # whole or absent, whoever else builds
-    return path
 
 
 if __name__ == "__main__":
