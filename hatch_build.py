@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hatchling.builders.hooks.plugin.interface import BuildHookInterface  # pyrefly: ignore[missing-import]
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PLACE = "src/vqkit/ops/nearest_code"
 

@@ -1,11 +1,12 @@
 """Speed and memory of the quantizers against vector-quantize-pytorch, faiss and a bare matrix product of the same run.
 
-    python benchmarks/bench_quantizers.py [--only train encode ...] [--seconds 6] [--no-memory]
+    python benchmarks/bench_quantizers.py [--only train encode ...] [--containing TEXT ...] [--seconds 6] [--memory all | ours | none]
 
 Every row is a problem, every column somebody who solves it. All solve it in turn, again and again, in one process; a figure is the median
 of its times, in brackets the least and the most, and its ratio is that to the median of the bare product (of the row's products, for what
 takes several). Memory is the peak of a process of its own beyond what is there before the call, that is inputs, outputs, gradients and
-the module. "vqkit" is what `pip install vqkit` gives, "vqkit, compiled" has its C++ form built.
+the module. "vqkit" is what `pip install vqkit` gives where there is a C++ compiler or a wheel for the platform, "vqkit, plain torch" what
+it gives elsewhere.
 Writes quantizers.json, quantizers.md and quantizers.png to benchmarks/results/.
 """
 
@@ -37,6 +38,7 @@ from vqkit import GroupedResidualVQ, ResidualVQ, VectorQuantize
 from vqkit.dist import default_reducer
 from vqkit.files import write_text_atomic
 from vqkit.ops.kmeans import kmeans
+from vqkit.ops.nearest_code import compiled
 from vqkit.quantizers import BeamSearch
 
 Call = Callable[[], object]
@@ -230,10 +232,10 @@ class Solver:
 
 
 BARE = "bare product"
+FORMS = {"vqkit": {"VQKIT_COMPILED": "1"}, "vqkit, plain torch": {"VQKIT_COMPILED": "0"}}
 SOLVERS = [
     Solver(BARE, bare_product),
-    Solver("vqkit", vqkit_call, environment={"VQKIT_COMPILED": "0"}),
-    Solver("vqkit, compiled", vqkit_call, environment={"VQKIT_COMPILED": "1"}),
+    *(Solver(name, vqkit_call, environment=environment) for name, environment in FORMS.items()),
     Solver("peer", peer_call, lambda problem: HAS_PEER),
     Solver("peer under torch.compile", compiled_peer_call, lambda problem: HAS_PEER and problem.compile_peer),
     Solver("faiss", faiss_call, lambda problem: HAS_FAISS and problem.kind in ("encode", "kmeans")),
@@ -241,6 +243,8 @@ SOLVERS = [
 
 
 # Measuring
+
+MEMORY_OF: dict[str, tuple[str, ...]] = {"all": ("vqkit", "peer"), "ours": ("vqkit",), "none": ()}
 
 
 def peer_bytes(problem: Problem) -> float:
@@ -341,7 +345,7 @@ def _kmeans_on_rank(rank: int, processes: int, folder: str) -> None:
 # Telling
 
 
-def rows(problems: list[Problem], budget: float, memory: bool) -> Iterator[dict[str, Any]]:
+def rows(problems: list[Problem], budget: float, memory: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Measure one problem after the other."""
     for problem in problems:
         times = measure(problem, budget)
@@ -358,7 +362,7 @@ def rows(problems: list[Problem], budget: float, memory: bool) -> Iterator[dict[
                 "ratio": statistics.median(found) / base,
                 "runs": len(found),
             }
-            if memory and name.startswith(("vqkit", "peer")) and "torch.compile" not in name:
+            if name.startswith(memory) and "torch.compile" not in name:
                 row["solvers"][name]["extra_mib"] = peak_memory(problem, name)
         row["gflops"] = 2e-9 * problem.num * problem.codes * problem.dim * problem.products / base
         print(line(row), file=sys.stderr, flush=True)
@@ -398,13 +402,15 @@ def table(result: dict[str, Any]) -> str:
         f"revision {machine['revision']}; {machine['date']}. float32.",
         "",
         "A figure is the ratio to the bare product of the row; in brackets least, median and most milliseconds, and peak memory beyond",
-        'inputs, outputs and gradients. "peer" is vector-quantize-pytorch. "vqkit" is what `pip install vqkit` gives.',
+        'inputs, outputs and gradients. "peer" is vector-quantize-pytorch. "vqkit" is what `pip install vqkit` gives, with its',
+        "compiled form; where there is neither a wheel for the platform nor a C++ compiler, it gives the column of plain torch.",
         "",
         "| problem | bare product, ms | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 2) + "|",
     ]
-    ranks = ", ".join(f"{seconds:.2f} s on {processes}" for processes, seconds in result["kmeans_on_processes"].items())
-    tail = ["", f"k-means of 65,536 x 64 in 1,024 codes, 10 iterations, on processes of one thread each: {ranks}."]
+    tail = ["", "k-means of 65,536 x 64 in 1,024 codes, 10 iterations, on processes of one thread each:"]
+    for name, found in result["kmeans_on_processes"].items():
+        tail.append(f"{name} " + ", ".join(f"{seconds:.2f} s on {processes}" for processes, seconds in found.items()) + ".")
     return "\n".join([*head, *map(line, result["rows"]), *tail]) + "\n"
 
 
@@ -430,10 +436,18 @@ def plot(result: dict[str, Any]) -> None:
     figure.savefig(RESULTS / "quantizers.png", dpi=120)
 
 
-def earlier_rows() -> list[dict[str, Any]]:
-    """Those of the last run."""
+def earlier() -> dict[str, Any]:
+    """What the last run wrote."""
     path = RESULTS / "quantizers.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [], "kmeans_on_processes": {}}
+
+
+def with_earlier_memory(row: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The row, its peaks of memory those of the old one where they were not measured anew."""
+    for name, found in row["solvers"].items():
+        if "extra_mib" in old["solvers"].get(name, {}) and "failed" not in found:
+            found.setdefault("extra_mib", old["solvers"][name]["extra_mib"])
+    return row
 
 
 def versions() -> dict[str, str]:
@@ -454,17 +468,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = list(dict.fromkeys(problem.kind for problem in PROBLEMS))
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="kinds of problem; other rows stay as they were")
+    parser.add_argument(
+        "--containing", nargs="+", default=[""], metavar="TEXT", help="of these only the rows whose name has one of the texts"
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of a row")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--memory", choices=MEMORY_OF, default="all", help="whose peak is measured; others keep that of the last run")
     arguments = parser.parse_args()
+    if not compiled.is_there():
+        raise SystemExit("the compiled form is not there: install with a C++ compiler at hand, and without VQKIT_COMPILED=0")
     warnings.filterwarnings("ignore", module="vector_quantize_pytorch")
-    chosen = [problem for problem in PROBLEMS if problem.kind in arguments.only]
+    chosen = [
+        problem for problem in PROBLEMS if problem.kind in arguments.only and any(text in problem.name for text in arguments.containing)
+    ]
+    last = earlier()
+    known = {row["problem"]: row for row in last["rows"]}
     result: dict[str, Any] = {"machine": describe(), "versions": versions(), "rows": []}
-    known = {row["problem"]: row for row in earlier_rows()}
-    for row in rows(chosen, arguments.seconds, not arguments.no_memory):
-        known[row["problem"]] = row | {"revision": describe()["revision"]}
+    for row in rows(chosen, arguments.seconds, MEMORY_OF[arguments.memory]):
+        name = row["problem"]
+        known[name] = with_earlier_memory(row, known.get(name, row)) | {"revision": result["machine"]["revision"]}
     result["rows"] = [known[problem.name] for problem in PROBLEMS if problem.name in known]
-    result["kmeans_on_processes"] = {processes: kmeans_seconds(processes) for processes in (1, 2)}
+    result["kmeans_on_processes"] = last["kmeans_on_processes"]
+    if any(problem.kind == "kmeans" for problem in chosen):
+        for name, environment in FORMS.items():
+            os.environ |= environment
+            result["kmeans_on_processes"][name] = {str(processes): kmeans_seconds(processes) for processes in (1, 2)}
     RESULTS.mkdir(exist_ok=True)
     write_text_atomic(RESULTS / "quantizers.json", json.dumps(result, indent=2) + "\n")
     write_text_atomic(RESULTS / "quantizers.md", table(result))
