@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 # Before torch: one thread, so that sums have one order and processes started by tests do not crowd two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What a user has built on this machine is no part of a test run, unless asked for: VQKIT_COMPILED=1 make laws
+# Plain torch; what runs compiled says so, as the laws of the quantizers do (see Makefile).
 os.environ.setdefault("VQKIT_COMPILED", "0")
 
 import numpy as np

@@ -272,7 +272,8 @@ class VectorQuantize(Quantizer):
         temperature = self._temperature(temperature) if own is None else 0.0
         picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
         counted = self.training and not freeze_codebook and top_k is None
-        if not several and labels is None and weights is None and reduction == "mean" and self._is_plain(codes, temperature):
+        constant = freeze_codebook or not self._have_gradient(codes)
+        if constant and not several and labels is None and weights is None and reduction == "mean" and self._is_plain(temperature):
             return self._quantize_plain(given, codes, picked.where(kept, -1), own, counted)
         if top_k is not None:
             vectors, kept = vectors.repeat_interleave(top_k, dim=1), kept.repeat_interleave(top_k, dim=1)
@@ -284,10 +285,17 @@ class VectorQuantize(Quantizer):
         found = self._join_indices(chosen.indices, positions, several)
         return Quantized(self._write(given, self._estimate(vectors, chosen), found, several), found, losses, statistics)
 
-    def _is_plain(self, codes: Tensor, temperature: float) -> bool:
-        """Whether one pass over the vectors does: the codes are constants, nothing is drawn, and no loss but the commitment's."""
+    def _is_plain(self, temperature: float) -> bool:
+        """Whether, if codes are constants, one pass over the vectors does: nothing is drawn, and no loss but the commitment's."""
         drawn = isinstance(self.estimator, DiVeQ) or temperature > 0
-        return not (drawn or codes.requires_grad) and all(isinstance(loss, Commitment) for loss in self.losses)
+        return not drawn and all(isinstance(loss, Commitment) for loss in self.losses)
+
+    def _have_gradient(self, codes: Tensor) -> bool:
+        """Whether codes get a gradient; the first pass of a reentrant checkpoint, which has none, goes the way of the second."""
+        if torch.is_grad_enabled() or not self.training or not any(p.requires_grad for p in self.table.parameters()):
+            return codes.requires_grad
+        with torch.enable_grad():
+            return self.table.codes().requires_grad
 
     def _quantize_plain(self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, counted: bool) -> Quantized:
         """As the other steps of `quantize` together, in one pass forward and one backward; indices [H, M]."""
