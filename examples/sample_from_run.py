@@ -15,4 +15,6 @@ def main(run_dir: str, prompt: str, num_tokens: str = "200") -> None:
 
 
 if __name__ == "__main__":
+    if not 3 <= len(sys.argv) <= 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

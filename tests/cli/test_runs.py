@@ -145,6 +145,18 @@ def test_the_same_seed_writes_the_same_text_as_from_python(
     assert vqkit("sample", run, "--num-tokens", "0").out == "\n"
 
 
+def test_prompts_in_a_file_are_written_in_turn(vqkit: Callable[..., Said], trained: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("the s\nthe house of\n")
+    words = ("--num-tokens", "30", "--seed", "3", "--repetition-penalty", "1.2")
+    said = vqkit("sample", trained[0], "--prompts-file", tmp_path / "prompts", *words)
+    prompts = ["the s", "the house of"]
+    texts = package.load(trained[0]).generate(prompts, 30, seed=3, repetition_penalty=1.2)
+    assert (said.code, said.out) == (0, "".join(f"{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True)))
+    (tmp_path / "prompts").write_text("")
+    assert "is empty; must hold at least one line" in vqkit("sample", trained[0], "--prompts-file", tmp_path / "prompts").err
+    assert vqkit("sample", trained[0], "--prompts-file", tmp_path / "prompts", "--prompt", "a").code == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

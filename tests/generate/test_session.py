@@ -14,6 +14,7 @@ import vqkit
 from vqkit.data import ByteTokenizer
 from vqkit.generate.engine import generate
 from vqkit.generate.session import LoadedModel, _decode, load
+from vqkit.generate.states import row_seeds
 from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
 from vqkit.models.weights import save_weights
@@ -68,6 +69,23 @@ def test_the_end_of_a_document_ends_the_text_or_is_never_chosen(loaded: LoadedMo
     assert hasty.generate("", 100, seed=5) == ByteTokenizer().decode(tokens[:end]).decode(errors="replace")
     endless = [int(step.tokens) for step in generate(model, [[ByteTokenizer.END]], 100, exclude=(0, 1, 2), seed=5)]
     assert hasty.generate("", 100, seed=5, stop_at_end=False) == ByteTokenizer().decode(endless).decode(errors="replace")
+
+
+def test_several_prompts_are_written_side_by_side_each_as_alone(loaded: LoadedModel) -> None:
+    prompts = ["def ", b"", "a longer beginning\n"]
+    texts = loaded.generate(prompts, 40, seed=3, repetition_penalty=1.1)
+    for prompt, text, seed in zip(prompts, texts, row_seeds(3, 3), strict=True):
+        assert loaded.generate(prompt, 40, seed=seed, repetition_penalty=1.1) == text != ""
+    assert texts[0] != loaded.generate("def ", 40, seed=3)
+
+
+def test_misspelled_options_and_a_loaded_model_in_place_of_its_module_are_named(loaded: LoadedModel) -> None:
+    options: dict[str, Any] = {"temprature": 1.0}
+    with pytest.raises(TypeError, match="unknown option 'temprature': there are temperature, top_k"):
+        loaded.generate("a", 3, **options)
+    anything: Any = loaded
+    with pytest.raises(TypeError, match=r"model is a LoadedModel: must be a torch.nn.Module; pass its .model"):
+        vqkit.update_codebooks_(anything)
 
 
 @pytest.mark.parametrize("text", ["plain", "\u00e9\u20ac\U0001f600", "a\u00e9b\u20acc"])

@@ -20,12 +20,15 @@ class SampleOptions:
     vqkit sample runs/quickstart --prompt "def " --num-tokens 400 --temperature 0.8
 
     The same seed gives the same text. A prompt in a file: vqkit sample RUN --prompt - < FILE
+    Many prompts at once, one a line: vqkit sample RUN --prompts-file FILE
     """
 
     run: Positional[Path]
     """The folder of a run, a checkpoint or exported weights."""
     prompt: str = ""
     """How the text begins; "-" reads standard input; empty = the beginning of a document."""
+    prompts_file: Path | None = None
+    """A file of prompts, one a line, "-" = standard input: each with what the model makes of it, in turn, written side by side."""
     num_tokens: int = 400
     """Most bytes to write; it ends earlier when the model ends the document."""
     temperature: float = 1.0
@@ -34,6 +37,8 @@ class SampleOptions:
     """Choose among the k most probable bytes; None = all."""
     top_p: float = 1.0
     """Choose among the most probable bytes that hold this much probability; 1 = all."""
+    repetition_penalty: float = 1.0
+    """Above 1 bytes of the text so far become less probable; 1 = as they are."""
     seed: int = 0
     """Seed of the choice."""
 
@@ -43,19 +48,27 @@ def main(words: Sequence[str]) -> int:
     options = parse(SampleOptions, words, prog="vqkit sample")
     from vqkit.cli.console import note_broken_checkpoints, write_text
     from vqkit.generate import load
+    from vqkit.generate.session import TextOptions
 
-    prompt = sys.stdin.buffer.read() if options.prompt == "-" else options.prompt.encode(errors="surrogateescape")
+    if options.prompts_file is not None and options.prompt:
+        raise UsageError("--prompt and --prompts-file exclude each other")
     loaded = load(options.run)
     note_broken_checkpoints(options.run)
+    chosen: TextOptions = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "repetition_penalty": options.repetition_penalty,
+        "seed": options.seed,
+    }
     try:
-        pieces = loaded.stream(
-            prompt,
-            options.num_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-        )
+        if options.prompts_file is not None:
+            prompts = _lines(options.prompts_file)
+            for prompt, text in zip(prompts, loaded.generate(prompts, options.num_tokens, **chosen), strict=True):
+                write_text(prompt.decode(errors="ignore") + text + "\n")
+            return 0
+        prompt = sys.stdin.buffer.read() if options.prompt == "-" else options.prompt.encode(errors="surrogateescape")
+        pieces = loaded.stream(prompt, options.num_tokens, **chosen)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     write_text(prompt.decode(errors="ignore"))
@@ -63,3 +76,11 @@ def main(words: Sequence[str]) -> int:
         write_text(piece)
     write_text("\n")
     return 0
+
+
+def _lines(path: Path) -> list[bytes]:
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    lines = data.splitlines()
+    if not lines:
+        raise UsageError(f"--prompts-file {path}: is empty; must hold at least one line")
+    return lines

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
 
 from vqkit.data import ByteTokenizer
-from vqkit.generate.engine import generate
+from vqkit.generate.engine import Generation, generate
 from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
 from vqkit.models.weights import find_weights, load_weights
+
+
+class TextOptions(TypedDict, total=False):
+    """How text is chosen: see `vqkit.generate.generate`, and `LoadedModel.stream` for the end of a document."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    repetition_penalty: float
+    seed: int
+    stop_at_end: bool
+    compile: bool | str
 
 
 @dataclass(frozen=True)
@@ -25,51 +38,49 @@ class LoadedModel:
     path: Path
     """The folder that the weights came from."""
 
-    def generate(
-        self,
-        prompt: str | bytes,
-        num_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop_at_end: bool = True,
-    ) -> str:
-        """The continuation of `prompt` by at most `num_tokens` bytes, without the prompt; see `stream`."""
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_at_end": stop_at_end}
-        return "".join(self.stream(prompt, num_tokens, **options))
+    @overload
+    def generate(self, prompt: str | bytes, num_tokens: int, **options: Unpack[TextOptions]) -> str: ...
 
-    def stream(
-        self,
-        prompt: str | bytes,
-        num_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop_at_end: bool = True,
-    ) -> Iterator[str]:
+    @overload
+    def generate(self, prompt: Sequence[str | bytes], num_tokens: int, **options: Unpack[TextOptions]) -> list[str]: ...
+
+    def generate(self, prompt: str | bytes | Sequence[str | bytes], num_tokens: int, **options: Unpack[TextOptions]) -> str | list[str]:
+        """The continuation of `prompt` by at most `num_tokens` bytes, without the prompt; see `stream`.
+
+        Of several prompts, whatever their lengths, a list, written side by side: the first as it would be alone, the others with seeds
+        that follow from the one given (`vqkit.generate.row_seeds`).
+        """
+        if isinstance(prompt, str | bytes):
+            return "".join(self.stream(prompt, num_tokens, **options))
+        texts = [_as_bytes(text) for text in prompt]
+        written: list[list[int]] = [[] for _ in texts]
+        for step in self._steps(texts, num_tokens, options):
+            for tokens, token in zip(written, step.tokens.tolist(), strict=True):
+                tokens.append(token)
+        return ["".join(self._decoded(text, tokens)) for text, tokens in zip(texts, written, strict=True)]
+
+    def stream(self, prompt: str | bytes, num_tokens: int, **options: Unpack[TextOptions]) -> Iterator[str]:
         """The same, piece by piece as it is written; no piece cuts a UTF-8 character, bytes that are none become U+FFFD.
 
         `prompt` is the beginning of a document and may be empty. A document that the model ends ends the text; with
-        `stop_at_end=False` the end is never chosen. Sampling options are those of `vqkit.generate.SamplingRules`.
+        `stop_at_end=False` the end is never chosen. Sampling options (`TextOptions`) are those of `vqkit.generate.generate`.
         """
-        text = prompt.encode() if isinstance(prompt, str) else prompt
-        tokenizer = self.tokenizer
-        steps = generate(
-            self.model,
-            [[tokenizer.END, *tokenizer.encode(text).tolist()]],
-            num_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            exclude=(tokenizer.PAD, tokenizer.UNKNOWN) if stop_at_end else (tokenizer.PAD, tokenizer.UNKNOWN, tokenizer.END),
-            stop=(tokenizer.END,),
-        )
-        return _decode(text, (tokenizer.decode([token]) for token in (int(step.tokens) for step in steps) if token != tokenizer.END))
+        text = _as_bytes(prompt)
+        steps = self._steps([text], num_tokens, options)
+        return self._decoded(text, (int(step.tokens) for step in steps))
+
+    def _steps(self, texts: Sequence[bytes], num_tokens: int, options: TextOptions) -> Generation:
+        unknown = set(options) - set(TextOptions.__annotations__)
+        if unknown:
+            raise TypeError(f"unknown option {min(unknown)!r}: there are {', '.join(TextOptions.__annotations__)}")
+        sampling: dict[str, Any] = dict(options)
+        never = (self.tokenizer.PAD, self.tokenizer.UNKNOWN)
+        exclude = never if sampling.pop("stop_at_end", True) else (*never, self.tokenizer.END)
+        prompts = [[self.tokenizer.END, *self.tokenizer.encode(text).tolist()] for text in texts]
+        return generate(self.model, prompts, num_tokens, exclude=exclude, stop=(self.tokenizer.END,), **sampling)
+
+    def _decoded(self, text: bytes, tokens: Iterable[int]) -> Iterator[str]:
+        return _decode(text, (self.tokenizer.decode([token]) for token in tokens if token != self.tokenizer.END))
 
 
 def load(path: str | os.PathLike[str], *, device: str = "cpu") -> LoadedModel:
@@ -85,6 +96,10 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu") -> LoadedModel:
     if config.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{folder}: a vocabulary of {config.vocab_size} tokens: text needs one of {tokenizer.vocab_size}")
     return LoadedModel(model.eval(), config, tokenizer, Path(folder))
+
+
+def _as_bytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 def _decode(prompt: bytes, pieces: Iterator[bytes]) -> Iterator[str]:

@@ -80,8 +80,12 @@ def update_codebooks_(model: nn.Module, reducer: Reducer | None = None) -> None:
 
     Sums what is pending over the ranks of `reducer` (one all-reduce for all codebooks; None: the default process group if there is one
     now, else this process alone), makes one step of each codebook, replaces dead codes where the configuration says so, counts the
-    update and empties what is pending. Raises ValueError for quantizers that commit by themselves (commit="auto").
+    update and empties what is pending. Raises ValueError for quantizers that commit by themselves (commit="auto"), TypeError for what is
+    no module.
     """
+    if not isinstance(model, nn.Module):
+        inner = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model is a {type(model).__name__}: must be a torch.nn.Module{inner}")
     _update_(model, reducer, None)
 
 
