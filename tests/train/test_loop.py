@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tiny_runs import STEPS, differing, tiny_config, traces, with_codebook, write_texts
+from vqkit.cli.errors import UsageError
+from vqkit.cli.train import requested
 from vqkit.data import Batch, SequenceSampler, Split
 from vqkit.models import TransformerVQ
 from vqkit.models.weights import write_manifest
@@ -124,6 +126,55 @@ def test_a_run_of_ordinary_attention_resumes_in_the_middle_of_a_sequence(config,
     train(full, run_dir)
     assert differing(run_dir, tmp_path / "unbroken") == []
     assert "active_codes" not in read_lines(run_dir / "metrics.jsonl")[-1]
+
+
+def tensors_of(run_dir, step, kind="model"):
+    start = f"checkpoints/step_{step:08d}/{kind}."
+    found = {name.removeprefix(start): value for name, value in traces(run_dir).items() if name.startswith(start)}
+    return {name: value for name, value in found.items() if ".pending." not in name}
+
+
+def test_a_run_starts_from_the_weights_of_another_under_a_new_optimizer(config, unbroken, tmp_path, monkeypatch):
+    """With codebooks as they were, whatever of the training is other; at the end come steps at the last rate."""
+    source, run_dir = unbroken[0], tmp_path / "run"
+    tuned = with_codebook(replace(config, init_from=str(source)), decay=0.5, dead_code_threshold=0.0)
+    tuned = replace(tuned, model=replace(tuned.model, layer_dropout=0.0, block_len=4))
+    tuned = replace(tuned, train=replace(tuned.train, steps=6, extra_steps=4, keep_checkpoints=9))
+    monkeypatch.setattr("vqkit.train.loop.initialize_codebooks_", None)  # there is nothing to start by k-means
+    events: list[Any] = []
+    train(tuned, run_dir, on_event=events.append)
+    assert [type(event) for event in events[:2]] == [Started, CheckpointSaved]
+    assert len(tensors_of(run_dir, 0)) > 10
+    assert tensors_of(run_dir, 0) == tensors_of(source, STEPS)
+    assert not any("optimizer" in name for name in tensors_of(run_dir, 0, "training"))
+    rates = [line["learning_rate"] for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == "train"]
+    assert rates[3:] == [pytest.approx(config.train.learning_rate * config.train.final_ratio)] * 2
+    first, firsts = (next(e for e in found if isinstance(e, Progress)) for found in (events, unbroken[1]))
+    assert first.bits_per_byte < 0.9 * firsts.bits_per_byte
+
+
+def test_a_run_that_started_from_another_needs_it_no_longer(config, unbroken, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(unbroken[0], source)
+    tuned = replace(config, init_from=str(source), train=replace(config.train, steps=5))
+    train(tuned, tmp_path / "unbroken")
+    run_dir = stopped_run(tuned, tmp_path / "run", Progress, 2)
+    shutil.rmtree(source)
+    train(tuned, run_dir)
+    assert differing(run_dir, tmp_path / "unbroken") == []
+
+
+def test_weights_of_another_model_are_refused_by_field(config, unbroken, tmp_path):
+    other = replace(config, init_from=str(unbroken[0]), model=replace(config.model, mem_len=7, logit_scale=0.5))
+    with pytest.raises(ValueError, match=r"model\.mem_len is 6 there and 7 here, model\.logit_scale is 1\.0 there and 0\.5 here"):
+        train(other, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(replace(config, init_from=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    _, asked = requested("text", ["--data.path", "x", "--init-from", str(unbroken[0]), "--model.layer-dropout", "0.5"])
+    assert (asked.init_from, asked.model) == (str(unbroken[0]), replace(config.model, layer_dropout=0.5))
+    with pytest.raises(UsageError, match=r"--init-from: .*nowhere"):
+        requested("text", ["--data.path", "x", "--init-from", "nowhere"])
 
 
 def test_a_finished_run_has_nothing_left_to_do(config, unbroken, tmp_path):

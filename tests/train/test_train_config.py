@@ -82,8 +82,10 @@ def test_the_model_must_fit_the_data():
 
 
 def test_a_run_config_comes_back_from_json():
-    config = run_config(update_len=64)
+    config = replace(run_config(update_len=64), init_from="runs/other")
     assert from_json(RunConfig, to_json(config)) == config
+    with pytest.raises(ValueError, match="init_from = ''"):
+        replace(config, init_from="")
 
 
 def test_config_needs_no_torch():

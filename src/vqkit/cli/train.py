@@ -26,6 +26,7 @@ recipes:
 examples:
   vqkit train quickstart
   vqkit train text --data.path FOLDER --run runs/mine --train.steps 2000
+  vqkit train text --data.path OTHER --init-from runs/mine --run runs/tuned
 
 vqkit train RECIPE --help shows every option, with the values of that recipe.
 """
@@ -40,6 +41,9 @@ class TrainOptions:
     train: TrainConfig
     run: Path | None = None
     """Directory of the run; made if absent, gone on with if it is one. None = runs/RECIPE."""
+    init_from: Path | None = None
+    """Run, checkpoint or export folder whose model and weights to start with, under a new optimizer; add --train.extra-steps for steps
+    at the last learning rate, or take --train.schedule constant. None = the model of the recipe, with random weights."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,12 @@ def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
     from vqkit.cli.data import with_rules_of_packed
 
     base = RECIPES[recipe]()
-    options = parse(
-        TrainOptions,
-        words,
-        prog=f"vqkit train {recipe}",
-        description=f"{first_line(RECIPES[recipe].__doc__)}\n\n{example(recipe)}",
-        default=TrainOptions(base.model, with_rules_of_packed(base.data, words), base.train),
-    )
+    base_data = with_rules_of_packed(base.data, words)
+    options = _options(recipe, words, TrainOptions(base.model, base_data, base.train))
+    init_from = None
+    if options.init_from is not None:
+        init_from = str(options.init_from.expanduser().absolute())
+        options = _options(recipe, words, TrainOptions(_model_of(init_from), base_data, base.train))
     if not options.data.path:
         raise UsageError(f"recipe {recipe} needs data: add --data.path FOLDER")
     train = options.train
@@ -93,10 +96,25 @@ def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
     # Absolute, so that a run means the same files from wherever it is gone on with.
     data = replace(options.data, path=str(Path(options.data.path).expanduser().absolute()))
     try:
-        config = RunConfig(recipe, options.model, data, train)
+        config = RunConfig(recipe, options.model, data, train, init_from)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return options.run or Path("runs") / recipe, config
+
+
+def _options(recipe: str, words: Sequence[str], default: TrainOptions) -> TrainOptions:
+    description = f"{first_line(RECIPES[recipe].__doc__)}\n\n{example(recipe)}"
+    return parse(TrainOptions, words, prog=f"vqkit train {recipe}", description=description, default=default)
+
+
+def _model_of(path: str) -> ModelConfig:
+    """The configuration of the weights in a run, checkpoint or export folder. Raises UsageError."""
+    from vqkit.models.weights import find_weights, load_weights
+
+    try:
+        return load_weights(find_weights(path))[1]
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--init-from: {error}") from error
 
 
 def stored_config(run_dir: Path) -> RunConfig:

@@ -146,8 +146,12 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    init_from: str | None = None
+    """Run, checkpoint or export folder whose weights and codebooks the run starts with, under a new optimizer; None = random ones."""
 
     def __post_init__(self) -> None:
+        if self.init_from is not None and not self.init_from:
+            raise ValueError("init_from = '': must be the path of a run, checkpoint or export folder; None = random weights")
         if self.data.sequence_len % self.update_len:
             raise ValueError(f"train.update_len = {self.update_len}: must divide data.sequence_len = {self.data.sequence_len}")
         if self.model.vocab_size < BYTE_VOCABULARY:

@@ -1,14 +1,41 @@
-"""The k-means start of all codebooks of a model, from the keys of one batch."""
+"""What a run starts from: random weights or those of another run, and the k-means start of codebooks from the keys of one batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from vqkit.config import differences
 from vqkit.data import Batch
 from vqkit.models import TransformerVQ
 from vqkit.models.attention import AttentionUnit
+from vqkit.models.weights import find_weights, load_weights
 from vqkit.quantizers.learnable import LearnableVQ
+from vqkit.train.config import RunConfig
+
+OF_TRAINING = {
+    *("embedding_dropout", "residual_dropout", "sinusoid_dropout", "layer_dropout", "recompute", "block_len", "cache_gradient"),
+    *("masked_keys", "codebook.decay", "codebook.init", "codebook.dead_code_threshold"),
+}
+"""Options of a model that say how it is trained, and not what it computes: other ones may be trained on with."""
+
+
+def starting_model(config: RunConfig) -> TransformerVQ:
+    """The model that a run begins with; codebooks that are still to be started by k-means are those of random weights alone.
+
+    Raises ValueError or FileNotFoundError where `config.init_from` holds no weights, or those of another model, field by field.
+    """
+    model = TransformerVQ(config.model)
+    if config.init_from is None:
+        return model
+    source, found = load_weights(find_weights(config.init_from))
+    refused = [difference for difference in differences(found, config.model) if difference.path not in OF_TRAINING]
+    if refused:
+        fields = ", ".join(f"model.{path} is {old!r} there and {new!r} here" for path, old, new in refused)
+        raise ValueError(f"init_from = {config.init_from!r}: those are weights of another model: {fields}; must be the same")
+    # But for what is pending, which is nothing between steps and of a shape that the expiry of codes decides.
+    model.load_state_dict({name: tensor for name, tensor in source.state_dict().items() if ".pending." not in name})
+    return model
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from vqkit.train.config import RunConfig
 from vqkit.train.evaluation import evaluate
 from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Started
 from vqkit.train.faults import fault_point
-from vqkit.train.initialization import initialize_codebooks_
+from vqkit.train.initialization import initialize_codebooks_, starting_model
 from vqkit.train.metrics import METRICS_FILE, JsonLines, cut_after, read_lines
 from vqkit.train.pace import paced
 from vqkit.train.step import train_step
@@ -64,6 +64,8 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, on_event: Calla
     device = resolve_device(config.train.device)
     if device.type == "cpu":
         reuse_freed_memory()
+    if config.init_from is not None and newest_whole_checkpoint(run_dir) is None:
+        starting_model(config)  # raises before anything is written
     config = paced(config, run_dir / CONFIG_FILE, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
@@ -107,6 +109,8 @@ class _Run:
         """All steps that remain."""
         train_config, training = self.config.train, self.training
         total = train_config.total_steps
+        if training.step == 0 and self.config.init_from is not None:
+            self._save()  # from here on the run needs nothing but its own directory
         while training.step < total:
             self._step()
             fault_point("after_step")
@@ -133,7 +137,7 @@ class _Run:
     def _start(self, device: torch.device, summary: DataSummary) -> Training:
         config = self.config
         torch.manual_seed(config.train.seed)
-        training = Training.of(config, TransformerVQ(config.model).to(device))
+        training = Training.of(config, starting_model(config).to(device))
         self.emit(
             Started(
                 run_dir=self.run_dir,
@@ -166,7 +170,7 @@ class _Run:
         sequence, part = divmod(training.step, config.updates_per_sequence)
         batch = self._part_of_sequence(sequence, part)
         segments = config.data.segments == "isolate"
-        if training.step == 0 and config.model.codebook.init == "kmeans":
+        if training.step == 0 and config.model.codebook.init == "kmeans" and config.init_from is None:
             initialize_codebooks_(training.model, batch, segments=segments)
         training.model.train()
         state = training.model.initial_state(config.train.batch_size) if training.state is None else training.state
