@@ -18,9 +18,10 @@ from local_server import Server, serve
 from vqkit.cli import data as command
 from vqkit.cli import main
 from vqkit.cli.data_view import DataView
+from vqkit.cli.options import parse
 from vqkit.cli.train import requested
 from vqkit.data import DataConfig, Split, read_summary
-from vqkit.data.config import IdSource, SentencePieceTokens, SizedSplits
+from vqkit.data.config import IdSource, PathSplits, SentencePieceTokens, SizedSplits
 from vqkit.data.events import Downloading, Note, Packing
 from vqkit.data.published import HOMES, RemoteFile, ZippedFile, enwik8
 
@@ -163,6 +164,14 @@ def test_words_that_make_no_sense_are_refused_in_one_line(vqkit: Callable[..., S
     said = vqkit("data", *words.split())
     assert (said.code, said.out, said.err.count("\n")) == (code, "", 1)
     assert message in said.err
+
+
+def test_choosing_the_kind_that_is_chosen_changes_nothing() -> None:
+    default = command.PrepareOptions(data=DataConfig(splits=SizedSplits(7, 1, 1)))
+    same = parse(command.PrepareOptions, ["x", "--data.splits.kind", "sizes"], prog="vqkit", default=default)
+    assert same == replace(default, what="x")
+    other = parse(command.PrepareOptions, ["x", "--data.splits.kind", "paths"], prog="vqkit", default=default)
+    assert other.data.splits == PathSplits()
 
 
 def test_progress_is_a_line_every_few_seconds_without_a_terminal() -> None:

@@ -118,6 +118,15 @@ def test_another_file_than_was_meant_is_refused(server: Server, tmp_path: Path, 
     assert not (tmp_path / "file").exists()
 
 
+def test_a_file_without_end_does_not_fill_the_disk(server: Server, tmp_path: Path) -> None:
+    file, events = remote(server, "file", CONTENT), list[DataEvent]()
+    server.files["/file"] = CONTENT * 100
+    with pytest.raises(ValueError, match=r"it has .* bytes, must have 5,000"):
+        fetch(file, tmp_path / "file", on_event=events.append)
+    assert max(event.done for event in events if isinstance(event, Downloading)) <= 5000 + downloading.PIECE
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_was_put_there_is_checked(server: Server, tmp_path: Path) -> None:
     file = remote(server, "file", CONTENT)
     (tmp_path / "file").write_bytes(CONTENT)

@@ -142,6 +142,7 @@ def test_ids_that_include_the_special_ones_stay_as_they_are(tmp_path: Path) -> N
     assert packed(config, tmp_path / "ids.bin", tmp_path / "data")["train"] == [5, 2, END, 7, END, 9, 3]
     split = Split(tmp_path / "data", "train")
     assert [split.document(i).tolist() for i in range(split.num_documents)] == [[5, 2], [7], [9, 3]]
+    assert split.offsets.tolist() == [0, 3, 5, 7]
 
 
 @pytest.mark.parametrize(("different", "dtype"), [(256, "u1"), (257, "u2"), (65_536, "u2"), (65_537, "u4")])
@@ -222,6 +223,11 @@ def test_grey_images_have_one_channel(tmp_path: Path) -> None:
     found = packed(replace(config, splits=SizedSplits(2, 1, 1)), tmp_path / "grey.npy", tmp_path / "data")
     assert [len(ids) for ids in found.values()] == [12, 6, 6]
     assert found["train"] == (images[:2].astype(int) + 3).reshape(-1).tolist()
+    Image.fromarray(images[0]).save(tmp_path / "one.png")
+    Image.fromarray(np.repeat(images[1][..., None], 3, axis=-1)).save(tmp_path / "rgb.png")
+    for i, name in enumerate(("one.png", "rgb.png")):
+        one = replace(config, splits=PathSplits(name, "", ""))
+        assert packed(one, tmp_path, tmp_path / f"data of {name}")["train"] == (images[i].astype(int) + 3).reshape(-1).tolist()
 
 
 def test_wrong_images_are_named(tmp_path: Path) -> None:

@@ -151,6 +151,26 @@ def test_nothing_is_left_of_a_packing_that_fails(corpus: DataConfig, tmp_path: P
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize("other", [{}, {"exclude": ("0",)}])
+def test_of_two_processes_that_pack_at_once_one_is_faster(
+    corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    sync = packing._sync
+
+    def overtaken(folder: Path) -> None:
+        monkeypatch.setattr(packing, "_sync", sync)
+        pack(replace(corpus, **other), tmp_path / "data")
+        sync(folder)
+
+    monkeypatch.setattr(packing, "_sync", overtaken)
+    if other:
+        with pytest.raises(ValueError, match=r"data was packed with data\.exclude"):
+            pack(corpus, tmp_path / "data")
+    else:
+        assert pack(corpus, tmp_path / "data") == read_summary(tmp_path / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

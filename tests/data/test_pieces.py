@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_it_is_the_official_vocabulary(tokenizer: SentencePieceTokenizer) -> Non
 
 @given(st.lists(st.integers(0, 400), max_size=6), st.sampled_from(["lines", "words", "nothing"]))
 def test_pieces_of_a_long_text_give_the_ids_of_the_whole(tokenizer: SentencePieceTokenizer, cuts: list[int], kind: str) -> None:
-    data = {"lines": TEXT[:300].encode(), "words": TEXT[:300].replace("\n", " ").encode(), "nothing": "\u00e9".encode() * 200}[kind]
+    data = {"lines": TEXT[:300].encode(), "words": TEXT[:300].replace("\n", " ").encode(), "nothing": b"x" + "\u00e9".encode() * 200}[kind]
     borders = [0, *sorted(cuts), len(data)]
     parts = [data[a:b] for a, b in pairwise(borders)]
     with pytest.MonkeyPatch.context() as patch:
@@ -76,10 +77,11 @@ def test_pieces_of_a_long_text_give_the_ids_of_the_whole(tokenizer: SentencePiec
         chunks = list(pieces._chunks(parts))
     assert b"".join(chunks) == data and max(map(len, chunks)) <= 64
     assert all(chunk.decode("utf-8") for chunk in chunks), "a character was cut"
+    assert kind != "lines" or all(chunk.endswith(b"\n") for chunk in chunks[:-1])
     assert tokenizer.decode(whole) == data
 
 
-def test_a_model_that_normalizes_gives_its_normal_form_and_refuses_other_bytes(normalizing: bytes) -> None:
+def test_a_model_that_normalizes_gives_its_normal_form_and_refuses_other_bytes(normalizing: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = SentencePieceTokenizer(normalizing)
     assert not tokenizer.is_lossless
     processor = sentencepiece.SentencePieceProcessor(model_proto=normalizing)
@@ -88,6 +90,9 @@ def test_a_model_that_normalizes_gives_its_normal_form_and_refuses_other_bytes(n
     assert tokenizer.decode(tokenizer.encode(data)) == b" the quick brown fox"
     with pytest.raises(ValueError, match=r"byte 4 is not UTF-8 \(0xff\): this SentencePiece model has no pieces for bytes"):
         tokenizer.encode(b"the \xff fox")
+    monkeypatch.setattr(pieces, "CHUNK", 16)
+    with pytest.raises(ValueError, match=r"byte 41 is not UTF-8 \(0xfe\)"):
+        list(tokenizer.encode_pieces([b"the quick brown fox ", b"the quick brown fox, \xfe"]))
 
 
 def test_what_is_no_such_model_is_named(tmp_path: Path) -> None:
@@ -166,3 +171,16 @@ def test_a_model_file_is_used_and_its_change_is_named(tmp_path: Path, tokenizer:
     with pytest.raises(ValueError, match=r"train/b: byte 4 is not UTF-8 \(0xfe\)"):
         pack(strict, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_binary_rubbish_is_kept_and_cannot_be_learned_from(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    path = tmp_path / "words.model"
+    path.write_bytes(tokenizer.model)
+    rubbish = np.random.default_rng(0).bytes(300)
+    (tmp_path / "rubbish").write_bytes(rubbish)
+    config = DataConfig(path=str(tmp_path / "rubbish"), sequence_len=8, validation_fraction=0.0, test_fraction=0.0)
+    pack(replace(config, tokenizer=SentencePieceTokens(SIZE, str(path))), tmp_path / "data")
+    assert Split(tmp_path / "data", "train").document(0) == rubbish
+    (tmp_path / "rubbish").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.vocab_size = 300: .*training split"):
+        pack(replace(config, tokenizer=SentencePieceTokens(300)), tmp_path / "other")

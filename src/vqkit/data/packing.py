@@ -87,7 +87,12 @@ def pack(config: DataConfig, folder: str | os.PathLike[str], *, on_event: Emit |
         summary = _take_over(config, temporary) if is_packed(config.path) else _write(temporary, config, emit)
         _check_lengths(config, summary)
         _sync(temporary)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not is_packed(folder):
+                raise
+            summary = _packed_before(config, folder)  # another process was faster
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder.parent)

@@ -113,14 +113,13 @@ class IdReader:
         """See `Reader`. Raises ValueError, with file and place, for an id outside the vocabulary."""
         _take_in(document, digest)
         array = self._array(document.file.path)
-        rows = (
-            [(i, array[i]) for i in range(document.start, document.stop)]
-            if array.ndim == 2
-            else [(None, array[document.start : document.stop])]
-        )
-        for i, row in rows:
-            yield self._ids(document, row, document.start if i is None else 0, "" if i is None else f"row {i}, ")
-            advance(1 if i is not None else len(row))
+        if array.ndim == 1:
+            yield self._ids(document, array[document.start : document.stop], document.start, "")
+            advance(document.size)
+            return
+        for i in range(document.start, document.stop):
+            yield self._ids(document, array[i], 0, f"row {i}, ")
+            advance(1)
 
     def _ids(self, document: Document, row: np.ndarray, first: int, where: str) -> Iterator[np.ndarray]:
         limit, least = self._source.vocab_size, 0 if self.tokenizer.shift else IdTokenizer.PAD + 1
