@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint types unit wheel laws triton format bench-train bench-quantizers clean
+.PHONY: help demo test lint types unit wheel laws triton format bench-train bench-attention bench-quantizers clean
 
 help:
 	@echo "make demo         train on this machine's Python library, measure, sample (minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make wheel        build the wheel and use it from a folder of its own"
 	@echo "make format       let ruff write the format"
 	@echo "make bench-train  training speed against a bare matrix product"
+	@echo "make bench-attention  the attention alone, models and decoding against ordinary attention"
 	@echo "make bench-quantizers  the quantizers against the peer, faiss and a bare matrix product"
 	@echo "make clean        remove .venv and what was built"
 
@@ -61,6 +62,9 @@ format: $(VENV)/.dev
 
 bench-train: $(VENV)/.train
 	$(BIN)/python benchmarks/bench_train.py
+
+bench-attention: $(VENV)/.train
+	$(BIN)/python benchmarks/bench_attention.py $(ARGS)
 
 bench-quantizers: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench_quantizers.py $(ARGS)

@@ -235,6 +235,21 @@ def test_bfloat16_costs_little_more_than_in_ordinary_attention(impl: str, fast: 
         assert (ours.double() - true).square().mean().sqrt() <= 1.25 * budget
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_autocast_is_a_call_with_narrower_operands(impl: str) -> None:
+    arguments, options = draw(12, 4), {"block_len": 4, "mem_len": 4, **ALL[impl]}
+    wide = {n: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in arguments.items()}
+    narrow = {n: t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() and n != "codebook" else t for n, t in wide.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vq_attention(**wide, **options)
+        unchanged = vq_attention(**arguments, **options)
+    expected = vq_attention(**narrow, **options)
+    assert torch.equal(found.output, expected.output)
+    assert all(torch.equal(a, b) for a, b in zip(found.state, expected.state, strict=True))
+    assert found.output.dtype == torch.bfloat16
+    assert unchanged.output.dtype == torch.float64
+
+
 def test_a_million_tokens_through_the_recurrent_form() -> None:
     """Finite, counts exact, means as exact as float32, and a state that keeps nothing else alive."""
     total, calls, codes = 1_000_000, 8, 3

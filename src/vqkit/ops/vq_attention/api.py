@@ -53,6 +53,8 @@ def vq_attention(
     does: keys in the window of a query's block (the block and `mem_len` keys before it) receive one through
     `k_hat`; for older keys it reaches the values only, and the codebook receives none.
 
+    Autocast casts queries, keys and values, as it does for ordinary attention; softmax, counts and means are float32 or wider always.
+
     Args:
         q: Queries [B, Hq, T, K], already scaled, content bias included. Hq is a multiple of Hk; Hq / Hk query heads in a row
             share a key head (equal: multi-head, Hk = 1: multi-query, between: grouped).
@@ -80,7 +82,10 @@ def vq_attention(
     """
     if (position_query is None) != (position_keys is None):
         raise ValueError("position_query and position_keys come together: pass both or neither")
-    positions = None if position_query is None or position_keys is None else Positions(position_query, position_keys)
+    q, k_hat, v = (_as_under_autocast(t) for t in (q, k_hat, v))
+    positions = None
+    if position_query is not None and position_keys is not None:
+        positions = Positions(_as_under_autocast(position_query), _as_under_autocast(position_keys))
     inputs = AttentionInputs(q, k_hat, v, indices.long(), codebook.detach(), positions, segments)
     _check_choices(block_len, mem_len, reduction, impl)
     _check_shapes(inputs, mem_len)
@@ -94,6 +99,14 @@ def vq_attention(
             return VQAttentionOutput(*blocked_attention(inputs, state, *options, reduction))
         run = recurrent_attention if impl == "recurrent" else reference_attention
         return VQAttentionOutput(*run(inputs, state, *options))
+
+
+def _as_under_autocast(x: Tensor) -> Tensor:
+    """As autocast treats the operands of a matrix product: in its type, unless they are float64."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _checked_state(state: AttentionState | None, inputs: AttentionInputs, mem_len: int) -> AttentionState:
