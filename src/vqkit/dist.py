@@ -7,6 +7,7 @@ group, and tests can bring their own.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -81,6 +82,11 @@ def default_reducer() -> Reducer:
 def has_default_group() -> bool:
     """Whether there is a default process group now."""
     return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def is_first_process() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started: the one that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_sharded(tensor: Tensor) -> bool:

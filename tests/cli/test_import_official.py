@@ -20,10 +20,12 @@ from vqkit.cli import main
 from vqkit.compat.official_names import to_official
 from vqkit.config import from_json, to_json
 from vqkit.data import pack
+from vqkit.dist import LocalReducer
 from vqkit.models import find_weights, load_weights
 from vqkit.models.transformer import TransformerVQ
 from vqkit.train.checkpoint import load_checkpoint
 from vqkit.train.config import RunConfig
+from vqkit.train.parallel import Processes
 
 MODEL = {"vocab_size": 259, "block_len": 8, "mem_len": 6, "absolute_positions": False, "position_base": 100_000.0}
 WORDS = ["--block-len", "8", "--mem-len", "6", "--logit-scale", "1"]
@@ -184,7 +186,7 @@ def test_with_data_and_an_optimizer_state_training_goes_on(vqkit: Callable[..., 
     assert re.search(r"^optimizer state +adamw$", said.out, re.MULTILINE)
 
     config = from_json(RunConfig, (run / "config.json").read_text())
-    training, _ = load_checkpoint(run / "checkpoints" / "step_00000004", config, torch.device("cpu"))
+    training, _ = load_checkpoint(run / "checkpoints" / "step_00000004", config, Processes(torch.device("cpu"), LocalReducer()))
     assert (training.step, training.state) == (4, None)
     state, parameters = training.optimizer.state_tensors(), dict(model.named_parameters())
     assert state.keys() == {f"{name}.{moment}" for name in parameters for moment in ("exp_avg", "exp_avg_sq", "step")}

@@ -15,8 +15,9 @@ from vqkit.models import TransformerVQ
 from vqkit.models.weights import write_manifest
 from vqkit.train.checkpoint import Training
 from vqkit.train.events import CheckpointSaved, Evaluated, Finished, Progress, Resumed, Started
-from vqkit.train.loop import resolve_device, train
+from vqkit.train.loop import train
 from vqkit.train.metrics import read_lines
+from vqkit.train.parallel import resolve_device
 from vqkit.train.step import train_step
 
 
@@ -66,7 +67,7 @@ def test_events_tell_the_course(config, unbroken, capsys):
     assert kinds[-1] is Finished
     assert [e.step for e in events if isinstance(e, Progress)] == list(range(2, STEPS + 1, 2))
     assert [e.step for e in events if isinstance(e, Evaluated)] == [10, 20, 24]
-    assert [e.step for e in events if isinstance(e, CheckpointSaved)] == list(range(3, STEPS + 1, 3))
+    assert [e.step for e in events if isinstance(e, CheckpointSaved)] == sorted({*range(3, STEPS + 1, 3), 10, 20})  # the best so far, too
     assert events[0].steps == STEPS
     assert events[0].training_bytes > events[0].validation_bytes > 0
     last = [e for e in events if isinstance(e, Progress)][-1]

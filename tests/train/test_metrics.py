@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqkit.data import Batch
 from vqkit.train.metrics import Interval, JsonLines, cut_after, read_lines
 from vqkit.train.step import Losses, StepResult
 
@@ -52,22 +51,17 @@ def test_no_file_has_no_lines(tmp_path):
 NO_STATE: Any = None
 
 
-def result_of(loss, counts):
+def result_of(loss, counts, num_bytes):
     losses = Losses(torch.tensor(loss + 0.1), torch.tensor(loss), torch.tensor(1000.0))
-    return StepResult(NO_STATE, losses, torch.tensor(2.0 * loss), tuple(torch.tensor(c) for c in counts))
-
-
-def batch_of(num_bytes):
-    targets = torch.full((2, 4), 1)  # end tokens
-    targets.view(-1)[:num_bytes] = 70
-    return Batch(targets, targets, torch.zeros_like(targets), torch.ones_like(targets, dtype=torch.bool))
+    counts = tuple(torch.tensor(c) for c in counts)
+    return StepResult(NO_STATE, losses, torch.tensor(2.0 * loss), torch.tensor(8 * loss), torch.tensor(num_bytes), counts)
 
 
 def test_an_interval_is_the_mean_of_its_steps_and_comes_back():
     shapes = [torch.Size((1, 2)), torch.Size((2, 2))]
     interval = Interval(shapes, torch.device("cpu"))
-    interval.add_(result_of(1.0, ([[4.0, 4.0]], [[8.0, 0.0], [4.0, 4.0]])), batch_of(8))
-    interval.add_(result_of(2.0, ([[4.0, 4.0]], [[8.0, 0.0], [4.0, 4.0]])), batch_of(4))
+    interval.add_(result_of(1.0, ([[4.0, 4.0]], [[8.0, 0.0], [4.0, 4.0]]), 8))
+    interval.add_(result_of(2.0, ([[4.0, 4.0]], [[8.0, 0.0], [4.0, 4.0]]), 4))
     other = Interval(shapes, torch.device("cpu"))
     other.load_state_tensors_({name: tensor.clone() for name, tensor in interval.state_tensors().items()})
     assert other.summary() == interval.summary()
@@ -85,5 +79,5 @@ def test_an_interval_is_the_mean_of_its_steps_and_comes_back():
 @pytest.mark.parametrize("loss, finite", [(1.0, True), (math.inf, False), (math.nan, False)])
 def test_an_interval_knows_what_is_no_number(loss, finite):
     interval = Interval([torch.Size((1, 2))], torch.device("cpu"))
-    interval.add_(result_of(loss, ([[4.0, 4.0]],)), batch_of(8))
+    interval.add_(result_of(loss, ([[4.0, 4.0]],), 8))
     assert interval.is_finite() is finite

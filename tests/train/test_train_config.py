@@ -37,6 +37,12 @@ REFUSED = {
     "eval_tokens": [0],
     "checkpoint_every": [-1],
     "keep_checkpoints": [0],
+    "keep_best": [1, "yes"],
+    "not_finite": ["ignore"],
+    "spike_ratio": [1.0, 0.0, float("nan")],
+    "parallel": ["dp"],
+    "precision": ["float16"],
+    "compile": [1, "yes"],
     "device": ["gpu"],
 }
 

@@ -1,6 +1,7 @@
 """From words to a command, and from whatever happens there to an exit code and one clear line.
 
-Exit codes: 0 done, 1 something is wrong with data, run or checkpoint, 2 the words make no sense, 130 Ctrl-C, 141 nobody reads on.
+Exit codes: 0 done, 1 something is wrong with data, run or checkpoint, 2 the words make no sense, 130 Ctrl-C, 143 SIGTERM, 141 nobody
+reads on.
 Only the module of the command asked for is imported, and torch only once that command does its work.
 """
 
@@ -52,7 +53,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(2, str(error))
     except KeyboardInterrupt as error:
-        return _fail(130, str(error) or "stopped")
+        return _fail(128 + getattr(error, "signal_number", 2), str(error) or "stopped")
     except BrokenPipeError:
         # Whoever read the output has gone; keep the interpreter from complaining of it when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

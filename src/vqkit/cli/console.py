@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 
 from vqkit.data import read_summary
 from vqkit.models.weights import broken_checkpoints, newest_whole_checkpoint
-from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Started
+from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Skipped, Spiked, Started
 
 LINE_SECONDS = 5.0
 """Seconds between lines of progress where there is no terminal for a bar."""
@@ -56,7 +56,7 @@ class TrainingView:
                 self._say(f"corpus hash {event.data_hash}")
                 sizes = (event.training_bytes, event.validation_bytes, event.test_bytes)
                 self._say("bytes: {:,} to train, {:,} to validate, {:,} to test".format(*sizes))
-                self._say(f"model: {event.parameters:,} parameters, {event.steps:,} steps, on {event.device}")
+                self._say(f"model: {event.parameters:,} parameters, {event.steps:,} steps, on {_places(event)}")
             case Resumed():
                 self._say(f"going on with {event.run_dir} after step {event.step:,} of {event.steps:,}")
                 for note in event.notes:
@@ -66,6 +66,10 @@ class TrainingView:
                 self._progress(event)
             case Evaluated():
                 self._say(f"step {event.step:,}: validation {event.bits_per_byte:.3f} bits/byte{_activity(event, ', ')}")
+            case Skipped():
+                self._say(f"step {event.step:,} was not taken: {event.where} was not finite")
+            case Spiked():
+                self._say(f"step {event.step:,}: the loss is {event.loss:.3f}, where {event.usual:.3f} was usual")
             case CheckpointSaved():
                 pass
             case Finished():
@@ -87,6 +91,10 @@ class TrainingView:
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _places(event: Started) -> str:
+    return event.device if event.processes == 1 else f"{event.processes} processes, {event.device}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vqkit.cli.console import TrainingView, duration, table, write_text
 from vqkit.data import Split, byte_baselines
+from vqkit.dist import is_first_process
 from vqkit.files import write_text_atomic
 from vqkit.generate import LoadedModel, load
 from vqkit.models import TransformerVQ
@@ -25,8 +26,11 @@ def train_and_report(config: RunConfig, run_dir: Path) -> int:
     try:
         with TrainingView() as view:
             result = train(config, run_dir, on_event=view)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_where_it_stands(run_dir)) from None
+    except KeyboardInterrupt as stop:
+        stop.args = (_where_it_stands(run_dir),)
+        raise
+    if not is_first_process():
+        return 0
     print(f"trained: {result.step:,} steps, {view.steps_done:,} of them now, in {duration(view.seconds)}", flush=True)
     _measure(config, result)
     _write(config, result)

@@ -32,11 +32,14 @@ VERSION = 1
 AnyPath = str | os.PathLike[str]
 
 
-def save_weights(model: TransformerVQ, config: ModelConfig, folder: AnyPath) -> None:
-    """Write model.safetensors and config.json into `folder`, which is made if absent; each file appears whole or not at all."""
+def save_weights(model: TransformerVQ, config: ModelConfig, folder: AnyPath, *, tensors: dict[str, Tensor] | None = None) -> None:
+    """Write model.safetensors and config.json into `folder`, which is made if absent; each file appears whole or not at all.
+
+    `tensors` stand in for the state dict of a model of which this process holds but a part.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or model.state_dict()).items()}
     write_bytes_atomic(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": f"{FORMAT} {VERSION}"}))
     description = {"format": FORMAT, "version": VERSION, "model": to_dict(config)}
     write_text_atomic(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")

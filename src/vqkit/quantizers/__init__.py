@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.codebook import Codebook as Codebook
     from vqkit.quantizers.commit import add_statistics_ as add_statistics_
     from vqkit.quantizers.commit import attach as attach
+    from vqkit.quantizers.commit import discard_statistics_ as discard_statistics_
     from vqkit.quantizers.commit import register_fsdp_methods as register_fsdp_methods
     from vqkit.quantizers.commit import synchronize_codebooks_ as synchronize_codebooks_
     from vqkit.quantizers.commit import update_codebooks_ as update_codebooks_
@@ -89,6 +90,7 @@ __all__ = [
     "VectorQuantize",
     "add_statistics_",
     "attach",
+    "discard_statistics_",
     "pack_indices",
     "register_fsdp_methods",
     "synchronize_codebooks_",
@@ -135,6 +137,7 @@ _MODULES = {
     "VectorQuantize": "vector_quantize",
     "add_statistics_": "commit",
     "attach": "commit",
+    "discard_statistics_": "commit",
     "pack_indices": "packing",
     "register_fsdp_methods": "commit",
     "synchronize_codebooks_": "commit",

@@ -89,6 +89,13 @@ def update_codebooks_(model: nn.Module, reducer: Reducer | None = None) -> None:
     _update_(model, reducer, None)
 
 
+def discard_statistics_(model: nn.Module) -> None:
+    """Drop what is pending in all codebooks of the model: that of a step which is not taken. Every rank or none."""
+    for module in model.modules():
+        if isinstance(module, Committed):
+            module.discard_pending_()
+
+
 @torch.no_grad()
 def _update_(model: nn.Module, reducer: Reducer | None, refused: Tensor | None) -> None:
     """As `update_codebooks_`; where any rank's `refused` is not 0, what is pending is dropped instead."""

@@ -2,6 +2,10 @@
 
 A checkpoint is written under a temporary name, its manifest last, and then renamed; older ones are removed after that. So a run that
 is killed at any instant finds a whole one, and goes on from it as if nothing had happened.
+
+Weights are safetensors and JSON always. What the optimizer remembers is one safetensors file, or, where FSDP2 shards it, a folder that all
+processes write through torch.distributed.checkpoint; its index is a pickle, which `train` alone opens, of its own run. What each process
+keeps for itself (the carried state of its rows, its random generators) is a file of its own. The folder must be on a disk that all share.
 """
 
 from __future__ import annotations
@@ -13,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch import Tensor, nn
 
+from vqkit.dist import LocalReducer
 from vqkit.files import TEMPORARY_SUFFIX, sync_folder, temporary_name, write_bytes_atomic, write_text_atomic
 from vqkit.models import TransformerVQ
 from vqkit.models.transformer import ModelState
@@ -26,12 +33,14 @@ from vqkit.train.config import RunConfig
 from vqkit.train.faults import fault_point
 from vqkit.train.metrics import Interval
 from vqkit.train.optimizer import Optimizer
-from vqkit.train.state import from_named_tensors, named_tensors
+from vqkit.train.parallel import Processes, distribute, like_parameter, whole_tensor
+from vqkit.train.state import from_named_tensors, join_rows, named_tensors, split_rows
 
 TENSORS_FILE = "training.safetensors"
+SHARDS_FOLDER = "optimizer"
 VALUES_FILE = "training.json"
 FORMAT = "vqkit-training"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -39,7 +48,10 @@ class Training:
     """All that changes while a run goes on; the position in the data is a function of `step`."""
 
     config: RunConfig
+    processes: Processes
     model: TransformerVQ
+    called: nn.Module
+    """What a step calls in place of the model: `distribute` made it."""
     optimizer: Optimizer
     interval: Interval
     step: int = 0
@@ -48,15 +60,26 @@ class Training:
     """What the next step starts from in the middle of a sequence; None where a sequence begins."""
 
     @classmethod
-    def of(cls, config: RunConfig, model: TransformerVQ) -> Training:
-        """A run of `model` that has done nothing yet."""
-        device = next(model.parameters()).device
+    def of(cls, config: RunConfig, model: TransformerVQ, processes: Processes | None = None) -> Training:
+        """A run of `model`, equal on all processes, that has done nothing yet; None: of this process alone, where the model is."""
+        processes = processes or Processes(next(model.parameters()).device, LocalReducer())
         shapes = [quantizer.codebook.shape[:2] for quantizer in model.quantizers()]
-        return cls(config, model, Optimizer(model.named_parameters(), config.train), Interval(shapes, device))
+        called = distribute(model, processes, config.train.parallel)
+        return cls(config, processes, model, called, Optimizer(model.named_parameters(), config.train), Interval(shapes, processes.device))
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.processes.device
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a batch that this process works on."""
+        return self.config.train.batch_size // self.processes.world_size
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds but a part of the parameters."""
+        return self.processes.world_size > 1 and self.config.train.parallel == "fsdp"
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -65,53 +88,91 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(training: Training, run_dir: Path) -> Path:
-    """Write RUN/checkpoints/step_XXXXXXXX and return it; one of that step that is whole already is left as it is."""
-    path = checkpoint_path(run_dir, training.step)
-    if path.exists() and is_whole(path):
+    """Write RUN/checkpoints/step_XXXXXXXX and return it; one of that step that is whole already is left. Every process calls it."""
+    processes, path = training.processes, checkpoint_path(run_dir, training.step)
+    if processes.from_first(path.exists() and is_whole(path)):
         return path
     fault_point("before_checkpoint")
     path.parent.mkdir(exist_ok=True)
-    temporary = temporary_name(path)
+    temporary = Path(processes.from_first(str(temporary_name(path))))
     try:
-        save_weights(training.model, training.config.model, temporary)
-        fault_point("within_checkpoint")
-        write_bytes_atomic(temporary / TENSORS_FILE, safetensors.torch.save(_tensors(training)))
-        write_text_atomic(temporary / VALUES_FILE, json.dumps(_values(training), indent=2) + "\n")
-        fault_point("after_checkpoint_write")
-        write_manifest(temporary)
-        if path.exists():  # damaged, or this function had left it
-            _discard(path)
-        fault_point("before_rename")
-        os.rename(temporary, path)
+        _write_parts(training, temporary)
+        processes.wait()
+        if processes.is_first:
+            fault_point("after_checkpoint_write")
+            write_manifest(temporary)
+            if path.exists():  # damaged, or this function had left it
+                _discard(path)
+            fault_point("before_rename")
+            os.rename(temporary, path)
+            sync_folder(path.parent)
+        processes.wait()
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(path.parent)
+        if processes.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
-def load_checkpoint(path: Path, config: RunConfig, device: torch.device) -> tuple[Training, tuple[str, ...]]:
+def _write_parts(training: Training, folder: Path) -> None:
+    processes = training.processes
+    weights = {name: whole_tensor(tensor) for name, tensor in training.model.state_dict().items()}
+    if processes.is_first:
+        save_weights(training.model, training.config.model, folder, tensors=weights)
+        fault_point("within_checkpoint")
+    processes.wait()
+    _write_tensors(folder / _own_file(processes.rank), _own_tensors(training))
+    remembered = training.optimizer.state_tensors()
+    if training.is_sharded:
+        distributed_checkpoint.save(dict(remembered), checkpoint_id=folder / SHARDS_FOLDER)
+    if processes.is_first:
+        whole = {} if training.is_sharded else {f"optimizer.{name}": tensor for name, tensor in remembered.items()}
+        _write_tensors(folder / TENSORS_FILE, whole | training.interval.state_tensors())
+        write_text_atomic(folder / VALUES_FILE, json.dumps(_values(training), indent=2) + "\n")
+
+
+def load_checkpoint(path: Path, config: RunConfig, processes: Processes) -> tuple[Training, tuple[str, ...]]:
     """The run as it was, and notes on what differs from then. Also sets the state of the global random generators.
 
-    Raises ValueError or FileNotFoundError for a checkpoint that is damaged or of another format, before any of that.
+    The processes may be more or fewer than those that wrote it, and shard or not. Raises ValueError or FileNotFoundError for a checkpoint
+    that is damaged or of another format, before any of that.
     """
     values, tensors = _read_values(path / VALUES_FILE), _read_tensors(path / TENSORS_FILE)
-    model, _ = load_weights(path, device)
-    training = Training.of(config, model)
+    wrote = values["processes"]
+    own = [_read_tensors(path / _own_file(rank)) for rank in _ranks_to_read(processes, wrote)]
+    model, _ = load_weights(path, processes.device)
+    training = Training.of(config, model, processes)
     training.step = values["step"]
     if values["mid_sequence"]:
-        template = model.train().initial_state(config.train.batch_size)
-        training.state = from_named_tensors(template, tensors, "state")
+        template = model.train().initial_state(config.train.batch_size // wrote)
+        states = [from_named_tensors(template, part, "state") for part in own]
+        training.state = states[0] if wrote == processes.world_size else _shared_anew(states, processes)
     training.interval.load_state_tensors_(tensors)
-    training.optimizer.load_state_tensors_(_below("optimizer.", tensors))
-    _restore_generators(tensors, device)
-    return training, tuple(_differing(values))
+    parameters = training.optimizer.parameters
+    remembered = _below("optimizer.", tensors)
+    if shards := values["shards"]:
+        remembered = {name: _empty(name, entry, parameters) for name, entry in shards.items()}
+        distributed_checkpoint.load(remembered, checkpoint_id=path / SHARDS_FOLDER)
+    else:
+        remembered = {name: _placed(name, tensor, parameters) for name, tensor in remembered.items()}
+    training.optimizer.load_state_tensors_(remembered)
+    if wrote == processes.world_size:
+        _restore_generators(own[0], processes.device)
+    else:
+        seed_generators(config.train.seed, training.step, processes.rank)
+    return training, tuple(_differing(values, processes))
 
 
-def prune_checkpoints(run_dir: Path, keep: int, step: int) -> None:
-    """Remove all checkpoints up to that of `step` but the newest `keep`."""
+def seed_generators(seed: int, step: int, rank: int) -> None:
+    """The random generators of a process that has no state of them to go on from."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def prune_checkpoints(run_dir: Path, keep: int, step: int, best: int | None = None) -> None:
+    """Remove all checkpoints up to that of `step` but the newest `keep` and that of the step `best`."""
     folders = sorted(path for path in (run_dir / CHECKPOINTS_FOLDER).glob("step_*") if path <= checkpoint_path(run_dir, step))
     for folder in folders[:-keep]:
-        _discard(folder)
+        if best is None or folder != checkpoint_path(run_dir, best):
+            _discard(folder)
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -131,30 +192,60 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _tensors(training: Training) -> dict[str, Tensor]:
-    tensors = {f"optimizer.{name}": tensor for name, tensor in training.optimizer.state_tensors().items()}
-    tensors |= training.interval.state_tensors()
-    if training.state is not None:
-        tensors |= named_tensors(training.state, "state")
+def _own_file(rank: int) -> str:
+    return f"process_{rank:05d}.safetensors"
+
+
+def _ranks_to_read(processes: Processes, wrote: int) -> list[int]:
+    """Whose files this process needs: its own, or everybody's where the rows are shared out anew."""
+    return [processes.rank] if processes.world_size == wrote else list(range(wrote))
+
+
+def _shared_anew(states: list[ModelState], processes: Processes) -> ModelState:
+    return split_rows(join_rows(states), processes.world_size)[processes.rank]
+
+
+def _own_tensors(training: Training) -> dict[str, Tensor]:
+    """What this process alone knows."""
+    tensors = {} if training.state is None else named_tensors(training.state, "state")
     tensors["generator.cpu"] = torch.get_rng_state()
     if training.device.type == "cuda":
         tensors["generator.cuda"] = torch.cuda.get_rng_state(training.device)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return tensors
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    write_bytes_atomic(path, safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def _empty(name: str, entry: dict[str, Any], parameters: dict[str, nn.Parameter]) -> Tensor:
+    """Room for a tensor of the optimizer, placed as its parameter is."""
+    parameter = parameters[name.rpartition(".")[0]]
+    dtype, shape = getattr(torch, entry["dtype"]), tuple(entry["shape"])
+    return torch.zeros_like(parameter, dtype=dtype) if shape == tuple(parameter.shape) else torch.zeros(shape, dtype=dtype)
+
+
+def _placed(name: str, tensor: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
+    parameter = parameters.get(name.rpartition(".")[0])
+    return tensor if parameter is None else like_parameter(tensor, parameter)
 
 
 def _values(training: Training) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, "step": training.step, "mid_sequence": training.state is not None} | _circumstances()
+    remembered = training.optimizer.state_tensors() if training.is_sharded else {}
+    shards = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in sorted(remembered.items())}
+    position = {"step": training.step, "mid_sequence": training.state is not None, "shards": shards}
+    return {"format": FORMAT, "version": VERSION} | position | _circumstances(training.processes)
 
 
-def _circumstances() -> dict[str, Any]:
+def _circumstances(processes: Processes) -> dict[str, Any]:
     """What the bits of a result depend on, beside the configuration."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"processes": processes.world_size, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _differing(values: dict[str, Any]) -> list[str]:
+def _differing(values: dict[str, Any], processes: Processes) -> list[str]:
     return [
         f"{name} was {values[name]}, is {now}: results agree, but not to the last bit"
-        for name, now in _circumstances().items()
+        for name, now in _circumstances(processes).items()
         if values[name] != now
     ]
 

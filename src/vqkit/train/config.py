@@ -69,6 +69,18 @@ class TrainConfig:
     """Steps between checkpoints; 0 = only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Write and keep a checkpoint of the best evaluation, too."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are not finite: end the run with its checkpoints as they are, or go on without the step."""
+    spike_ratio: float = 2.0
+    """Report a loss of more than this many times the median of the last twenty logged ones."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: whole parameters on each (DDP), or a share on each (FSDP2)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products: bfloat16 = mixed precision, with parameters, statistics and losses in float32."""
+    compile: bool = False
+    """Let torch.compile make one program of the model; costs a minute or so at the start."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto = CUDA where there is one."""
 
@@ -98,6 +110,11 @@ class TrainConfig:
             raise ValueError(f"train.clip = {self.clip}: must be positive; None = no clipping")
         if not 0.0 <= self.commitment_weight < float("inf"):
             raise ValueError(f"train.commitment_weight = {self.commitment_weight}: must be 0 or positive, and finite")
+        for name in ("keep_best", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"train.{name} = {getattr(self, name)!r}: must be True or False")
+        if not self.spike_ratio > 1.0:
+            raise ValueError(f"train.spike_ratio = {self.spike_ratio}: must be greater than 1")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"train.{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}")
@@ -118,6 +135,9 @@ _CHOICES = {
     "schedule": ("cosine", "linear", "inverse_square_root", "constant"),
     "decayed": ("all_but_vectors", "all_but_outer_vectors"),
     "device": ("auto", "cpu", "cuda"),
+    "not_finite": ("stop", "skip"),
+    "parallel": ("ddp", "fsdp"),
+    "precision": ("float32", "bfloat16"),
 }
 
 _LEAST_INTEGERS = {

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vqkit.data import Batch, Split, stream
+from vqkit.dist import LocalReducer, Reducer
 from vqkit.models import TransformerVQ
 from vqkit.train.code_use import code_use
-from vqkit.train.state import detached_copy
+from vqkit.train.state import detached_copy, split_rows
 from vqkit.train.step import token_nats
 
 CHUNK_LEN = 2048
@@ -73,30 +74,37 @@ def evaluate(
     chunk_len: int = CHUNK_LEN,
     segments: bool = True,
     max_tokens: int | None = None,
+    reducer: Reducer | None = None,
 ) -> Evaluation:
     """Read `split` as `batch_size` lanes side by side, `chunk_len` tokens a call, with carried state: every token is a target once.
 
     With `segments=False` documents see each other. With `max_tokens` each lane is read from its beginning, for as many calls
     as have at most so many targets, but at least one. The model is in evaluation mode meanwhile, and changed in nothing.
-    Raises ValueError for an empty split.
+    With several processes each reads its share of the lanes, and `reducer` gives all of them the result of the whole.
+    Raises ValueError for an empty split, or lanes that the processes cannot share evenly.
     """
     _check_not_empty(split)
+    reducer = reducer or LocalReducer()
+    if batch_size % reducer.world_size:
+        raise ValueError(f"batch_size = {batch_size}: must be a multiple of the number of processes, {reducer.world_size}")
     nats = torch.zeros((), dtype=torch.float64, device=_device(model))
     num_tokens = num_bytes = 0
     counts = [torch.zeros(quantizer.codebook.shape[:2], dtype=torch.float64, device=nats.device) for quantizer in model.quantizers()]
     with _evaluating(model):
-        state = model.initial_state(batch_size)
+        state = model.initial_state(batch_size // reducer.world_size)
         for batch in stream(split, batch_size, chunk_len):
             if max_tokens is not None and num_tokens > 0 and num_tokens + int(batch.loss_mask.sum()) > max_tokens:
                 break
             num_tokens += int(batch.loss_mask.sum())
             num_bytes += batch.num_bytes
-            batch = batch.to(nats.device)
+            batch = split_rows(batch, reducer.world_size)[reducer.rank].to(nats.device)
             output = model(batch.tokens, state, segments=batch.segment_ids if segments else None, mask=batch.loss_mask, statistics=True)
             state = detached_copy(output.state)
             nats += (token_nats(output.logits, batch.targets) * batch.loss_mask).sum(dtype=torch.float64)
             for total, statistics in zip(counts, output.statistics, strict=True):
                 total += statistics.count
+    for total in (nats, *counts):
+        reducer.all_reduce_(total)
     uses = [code_use(total) for total in counts]
     return Evaluation(
         nats=nats.item(),

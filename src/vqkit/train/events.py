@@ -18,6 +18,7 @@ class Started:
     data_hash: str
     steps: int
     device: str
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,24 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A step was not taken, as its loss or gradients were not finite."""
+
+    step: int
+    where: str
+    """The layer or parameter where that began."""
+
+
+@dataclass(frozen=True)
+class Spiked:
+    """The loss since the last log line is far above the usual one."""
+
+    step: int
+    loss: float
+    usual: float
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is whole and has its final name."""
 
@@ -72,4 +91,4 @@ class Finished:
     seconds: float
 
 
-Event = Started | Resumed | Progress | Evaluated | CheckpointSaved | Finished
+Event = Started | Resumed | Progress | Evaluated | Skipped | Spiked | CheckpointSaved | Finished

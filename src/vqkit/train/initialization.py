@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vqkit.config import differences
 from vqkit.data import Batch
+from vqkit.dist import Reducer
 from vqkit.models import TransformerVQ
 from vqkit.models.attention import AttentionUnit
 from vqkit.models.weights import find_weights, load_weights
@@ -39,14 +40,17 @@ def starting_model(config: RunConfig) -> TransformerVQ:
 
 
 @torch.no_grad()
-def initialize_codebooks_(model: TransformerVQ, batch: Batch, *, segments: bool = True) -> None:
-    """Set each unit's codebook by k-means on its keys, in one pass: those of a unit depend on the codebooks below, set just before."""
+def initialize_codebooks_(model: TransformerVQ, batch: Batch, *, segments: bool = True, reducer: Reducer | None = None) -> None:
+    """Set each unit's codebook by k-means on its keys, in one pass: those of a unit depend on the codebooks below, set just before.
+
+    With several processes the codebooks are those of the keys of all: `batch` has the rows of this one, `reducer` sums.
+    """
 
     mask = batch.loss_mask if model.config.masked_keys == "left_out" else None
 
     def begin(unit: AttentionUnit, inputs: tuple[Tensor, ...]) -> None:
         if isinstance(unit.quantizer, LearnableVQ):
-            unit.quantizer.initialize_(unit.project(inputs[0]).k, mask)
+            unit.quantizer.initialize_(unit.project(inputs[0]).k, mask, reducer=reducer)
 
     hooks = [unit.register_forward_pre_hook(begin) for unit in model.units()]
     try:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkit.data import Batch
 from vqkit.files import write_bytes_atomic
 from vqkit.train.code_use import code_use
 from vqkit.train.step import StepResult
@@ -31,14 +30,18 @@ class Interval:
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self._counts = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in code_shapes]
 
-    def add_(self, result: StepResult, batch: Batch) -> None:
-        """Count in the step that `batch` was trained on."""
-        losses = result.losses
-        nats = losses.language * batch.targets.numel()
-        values = [torch.ones_like(nats), losses.total, losses.commitment, nats, batch.byte_mask.sum(), result.gradient_norm]
+    def add_(self, result: StepResult) -> None:
+        """Count in a step."""
+        losses, nats = result.losses, result.nats
+        values = [torch.ones_like(nats), losses.total, losses.commitment, nats, result.num_bytes, result.gradient_norm]
         self._sums += torch.stack([value.double() for value in values])
         for sums, counts in zip(self._counts, result.code_counts, strict=True):
             sums += counts
+
+    @property
+    def steps(self) -> int:
+        """Steps counted in."""
+        return int(self._sums[0].item())
 
     def is_finite(self) -> bool:
         """Whether no loss or gradient of the interval was infinite or not a number."""

@@ -43,9 +43,14 @@ class Optimizer:
 
     @torch.no_grad()
     def step_(self, step: int) -> Tensor:
-        """Apply the gradients as update number `step` (0, 1, 2, ...) and return their global norm before clipping, a scalar tensor."""
+        """Apply the gradients as update number `step` (0, 1, 2, ...) and return their global norm before clipping, a scalar tensor.
+
+        Where that is not finite nothing is changed.
+        """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = clip_(gradients, self.config.clip)
+        if not bool(norm.isfinite()):
+            return norm
         for group in self._rule.param_groups:
             group["lr"] = self.learning_rate(step)
             if "step" in group:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vqkit.data import Batch
-from vqkit.dist import Reducer
+from vqkit.dist import LocalReducer, Reducer
 from vqkit.models import TransformerVQ
 from vqkit.models.transformer import ModelOutput, ModelState
-from vqkit.quantizers import add_statistics_, update_codebooks_
+from vqkit.quantizers import add_statistics_, discard_statistics_, update_codebooks_
 from vqkit.train.config import TrainConfig
 from vqkit.train.optimizer import Optimizer
+from vqkit.train.parallel import average_unsharded_gradients_, set_gradient_sync_, whole_tensor
 from vqkit.train.state import detached_copy, join_rows, split_rows
 
 
@@ -29,12 +28,19 @@ class Losses(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step did, without gradients. Losses and norm are of before the step; scalars stay on the device."""
+    """What a step did, without gradients, on all processes together but for `state`, the rows of this one.
+
+    Losses and norm are of before the step; scalars stay on the device.
+    """
 
     state: ModelState
     losses: Losses
     gradient_norm: Tensor
-    """Global norm before clipping."""
+    """Global norm before clipping; where it is not finite nothing was changed."""
+    nats: Tensor
+    """Sum of the negative log-likelihood of all targets that count."""
+    num_bytes: Tensor
+    """Targets that are bytes."""
     code_counts: tuple[Tensor, ...]
     """[H, C] uses of each code, one tensor an attention unit."""
 
@@ -71,35 +77,45 @@ def train_step(
     embeddings and residuals) is other noise then. With `segments=False` the documents of a row see each other. The returned state
     carries no gradient.
 
-    With several processes, each with as many rows of one batch, `called` is the model in DistributedDataParallel, which averages
-    gradients, and `reducer` sums what codebooks learn from: all take the step of one process on the whole batch. Losses and counts
-    are of the rows here.
+    With several processes, each with as many rows of one batch, `called` is what `distribute` made of the model, whose gradients are
+    averaged, and `reducer` sums what codebooks learn from: all take the step of one process on the whole batch. Where the gradients are
+    not finite on any process neither parameters nor codebooks change on any: the norm tells.
     """
-    called = called or model
-    config = optimizer.config
+    config, reducer, called = optimizer.config, reducer or LocalReducer(), called or model
     optimizer.zero_grad()
     state = state._replace(masks=model.sequence_masks(state, *batch.tokens.shape))  # once for all parts
     parts, states, counts = [], [], []
     shares = zip(split_rows(batch, config.micro_batches), split_rows(state, config.micro_batches), strict=True)
     for number, (rows, rows_state) in enumerate(shares, start=1):
-        with _averaging(called, number == config.micro_batches):
-            output = called(rows.tokens, rows_state, segments=rows.segment_ids if segments else None, mask=rows.loss_mask, statistics=True)
-            losses = composite_loss(output, rows, config)
-            (losses.total / config.micro_batches).backward()
+        set_gradient_sync_(called, number == config.micro_batches)
+        output = called(rows.tokens, rows_state, segments=rows.segment_ids if segments else None, mask=rows.loss_mask, statistics=True)
+        losses = composite_loss(output, rows, config)
+        (losses.total / config.micro_batches).backward()
         add_statistics_(model, output.statistics)
         parts.append(torch.stack([loss.detach() for loss in losses]))
         states.append(detached_copy(output.state))
         counts.append([statistics.count for statistics in output.statistics])
-    norm = optimizer.step_(step)
-    update_codebooks_(model, reducer)
-    return StepResult(
-        state=join_rows(states),
-        losses=Losses(*torch.stack(parts).mean(0).unbind()),
-        gradient_norm=norm,
-        code_counts=tuple(torch.stack(unit).sum(0) for unit in zip(*counts, strict=True)),
+    average_unsharded_gradients_(called, reducer)
+    norm = whole_tensor(optimizer.step_(step))
+    if norm.isfinite():
+        update_codebooks_(model, reducer)
+    else:
+        discard_statistics_(model)
+    means, num_bytes, code_counts = _over_processes(
+        torch.stack(parts).mean(0), batch.byte_mask.sum(), [torch.stack(unit).sum(0) for unit in zip(*counts, strict=True)], reducer
     )
+    losses = Losses(*means.unbind())
+    nats = losses.language * (batch.targets.numel() * reducer.world_size)
+    return StepResult(join_rows(states), losses, norm, nats, num_bytes, tuple(code_counts))
 
 
-def _averaging(called: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are averaged over processes with the last part of a batch, and not before."""
-    return called.no_sync() if isinstance(called, DistributedDataParallel) and not last else nullcontext()
+def _over_processes(losses: Tensor, num_bytes: Tensor, counts: list[Tensor], reducer: Reducer) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Means of the losses, sums of the others, in one reduction."""
+    if reducer.world_size == 1:
+        return losses, num_bytes, counts
+    entries = [losses / reducer.world_size, num_bytes, *counts]
+    flat = torch.cat([entry.double().reshape(-1) for entry in entries])
+    reducer.all_reduce_(flat)
+    pieces = flat.split([entry.numel() for entry in entries])
+    means, size, *sums = (piece.view(entry.shape).to(entry.dtype) for piece, entry in zip(pieces, entries, strict=True))
+    return means, size, sums

@@ -1,0 +1,141 @@
+"""One run on several processes: DDP, FSDP2 and one process end alike; killed, it resumes bit for bit; on another number of them, alike."""
+
+import multiprocessing
+import os
+import signal
+import socket
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+
+from tiny_runs import differing, tiny_config, train_in_process, with_codebook, write_texts
+from vqkit.train.loop import train
+from vqkit.train.metrics import read_lines
+
+WORLD = 2
+
+
+def on_rank(rank, port, config, run_dir, fault):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    train_in_process(config, run_dir, fault)
+
+
+class Launcher:
+    """What torchrun does, from a warm process."""
+
+    def __init__(self):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["pytest", "torch._dynamo", "vqkit.train.loop", "vqkit.models.weights", "vqkit.ops.kmeans"])
+
+    def __call__(self, config, run_dir, *, fault=None):
+        """Exit codes of all processes."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [self.context.Process(target=on_rank, args=(rank, port, config, run_dir, fault)) for rank in range(WORLD)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        for process in processes:
+            if process.is_alive():  # it waits for one that is no more
+                process.kill()
+                process.join()
+        return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def launch():
+    return Launcher()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data") / "texts")
+
+
+@pytest.fixture(scope="module")
+def plain(texts):
+    """Nothing is drawn, as draws are those of a process: what is left is equal for every number of processes."""
+    config = with_codebook(
+        tiny_config(texts, steps=12, batch_size=4, micro_batches=2, eval_every=6), init="normal", dead_code_threshold=0.0
+    )
+    return replace(config, model=replace(config.model, residual_dropout=0.0, sinusoid_dropout=0.0, layer_dropout=0.0))
+
+
+@pytest.fixture(scope="module")
+def alone(plain, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    train(plain, run_dir)
+    return run_dir
+
+
+def weights(run_dir):
+    return safetensors.torch.load_file(sorted((run_dir / "checkpoints").iterdir())[-1] / "model.safetensors")
+
+
+def assert_alike(run_dir, other):
+    a, b = weights(run_dir), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    lines, others = read_lines(run_dir / "metrics.jsonl"), read_lines(other / "metrics.jsonl")
+    assert [(line["step"], line["kind"]) for line in lines] == [(line["step"], line["kind"]) for line in others]
+    for line, same in zip(lines, others, strict=True):
+        assert line["bits_per_byte"] == pytest.approx(same["bits_per_byte"], rel=1e-4)
+
+
+def sharded(config, parallel):
+    return replace(config, train=replace(config.train, parallel=parallel))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_end_where_one_does(launch, plain, alone, tmp_path, parallel):
+    assert launch(sharded(plain, parallel), tmp_path / "run") == [0, 0]
+    assert_alike(tmp_path / "run", alone)
+    shards = (tmp_path / "run" / "checkpoints" / "step_00000012" / "optimizer").exists()
+    assert shards == (parallel == "fsdp")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_killed_processes_resume_bit_for_bit(launch, texts, tmp_path, parallel):
+    """With k-means start and expiry of dead codes on: draws of every process, in the middle of a sequence."""
+    config = sharded(tiny_config(texts, steps=12), parallel)
+    assert launch(config, tmp_path / "unbroken") == [0, 0]
+    for fault in ("after_step:8", "before_rename:2"):
+        run_dir = tmp_path / fault
+        assert -signal.SIGKILL in launch(config, run_dir, fault=fault)
+        assert differing(run_dir, tmp_path / "unbroken") != []
+        assert launch(config, run_dir) == [0, 0]
+        assert [name for name in differing(run_dir, tmp_path / "unbroken") if "optimizer/" not in name] == []
+
+
+def test_a_run_goes_on_with_another_number_of_processes(launch, plain, alone, tmp_path):
+    """FSDP2 on two, then DDP on two, then one alone, then FSDP2 again: each from the checkpoint of the one before."""
+    run_dir = tmp_path / "run"
+    for steps, parallel, processes in ((3, "fsdp", 2), (6, "ddp", 2), (9, "ddp", 1), (12, "fsdp", 2)):
+        # The steps of the schedule stay: only how many are done changes, by a fault right after the checkpoint of `steps`.
+        config, fault = sharded(plain, parallel), None if steps == 12 else "before_prune:1"
+        if processes == 2:
+            codes = launch(config, run_dir, fault=fault)
+        else:
+            process = launch.context.Process(target=train_in_process, args=(config, run_dir, fault))
+            process.start()
+            process.join()
+            codes = [process.exitcode]
+        assert codes == [0, 0] if fault is None else -signal.SIGKILL in codes
+        assert max(path.name for path in (run_dir / "checkpoints").glob("step_*")) == f"step_{steps:08d}"
+    assert_alike(run_dir, alone)
+
+
+def test_batches_that_processes_cannot_share_are_refused(launch, texts, tmp_path):
+    assert launch(tiny_config(texts, batch_size=3), tmp_path / "run") == [1, 1]
+    assert not (tmp_path / "run").exists()
