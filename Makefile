@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint types unit wheel laws triton format bench-train bench-attention bench-quantizers clean
+.PHONY: help demo test lint types unit wheel laws triton format bench-conventions bench-train bench-attention bench-quantizers clean
 
 help:
 	@echo "make demo         train on this machine's Python library, measure, sample (minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make triton       the CUDA kernels under Triton's interpreter, and compiled; installs triton (700 MB)"
 	@echo "make wheel        build the wheel and use it from a folder of its own"
 	@echo "make format       let ruff write the format"
+	@echo "make bench-conventions  which conventions, forms and optimizers learn better"
 	@echo "make bench-train  training speed against a bare matrix product"
 	@echo "make bench-attention  the attention alone, models and decoding against ordinary attention"
 	@echo "make bench-quantizers  the quantizers against the peer, faiss and a bare matrix product"
@@ -59,6 +60,9 @@ wheel: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --quiet --fix-only
 	$(BIN)/ruff format --quiet
+
+bench-conventions: $(VENV)/.train
+	$(BIN)/python benchmarks/compare_conventions.py $(ARGS)
 
 bench-train: $(VENV)/.train
 	$(BIN)/python benchmarks/bench_train.py
