@@ -43,7 +43,7 @@ unit: $(VENV)/.dev
 
 laws: $(VENV)/.dev
 	VQKIT_COMPILED=1 $(BIN)/python -m pytest tests/laws $(ARGS)
-	VQKIT_COMPILED=0 $(BIN)/python -m pytest tests/laws/test_value_laws.py $(ARGS) || [ $$? = 5 ]  # 5: none chosen
+	VQKIT_COMPILED=0 $(BIN)/python -m pytest tests/laws/test_value_laws.py tests/laws/test_compiled_form.py $(ARGS) || [ $$? = 5 ]  # 5: none chosen
 
 triton: $(VENV)/.triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_nearest_code_triton.py -rs $(ARGS)

@@ -494,5 +494,11 @@ def test_no_place_for_a_cache_is_no_error_of_asking(fresh, monkeypatch):
 
 
 def test_the_command_builds(compiler, fresh):
-    subprocess.run([sys.executable, "-W", "error", "-m", "vqkit.ops.nearest_code.compiled"], check=True, timeout=120)
+    command = f"""
+import pathlib, runpy
+from vqkit.ops.nearest_code import libraries
+libraries.FOLDER = pathlib.Path({str(libraries.FOLDER)!r})
+runpy.run_module("vqkit.ops.nearest_code.compiled", run_name="__main__")
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", command], check=True, timeout=120)
     assert compiler() == 1 and compiled.is_there()
