@@ -100,7 +100,7 @@ def test_help_of_a_recipe_names_every_option(vqkit: Callable[..., Said], recipe:
 
 def test_positional_arguments_are_no_options() -> None:
     assert list(option_names(ImportOptions))[:4] == ["--out", "--block-len", "--logit-scale", "--mem-len"]
-    assert list(option_names(SampleOptions))[:4] == ["--prompt", "--prompts-file", "--num-tokens", "--temperature"]
+    assert list(option_names(SampleOptions))[:5] == ["--prompt", "--prompts-file", "--images", "--out", "--num-tokens"]
 
 
 @pytest.mark.parametrize(

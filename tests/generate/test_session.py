@@ -109,8 +109,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 300}, "vocabulary of 300 tokens: text needs one of 259"),
-        ({"input": "features"}, 'model.input = "features": text needs tokens'),
+        ({"vocab_size": 300}, "vocabulary of 300 tokens, the tokenizer of bytes has 259"),
+        ({"input": "features"}, 'model.input = "features": a tokenizer needs tokens'),
     ],
 )
 def test_models_of_other_things_than_text_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

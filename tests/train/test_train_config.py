@@ -9,7 +9,7 @@ import pytest
 from vqkit.config import from_json, to_json
 from vqkit.data import ByteTokenizer, DataConfig
 from vqkit.models.config import ModelConfig
-from vqkit.train.config import BYTE_VOCABULARY, RunConfig, TrainConfig
+from vqkit.train.config import RunConfig, TrainConfig
 
 REFUSED = {
     "steps": [0, -1, 2.0, True],
@@ -80,7 +80,7 @@ def test_update_len_divides_the_sequence():
 
 
 def test_the_model_must_fit_the_data():
-    assert ByteTokenizer.vocab_size == BYTE_VOCABULARY
+    assert ByteTokenizer.vocab_size == DataConfig().vocab_size
     with pytest.raises(ValueError, match=r"model\.vocab_size = 256"):
         run_config(ModelConfig(vocab_size=256))
     with pytest.raises(ValueError, match=r"model\.input"):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from vqkit.cli.console import TrainingView, duration, table, write_text
 from vqkit.data import Split, byte_baselines
+from vqkit.data.images import save_png
 from vqkit.dist import is_first_process
 from vqkit.files import write_text_atomic
 from vqkit.generate import LoadedModel, load
+from vqkit.generate.session import TEXT
 from vqkit.models import TransformerVQ
 from vqkit.models.weights import newest_whole_checkpoint
 from vqkit.train import Evaluation, TrainResult, context_ablation, evaluate, train
@@ -16,6 +18,7 @@ from vqkit.train.config import RunConfig
 from vqkit.train.plots import PLOTS_FOLDER, save_plots
 
 SAMPLE_BYTES = 400
+SAMPLE_IMAGES = 4
 SAMPLE_TEMPERATURE = 0.8
 CONTEXT = 4
 """Tokens that are left of the context in the ablation."""
@@ -73,7 +76,7 @@ def _measure(config: RunConfig, result: TrainResult) -> None:
         print(f"\nreading the test split: {test.num_bytes:,} bytes of {test.num_documents} files", flush=True)
         evaluation = measure(model, test, config)
         print(headline(test, evaluation), flush=True)
-        others = byte_baselines(Split(data, "train"), test)
+        others = byte_baselines(Split(data, "train"), test) if test.tokenizer.kind == "bytes" else {}
         rows = [("Transformer-VQ, this run", evaluation.bits_per_byte), *others.items()]
         print("\n" + table(("on the same bytes", "bits per byte"), [(name, f"{bits:.3f}") for name, bits in rows]), flush=True)
         ablation = context_ablation(
@@ -96,18 +99,26 @@ def _measure(config: RunConfig, result: TrainResult) -> None:
 
 
 def _write(config: RunConfig, result: TrainResult) -> None:
-    prompt = "def " if config.recipe == "quickstart" else ""
+    loaded = load(result.checkpoint)
+    folder = result.run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    if loaded.tokenizer.kind in TEXT:
+        _write_text(loaded, "def " if config.recipe == "quickstart" else "", folder / f"step_{result.step:08d}.txt")
+    elif loaded.tokenizer.kind == "images":
+        path = folder / f"step_{result.step:08d}.png"
+        save_png(path, loaded.images(SAMPLE_IMAGES))
+        print(f"\n{SAMPLE_IMAGES} images that it painted: {path}", flush=True)
+
+
+def _write_text(loaded: LoadedModel, prompt: str, path: Path) -> None:
     print(f"\na sample (temperature {SAMPLE_TEMPERATURE}, seed 0)\n" + "-" * 72, flush=True)
-    loaded: LoadedModel = load(result.checkpoint)
     text = prompt
     write_text(prompt)
     for piece in loaded.stream(prompt, SAMPLE_BYTES, temperature=SAMPLE_TEMPERATURE):
         write_text(piece)
         text += piece
     print("\n" + "-" * 72, flush=True)
-    folder = result.run_dir / "samples"
-    folder.mkdir(exist_ok=True)
-    write_text_atomic(folder / f"step_{result.step:08d}.txt", text)
+    write_text_atomic(path, text)
 
 
 def _close(result: TrainResult) -> None:

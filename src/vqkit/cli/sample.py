@@ -6,11 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from vqkit.cli.errors import UsageError
 from vqkit.cli.options import parse
+
+if TYPE_CHECKING:
+    from vqkit.generate import LoadedModel
+    from vqkit.generate.session import TextOptions
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class SampleOptions:
 
     The same seed gives the same text. A prompt in a file: vqkit sample RUN --prompt - < FILE
     Many prompts at once, one a line: vqkit sample RUN --prompts-file FILE
+    A model of images paints into a PNG file: vqkit sample RUN --images 9 --out grid.png
     """
 
     run: Positional[Path]
@@ -29,8 +35,12 @@ class SampleOptions:
     """How the text begins; "-" reads standard input; empty = the beginning of a document."""
     prompts_file: Path | None = None
     """A file of prompts, one a line, "-" = standard input: each with what the model makes of it, in turn, written side by side."""
+    images: int = 4
+    """Images to paint, of a model of images."""
+    out: Path | None = None
+    """PNG file that they go to, as a grid; None = RUN/samples/sample_SEED.png."""
     num_tokens: int = 400
-    """Most bytes to write; it ends earlier when the model ends the document."""
+    """Most tokens to write (bytes, or pieces of words); it ends earlier when the model ends the document."""
     temperature: float = 1.0
     """Below 1 safer, above 1 wilder; 0 = always the most probable byte."""
     top_k: int | None = None
@@ -48,7 +58,6 @@ def main(words: Sequence[str]) -> int:
     options = parse(SampleOptions, words, prog="vqkit sample")
     from vqkit.cli.console import note_broken_checkpoints, write_text
     from vqkit.generate import load
-    from vqkit.generate.session import TextOptions
 
     if options.prompts_file is not None and options.prompt:
         raise UsageError("--prompt and --prompts-file exclude each other")
@@ -62,6 +71,8 @@ def main(words: Sequence[str]) -> int:
         "seed": options.seed,
     }
     try:
+        if loaded.tokenizer.kind == "images":
+            return _paint(loaded, options, chosen)
         if options.prompts_file is not None:
             prompts = _lines(options.prompts_file)
             for prompt, text in zip(prompts, loaded.generate(prompts, options.num_tokens, **chosen), strict=True):
@@ -75,6 +86,19 @@ def main(words: Sequence[str]) -> int:
     for piece in pieces:
         write_text(piece)
     write_text("\n")
+    return 0
+
+
+def _paint(loaded: LoadedModel, options: SampleOptions, chosen: TextOptions) -> int:
+    from vqkit.data.images import save_png
+
+    if options.prompt or options.prompts_file is not None:
+        raise UsageError(f"{options.run} is a model of images: it takes no prompt")
+    path = options.out or options.run / "samples" / f"sample_{options.seed}.png"
+    images = loaded.images(options.images, **chosen)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(path, images)
+    print(f"{len(images)} images of {images.shape[1]} x {images.shape[2]}: {path}")
     return 0
 
 

@@ -1,19 +1,27 @@
-"""A trained model with its tokenizer, ready to write: what `vqkit.load` returns."""
+"""A trained model with its tokenizer, ready to write text or to paint: what `vqkit.load` returns."""
 
 from __future__ import annotations
 
 import codecs
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
-from vqkit.data import ByteTokenizer
+import numpy as np
+
+from vqkit.data import ByteTokenizer, Tokenizer, load_tokenizer
+from vqkit.data.images import ImageTokenizer
+from vqkit.data.tokenizer import TOKENIZER_FILE
 from vqkit.generate.engine import Generation, generate
 from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
 from vqkit.models.weights import find_weights, load_weights
+
+TEXT = ("bytes", "sentencepiece")
+"""Kinds of tokenizers whose items are bytes of text."""
 
 
 class TextOptions(TypedDict, total=False):
@@ -30,11 +38,11 @@ class TextOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its weights, in evaluation mode, and the tokenizer that stands between it and text."""
+    """A model with its weights, in evaluation mode, and the tokenizer that stands between it and text or images."""
 
     model: TransformerVQ
     config: ModelConfig
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     path: Path
     """The folder that the weights came from."""
 
@@ -45,7 +53,7 @@ class LoadedModel:
     def generate(self, prompt: Sequence[str | bytes], num_tokens: int, **options: Unpack[TextOptions]) -> list[str]: ...
 
     def generate(self, prompt: str | bytes | Sequence[str | bytes], num_tokens: int, **options: Unpack[TextOptions]) -> str | list[str]:
-        """The continuation of `prompt` by at most `num_tokens` bytes, without the prompt; see `stream`.
+        """The continuation of `prompt` by at most `num_tokens` tokens, of bytes or of pieces, without the prompt; see `stream`.
 
         Of several prompts, whatever their lengths, a list, written side by side: the first as it would be alone, the others with seeds
         that follow from the one given (`vqkit.generate.row_seeds`).
@@ -64,12 +72,28 @@ class LoadedModel:
 
         `prompt` is the beginning of a document and may be empty. A document that the model ends ends the text; with
         `stop_at_end=False` the end is never chosen. Sampling options (`TextOptions`) are those of `vqkit.generate.generate`.
+        Raises ValueError for a model of anything but text.
         """
         text = _as_bytes(prompt)
         steps = self._steps([text], num_tokens, options)
         return self._decoded(text, (int(step.tokens) for step in steps))
 
+    def images(self, num: int, **options: Unpack[TextOptions]) -> np.ndarray:
+        """`num` images that the model paints, uint8 [num, H, W, C]. Raises ValueError for a model of anything but images."""
+        tokenizer = self.tokenizer
+        if not isinstance(tokenizer, ImageTokenizer):
+            raise ValueError(f"{self.path} is a model of {tokenizer.kind}: it paints no images")
+        if num < 1:
+            raise ValueError(f"num = {num}: must be at least 1")
+        sampling: dict[str, Any] = {**options, "exclude": (tokenizer.PAD, tokenizer.END, tokenizer.UNKNOWN)}
+        sampling.pop("stop_at_end", None)
+        steps = generate(self.model, [[tokenizer.END]] * num, math.prod(tokenizer.shape), **sampling)
+        ids = np.stack([step.tokens.cpu().numpy() for step in steps], axis=1)
+        return np.stack([tokenizer.decode(row) for row in ids])
+
     def _steps(self, texts: Sequence[bytes], num_tokens: int, options: TextOptions) -> Generation:
+        if self.tokenizer.kind not in TEXT:
+            raise ValueError(f"{self.path} is a model of {self.tokenizer.kind}: it writes no text")
         unknown = set(options) - set(TextOptions.__annotations__)
         if unknown:
             raise TypeError(f"unknown option {min(unknown)!r}: there are {', '.join(TextOptions.__annotations__)}")
@@ -86,16 +110,27 @@ class LoadedModel:
 def load(path: str | os.PathLike[str], *, device: str = "cpu") -> LoadedModel:
     """The model of a run, a checkpoint or an export folder; of a run, the newest checkpoint that is whole.
 
-    Raises FileNotFoundError or ValueError when there is no such thing at `path`, or what is there is damaged or no model of text.
+    The tokenizer is that of the run's data, or one that lies beside the weights; a vocabulary of 259 needs none, being that of bytes.
+    Raises FileNotFoundError or ValueError when there is no such thing at `path`, or what is there is damaged or no model of tokens.
     """
     folder = find_weights(path)
     model, config = load_weights(folder, device)
-    tokenizer = ByteTokenizer()
+    tokenizer = _tokenizer_of(Path(folder))
     if config.input != "tokens":
-        raise ValueError(f'{folder}: model.input = "{config.input}": text needs tokens; such a model is for use from Python')
+        raise ValueError(f'{folder}: model.input = "{config.input}": a tokenizer needs tokens; such a model is for use from Python')
     if config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(f"{folder}: a vocabulary of {config.vocab_size} tokens: text needs one of {tokenizer.vocab_size}")
+        raise ValueError(
+            f"{folder}: a vocabulary of {config.vocab_size} tokens, the tokenizer of {tokenizer.kind} has {tokenizer.vocab_size}"
+        )
     return LoadedModel(model.eval(), config, tokenizer, Path(folder))
+
+
+def _tokenizer_of(weights: Path) -> Tokenizer:
+    """That beside the weights, that of the run whose checkpoint they are, or bytes."""
+    for folder in (weights, weights.parent.parent / "data"):
+        if (folder / TOKENIZER_FILE).is_file():
+            return load_tokenizer(folder)
+    return ByteTokenizer()
 
 
 def _as_bytes(text: str | bytes) -> bytes:

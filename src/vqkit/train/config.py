@@ -11,9 +11,6 @@ from typing import Literal
 from vqkit.data.config import DataConfig
 from vqkit.models.config import ModelConfig
 
-BYTE_VOCABULARY = 259
-"""`ByteTokenizer.vocab_size`, which is not asked here because its module loads numpy."""
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -174,8 +171,8 @@ class RunConfig:
             raise ValueError("init_from = '': must be the path of a run, checkpoint or export folder; None = random weights")
         if self.data.sequence_len % self.update_len:
             raise ValueError(f"train.update_len = {self.update_len}: must divide data.sequence_len = {self.data.sequence_len}")
-        if self.model.vocab_size < BYTE_VOCABULARY:
-            raise ValueError(f"model.vocab_size = {self.model.vocab_size}: the byte tokenizer needs at least {BYTE_VOCABULARY}")
+        if self.model.vocab_size < self.data.vocab_size:
+            raise ValueError(f"model.vocab_size = {self.model.vocab_size}: these data need at least {self.data.vocab_size}")
         if self.model.input != "tokens":
             raise ValueError(f'model.input = "{self.model.input}": a run trains on tokens; features are for use from Python')
 
