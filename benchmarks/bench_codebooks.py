@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -96,7 +95,7 @@ def images() -> tuple[Tensor, Tensor]:
     """[1500, 1, 8, 8] and [297, 1, 8, 8], from 0 to 1."""
     from sklearn.datasets import load_digits
 
-    found = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
+    found = torch.tensor(load_digits(return_X_y=True)[0], dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
     return found[:1500], found[1500:]
 
@@ -293,8 +292,8 @@ def table(result: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['threads']} threads; {versions}.",
         "",
         f"Digits of scikit-learn, 8 x 8; 4 vectors of 8 bits an image; {result['steps']} steps of {BATCH} images; "
-        f"mean (least - most) of {len(SEEDS)} seeds. Error: mean squared, pixels from 0 to 1, on images that training did not see. Perplexity and active are of the",
-        "256 combinations of codes that a vector can have. Time is of the whole step.",
+        f"mean (least - most) of {len(SEEDS)} seeds. Error: mean squared, pixels from 0 to 1, on images that training did not see.",
+        "Perplexity and active are of the 256 combinations of codes that a vector can have. Time is of the whole step.",
         "",
         "| quantizer | 1,000 x error | perplexity | active % | ms a step |",
         "|---|---|---|---|---|",
@@ -346,7 +345,7 @@ NOTHING = "no quantizer"
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure, and write after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="begins of the names of rows")
     parser.add_argument("--steps", type=int, default=600, help="of each training")
@@ -366,16 +365,21 @@ def main() -> None:
         for name, make in members.items():
             if asked(name):
                 known["images"][name] = [train(make, seed, arguments.steps) for seed in SEEDS]
-                print(name, known["images"][name], file=sys.stderr, flush=True)
+                write(known, arguments.steps, list(members))
     if not arguments.no_peer:
         for name, pair in PAIRS.items():
             if asked(name):
                 known["pairs"][name] = beside_peer(pair, arguments.seconds)
-                print(name, known["pairs"][name], file=sys.stderr, flush=True)
+                write(known, arguments.steps, list(members))
+
+
+def write(known: dict[str, Any], steps: int, members: list[str]) -> None:
+    """Everything known so far."""
+    path = RESULTS / "codebooks.json"
     result = {
         "machine": describe(),
         "peer": "1.32.0" if HAS_PEER else "absent",
-        "steps": arguments.steps,
+        "steps": steps,
         "images": {name: known["images"][name] for name in members if name in known["images"]},
         "pairs": {name: known["pairs"][name] for name in PAIRS if name in known["pairs"]},
     }
