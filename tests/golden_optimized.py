@@ -20,6 +20,8 @@ KERNELS = {
     "r.weight": ("xl_bias_producer/xl_r_proj",),
     "out.weight": ("res_proj",),
 }
+# The official "sum" multiplies by triangular matrices of ones, which is what "auto" may do in any way.
+REDUCTIONS = {"serial": "serial", "matmul": "matmul", "assoc_scan": "associative", "sum": "auto"}
 BIASES = {"content_bias": "xl_bias_producer/xl_u", "position_bias": "xl_bias_producer/xl_v"}
 FEED_FORWARD = {"up.weight": "Dense_0", "down.weight": "Dense_1"}
 
@@ -36,6 +38,7 @@ def config_of(golden: GoldenCase) -> ModelConfig:
         layers=c["n_layer"],
         codebook_size=c["n_code"],
         attention=c["attn_type"],
+        reduction=REDUCTIONS[c["reduction_type"]] if c["attn_type"] == "vq" else "auto",
         absolute_positions=c["pe_abs"],
         position_base=float(c["pe_lam"]),
         tied=c["e_tie"],

@@ -21,6 +21,11 @@ FORMS: list[dict[str, Any]] = [
     {"cache": False, "tied": True},
     {"mem_len": 6, "block_len": 2, "output_norm": False, "logit_scale": 0.3},
     {"cache_gradient": False, "mem_len": 1},
+    {"layer": "feed_forward", "heads": 4, "key_heads": 2, "norm": "plain"},
+    {"layer": "feed_forward", "heads": 2, "key_heads": 1, "feed_forward_dim": 7, "tied": True, "tied_bias": False, "logit_scale_at": "input"},
+    {"heads": 2, "key_heads": 1, "quantizer": "sinusoidal", "relative_positions": False},
+    {"layer": "feed_forward", "attention": "full", "heads": 4, "key_heads": 2, "logit_scale": 0.5, "logit_scale_at": "input"},
+    {"attention": "full", "relative_positions": False},
 ]
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 5, 5, 5], [3] * 19 + [4]])
 
@@ -59,10 +64,23 @@ def test_calls_with_carried_state_equal_one_call(form: dict[str, Any], lengths: 
 @pytest.mark.parametrize("impl", ["reference", "recurrent", "blocked"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_implementations_agree(form: dict[str, Any], impl: Any) -> None:
+    """In value and in gradient."""
     model, tokens = tiny_model(**form), random_tokens(2, 20)
+    if model.config.attention == "full" and impl != "reference":
+        with pytest.raises(ValueError, match=f"impl = '{impl}': model.attention = \"full\" has"):
+            model(tokens, impl=impl)
+        return
     expected, found = model(tokens, segments=DOCUMENTS), model(tokens, segments=DOCUMENTS, impl=impl)
     close(found.logits, expected.logits)
     close(found.commitment, expected.commitment)
+    close(*(torch.autograd.grad(out.logits.square().mean() + out.commitment, list(model.parameters())) for out in (found, expected)))
+
+
+@pytest.mark.parametrize("reduction", ["serial", "matmul", "associative"])
+def test_reductions_agree(reduction: Any) -> None:
+    tokens = random_tokens(2, 20)
+    found, expected = (tiny_model(reduction=r)(tokens, segments=DOCUMENTS, impl="blocked").logits for r in (reduction, "auto"))
+    close(found, expected)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

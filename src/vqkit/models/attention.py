@@ -162,6 +162,7 @@ class AttentionUnit(nn.Module):
             segments=segments,
             cache=config.cache,
             cache_gradient=config.cache_gradient,
+            reduction=config.reduction,
             impl=impl,
         )
         return attended, state, keys

@@ -50,6 +50,8 @@ class ModelConfig:
     """Attend to everything older than the window through one count and one mean value per code."""
     cache_gradient: bool = True
     """Let gradients flow into earlier blocks through the carried window and cache."""
+    reduction: Literal["auto", "serial", "matmul", "associative"] = "auto"
+    """How a parallel pass comes by what each block finds in the cache; equal but for rounding."""
     masked_keys: Literal["left_out", "counted"] = "left_out"
     """Whether positions that do not count (padding) enter commitment loss and codebooks."""
     input: Literal["tokens", "features"] = "tokens"
@@ -136,6 +138,7 @@ class ModelConfig:
             "feed_forward_dim": (self.layer == "gated" and self.feed_forward_dim is not None, 'model.layer = "gated" has no feed-forward'),
             "cache": (self.attention == "full" and not self.cache, 'model.attention = "full" sees everything and has no cache'),
             "cache_gradient": (self.attention == "full" and not self.cache_gradient, 'model.attention = "full" has no cache'),
+            "reduction": (self.attention == "full" and self.reduction != "auto", 'model.attention = "full" has no cache'),
             "quantizer": (self.attention == "full" and self.quantizer != "learnable", 'model.attention = "full" has no codebook'),
             "codebook": (self.attention == "full" and starts_or_expires, 'model.attention = "full" has no codebook to start or to expire'),
             "tied_bias": (not self.tied and not self.tied_bias, "model.tied = False: an output projection of its own has a bias"),

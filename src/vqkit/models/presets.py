@@ -65,6 +65,7 @@ def full_attention_twin(config: ModelConfig, *, relative_positions: bool | None 
         attention="full",
         cache=True,
         cache_gradient=True,
+        reduction="auto",
         quantizer="learnable",
         codebook=replace(config.codebook, init="normal", dead_code_threshold=0.0),
         relative_positions=with_positions,
