@@ -32,7 +32,7 @@ class PositionKeys(nn.Module):
     def forward(self, dtype: torch.dtype, length: int | None = None, keep: Tensor | None = None, rate: float = 0.0) -> Tensor:
         """[H, length, K] in `dtype`: row d is the key of distance d; `length` is M + 1 with quantized keys, and must be given otherwise.
 
-        keep [length, D] bool: entries of the table that are not dropped, at this rate.
+        keep [>= length, D] bool: entries of the table that are not dropped, at this rate.
         Without gradient, on a CPU, the keys are remembered while the weight stays as it is: projecting them would cost more than all else
         in a step of decoding, comparing the weight costs next to nothing.
         """
@@ -40,7 +40,7 @@ class PositionKeys(nn.Module):
         if length is None:
             raise ValueError("length = None: must be given where the number of distances grows")
         if keep is not None:
-            return self._project(drop(self._table(length), rate, keep), dtype)
+            return self._project(drop(self._table(length), rate, keep[:length]), dtype)
         remember = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.weight.device.type == "cpu"
         if not remember:
             return self._project(self._table(length), dtype)
