@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from tiny_models import random_tokens, tiny_config, tiny_model
 from vqkit.models.config import ModelConfig
 from vqkit.models.metrics import model_metrics, unit_metrics
+from vqkit.models.presets import full_attention_twin, official_main, official_optimized
 from vqkit.models.transformer import Layer, ModelState, TransformerVQ
-from vqkit.quantizers.learnable import add_statistics_, update_codebooks_
+from vqkit.quantizers.config import CodebookConfig
+from vqkit.quantizers.learnable import LearnableVQ, add_statistics_, update_codebooks_
 
 FORMS: list[dict[str, Any]] = [
     {},
@@ -338,6 +340,12 @@ TOKENS = torch.zeros(2, 5, dtype=torch.int64)
         (TOKENS, {"state": tiny_model(layers=2).initial_state(2)}, "state is that of 4 attention units: this model has 2"),
         (TOKENS, {"state": tiny_model(mem_len=4).initial_state(2)}, r"state.attention\[0\].k_hat has shape \(2, 2, 4, 4\)"),
         (TOKENS, {"state": tiny_model(codebook_size=6).initial_state(2)}, r"state.attention\[0\].mean has shape \(2, 2, 6, 6\)"),
+        (TOKENS, {"state": tiny_model(heads=4).initial_state(2)}, r"state.attention\[0\].k_hat has shape \(2, 4, 3, 4\)"),
+        (
+            TOKENS,
+            {"state": tiny_model(attention="full").initial_state(2)},
+            r"state.attention\[0\] is a KeyValueState: model.attention = \"vq\"",
+        ),
         (TOKENS, {"impl": "fast"}, "impl = 'fast'"),
     ],
 )
@@ -348,6 +356,58 @@ def test_bad_input_is_refused_before_anything_is_computed(inputs: Tensor, option
     with pytest.raises(ValueError, match=message):
         model(inputs, **options)
     assert not reached
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (tiny_model().initial_state(2), 'is a AttentionState: model.attention = "full" needs a KeyValueState'),
+        (tiny_model(attention="full", key_dim=6).initial_state(2), r"k has shape \(2, 2, 0, 6\): this model needs \(2, 2, 0, 4\)"),
+        (tiny_model(attention="full").initial_state(3), "batch of 3"),
+    ],
+)
+def test_ordinary_attention_refuses_states_that_do_not_fit(state: ModelState, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model(attention="full")(TOKENS, state)
+
+
+def test_masked_keys_count_where_the_configuration_says_so() -> None:
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[:, 9:] = False
+    tokens, left_out, counted = random_tokens(2, 12), tiny_model().train(), tiny_model(masked_keys="counted").train()
+    close(counted(tokens, mask=mask).commitment, left_out(tokens).commitment)
+    close([s.count for s in counted(tokens, mask=mask).statistics], [s.count for s in left_out(tokens).statistics])
+
+
+def test_twins_have_the_same_parameters_but_for_the_codebook() -> None:
+    config = official_optimized("mqa", dim=8, key_dim=4, block_len=4, vocab_size=11, layers=1, codebook_size=5, sinusoid_dropout=0.1)
+    model, twin = TransformerVQ(config).double(), TransformerVQ(full_attention_twin(config)).double()
+    twin.load_state_dict({name: t for name, t in model.state_dict().items() if ".quantizer." not in name})
+    assert [n for n, _ in twin.named_parameters()] == [n for n, _ in model.named_parameters()] and not twin.quantizers()
+    fast = TransformerVQ(full_attention_twin(config, relative_positions=False))
+    gone = {n for n, _ in model.named_parameters()} - {n for n, _ in fast.named_parameters()}
+    assert gone == {"layers.0.attention.0.r.weight", "layers.0.attention.0.position_bias"}
+    # Where every key is a code, quantizing changes nothing: within the window both are one network.
+    tokens = random_tokens(2, 4)
+    with torch.no_grad():
+        x = model.embedding(tokens)
+        keys = model.units()[0].project(x).k
+        model.units()[0].quantizer = LearnableVQ(1, 8, 4, dtype=torch.float64)
+        model.units()[0].quantizer.codebook = keys.transpose(0, 1).reshape(1, 8, 4)
+        close(model.units()[0](x).output, twin.units()[0](x).output)
+
+
+def test_presets() -> None:
+    main = official_main(heads=2, tied=True)
+    assert (main.heads, main.tied, main.norm, main.masked_keys, main.logit_scale_at) == (2, True, "affine", "left_out", "logits")
+    for tied in (True, False):
+        other = official_optimized("mha", dim=8, key_dim=4, block_len=6, tied=tied)
+        assert (other.heads, other.num_key_heads, other.feed_forward_width, other.mem_len) == (2, 2, 32, 6)
+        assert other.tied_bias != tied
+    with pytest.raises(ValueError, match="head_type = 'gqa'"):
+        official_optimized("gqa", dim=8, key_dim=4, block_len=6)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dim = 8: must be a multiple of key_dim = 3"):
+        official_optimized("mha", dim=8, key_dim=3, block_len=6)
 
 
 def test_segments_go_on_from_the_state() -> None:
@@ -375,6 +435,21 @@ def test_bad_features_are_refused(features: Tensor) -> None:
         ({"position_base": 1.0}, "model.position_base = 1.0"),
         ({"logit_scale": 0.0}, "model.logit_scale = 0.0"),
         ({"logit_scale": float("nan")}, "model.logit_scale = nan"),
+        ({"layer": "mlp"}, 'model.layer = \'mlp\': must be "gated" or "feed_forward"'),
+        ({"attention": "linear"}, "model.attention = 'linear'"),
+        ({"reduction": "sum"}, "model.reduction = 'sum'"),
+        ({"heads": 4, "key_heads": 3}, "model.key_heads = 3: must divide model.heads = 4"),
+        ({"key_heads": 0}, "model.key_heads = 0: must be an integer of at least 1"),
+        ({"quantizer": "sinusoidal", "key_dim": 5}, "model.key_dim = 5: must be even for sinusoidal codes"),
+        ({"feed_forward_dim": 64}, 'model.feed_forward_dim = 64: contradicts model.layer = "gated"'),
+        ({"attention": "full", "cache": False}, 'model.cache = False: contradicts model.attention = "full"'),
+        ({"attention": "full", "cache_gradient": False}, "model.cache_gradient = False: contradicts"),
+        ({"attention": "full", "quantizer": "sinusoidal"}, "model.quantizer = 'sinusoidal': contradicts"),
+        ({"attention": "full", "reduction": "serial"}, "model.reduction = 'serial': contradicts"),
+        ({"attention": "full", "codebook": CodebookConfig(init="kmeans")}, "model.codebook = .* no codebook to start"),
+        ({"quantizer": "sinusoidal", "codebook": CodebookConfig(dead_code_threshold=1.0)}, "whose codes never change"),
+        ({"tied_bias": False}, "model.tied_bias = False: contradicts model.tied = False"),
+        ({"relative_positions": False, "sinusoid_dropout": 0.1}, "model.sinusoid_dropout = 0.1: contradicts"),
     ],
 )
 def test_wrong_configurations_are_refused(options: dict[str, Any], message: str) -> None:
