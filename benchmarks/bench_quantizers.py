@@ -411,6 +411,8 @@ def table(result: dict[str, Any]) -> str:
     tail = ["", "k-means of 65,536 x 64 in 1,024 codes, 10 iterations, on processes of one thread each:"]
     for name, found in result["kmeans_on_processes"].items():
         tail.append(f"{name} " + ", ".join(f"{seconds:.2f} s on {processes}" for processes, seconds in found.items()) + ".")
+    for date in dict.fromkeys(row["date"] for row in result["rows"] if row["date"] != machine["date"]):
+        tail += ["", f"Measured on {date}: {'; '.join(row['problem'] for row in result['rows'] if row['date'] == date)}."]
     return "\n".join([*head, *map(line, result["rows"]), *tail]) + "\n"
 
 
@@ -434,6 +436,7 @@ def plot(result: dict[str, Any]) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(RESULTS / "quantizers.png", dpi=120)
+    pyplot.close(figure)
 
 
 def earlier() -> dict[str, Any]:
@@ -482,16 +485,21 @@ def main() -> None:
     ]
     last = earlier()
     known = {row["problem"]: row for row in last["rows"]}
-    result: dict[str, Any] = {"machine": describe(), "versions": versions(), "rows": []}
+    result: dict[str, Any] = {"machine": describe(), "versions": versions(), "rows": [], "kmeans_on_processes": last["kmeans_on_processes"]}
     for row in rows(chosen, arguments.seconds, MEMORY_OF[arguments.memory]):
-        name = row["problem"]
-        known[name] = with_earlier_memory(row, known.get(name, row)) | {"revision": result["machine"]["revision"]}
-    result["rows"] = [known[problem.name] for problem in PROBLEMS if problem.name in known]
-    result["kmeans_on_processes"] = last["kmeans_on_processes"]
+        when = {key: result["machine"][key] for key in ("revision", "date")}
+        known[row["problem"]] = with_earlier_memory(row, known.get(row["problem"], row)) | when
+        result["rows"] = [known[problem.name] for problem in PROBLEMS if problem.name in known]
+        write(result)
     if any(problem.kind == "kmeans" for problem in chosen):
         for name, environment in FORMS.items():
             os.environ |= environment
             result["kmeans_on_processes"][name] = {str(processes): kmeans_seconds(processes) for processes in (1, 2)}
+        write(result)
+
+
+def write(result: dict[str, Any]) -> None:
+    """The three files, after every row, so that a run cut short leaves what it has measured."""
     RESULTS.mkdir(exist_ok=True)
     write_text_atomic(RESULTS / "quantizers.json", json.dumps(result, indent=2) + "\n")
     write_text_atomic(RESULTS / "quantizers.md", table(result))
