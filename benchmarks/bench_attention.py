@@ -48,8 +48,6 @@ WARM_UP = 5
 """Tokens that are decoded before the measured ones."""
 ONCE = 20.0
 """Seconds from which on a call is timed once, without a round to warm up."""
-LONGEST = 60.0
-"""Seconds that nothing may take: what would, by its time at a quarter of the length, is left out."""
 
 GATED = ModelConfig(vocab_size=256, dim=256, layers=4, key_dim=64, value_dim=512, codebook_size=128, block_len=128, mem_len=128)
 MULTI_HEAD = replace(GATED, layer="feed_forward", heads=HEADS, key_dim=WIDTH, value_dim=WIDTH)
@@ -130,7 +128,7 @@ def attentions(length: int, dtype: torch.dtype) -> Iterator[tuple[str, bool, Cal
     yield "SDPA", True, lambda: with_gradients(sdpa(), given)
 
 
-def operation(length: int, repeats: int, known: dict[tuple, Row]) -> Iterator[Row]:
+def operation(length: int, repeats: int, known: dict[tuple, Row], longest: float) -> Iterator[Row]:
     """Rows of all who solve the operation at this length."""
     for dtype in DTYPES:
         calls: dict[Key, Call] = {}
@@ -138,7 +136,7 @@ def operation(length: int, repeats: int, known: dict[tuple, Row]) -> Iterator[Ro
             key = ("operation", str(dtype)[6:], who, "forward + backward" if backward else "forward")
             shorter = known.get((*key, length // 4))
             # Four times the length takes SDPA sixteen times as long.
-            if who != "SDPA" or shorter is None or 16 * shorter["us"] * 1e-6 * length / 4 < LONGEST:
+            if who != "SDPA" or shorter is None or 16 * shorter["us"] * 1e-6 * length / 4 < longest:
                 calls[key] = call
         for key, times in rounds(calls, repeats).items():
             yield row(key, length, summary(times, length))
@@ -193,14 +191,14 @@ class Trainer:
         return flops.training + (flops.forward - flops.logits if self.config.recompute else 0)
 
 
-def training(length: int, repeats: int, known: dict[tuple, Row], whose: list[str]) -> Iterator[Row]:
+def training(length: int, repeats: int, known: dict[tuple, Row], whose: list[str], longest: float) -> Iterator[Row]:
     """Rows of all models at this length; before every step the bare product."""
     trainers: dict[Key, Trainer] = {}
     for name in whose:
         for dtype in DTYPES:
             key = ("training", str(dtype)[6:], name, "step")
             shorter = known.get((*key, length // 4))
-            if name != "twin" or shorter is None or 16 * shorter["us"] * 1e-6 * length / 4 < LONGEST:
+            if name != "twin" or shorter is None or 16 * shorter["us"] * 1e-6 * length / 4 < longest:
                 trainers[key] = Trainer(MODELS[name], length, dtype)
     rates: dict[Key, list[float]] = {key: [] for key in trainers}
 
@@ -354,7 +352,7 @@ def table(result: Row, rows: dict[tuple, Row]) -> str:
         f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}; torch {machine['torch']}; "
         f"revisions {', '.join(result['revisions'])}; {machine['date']}.",
         "",
-        "Medians, least and most in brackets. Batch 1. A dash: not measured, for SDPA because it would take more than a minute.",
+        "Medians, least and most in brackets. Batch 1. A dash: not measured, for SDPA because it would take too long (--longest).",
         "",
         "## The operation alone",
         "",
@@ -431,9 +429,9 @@ def measure(arguments: argparse.Namespace, known: dict[tuple, Row]) -> Iterator[
     """Everything that was asked for, shorter lengths first."""
     for length in sorted(arguments.lengths):
         if "operation" in arguments.sections:
-            yield from operation(length, arguments.repeats, known)
+            yield from operation(length, arguments.repeats, known, arguments.longest)
         if "training" in arguments.sections:
-            yield from training(length, arguments.repeats, known, arguments.models)
+            yield from training(length, arguments.repeats, known, arguments.models, arguments.longest)
     if "decoding" in arguments.sections:
         for position in arguments.positions:
             yield from decoding(position, arguments.tokens, arguments.models)
@@ -447,6 +445,9 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+", choices=POSITIONS, default=POSITIONS)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--longest", type=float, default=60.0, help="seconds that ordinary attention may take, by its time at a quarter of T"
+    )
     parser.add_argument("--tokens", type=int, default=100, help="that are decoded at each position")
     arguments = parser.parse_args()
     reuse_freed_memory()  # as vqkit.train.train does

@@ -61,17 +61,20 @@ class Running:
         sums = border.clone().view(group.lanes.number, -1, border.shape[-1]) if self.backwards else self._lanes(group)
         if not self.backwards:
             border.copy_(sums.view_as(border))
-        size, width, length = sums.shape[1] - 1, sums.shape[2], self.call.options.block_len
-        inverse = self.call.plan.inverse(*group.at[:2], group.first, group.last).view(group.lanes.number, group.length, size, 1)
-        rows = _rows(self.call, group) + torch.arange(group.lanes.number, device=sums.device)[:, None, None] * (size + 1)
-        means = sums.new_empty(group.lanes.number, group.length, size, width)
+        size, width, lanes = sums.shape[1] - 1, sums.shape[2], group.lanes.number
+        inverse = self.call.plan.inverse(*group.at[:2], group.first, group.last).view(lanes, group.length, size, 1)
+        rows = _rows(self.call, group)
+        gained = sums.new_zeros(lanes, group.length, size + 1, width)
+        table = torch.arange(group.blocks, device=sums.device)[:, None] * (size + 1)
+        left = v_extended[:, : rows[0].numel()].reshape(-1, width)
+        gained.view(-1, width).index_add_(0, (rows.flatten(0, 1) + table).flatten(), left.to(sums.dtype))
+        means = sums.new_empty(lanes, group.length, size, width)
         for g in range(group.length):
             torch.mul(sums[:, :-1], inverse[:, g], out=means[:, g])
             keep = self._keep(group, group.first + g)
             if keep is not None:
                 sums.mul_(keep)
-            left = v_extended[:, g * length : (g + 1) * length].reshape(-1, width)
-            sums.view(-1, width).index_add_(0, rows[:, g].flatten(), left.to(sums.dtype))
+            sums.add_(gained[:, g])
         return means.view(group.blocks, size, width)
 
     def after(self) -> Tensor:
