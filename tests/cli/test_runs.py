@@ -183,7 +183,7 @@ def test_inspect_shows_what_the_run_is(vqkit: Callable[..., Said], trained: tupl
         rf"parameters +{sum(p.numel() for p in model.parameters()):,}",
         r"FLOPs per token, training +[\d,]+",
         r"decoding state, bytes per text +[\d,]+",
-        r"layer 0 unit 1 head 0 +\d+\.\d% +\d\.\d of 8",
+        r"layer 0 unit 1 head 0 +\d+\.\d% +\d\.\d of 8 +\d+\.\d%",
         r"step 12, kind validation, bits_per_byte \d.*",
         r"step_00000006: [\d,]+ bytes, whole",
         r"step_00000012: [\d,]+ bytes, whole",

@@ -26,6 +26,9 @@ HELP = [
     "train text --help",
     "eval --help",
     "sample --help",
+    "bench --help",
+    "bench train --help",
+    "bench sample quickstart --help",
     "inspect --help",
     "data --help",
     "data download --help",
@@ -86,7 +89,9 @@ def test_every_help_teaches_by_an_example(vqkit: Callable[..., Said], words: str
     said = vqkit(*words.split())
     assert said.code == 0
     assert said.err == ""
-    assert re.search(r"^(usage:)? *vqkit (train|eval|sample|inspect|data|import-official) [^C]", said.out.split("\n", 1)[1], re.MULTILINE)
+    assert re.search(
+        r"^(usage:)? *vqkit (train|eval|sample|bench|inspect|data|import-official) [^C]", said.out.split("\n", 1)[1], re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -106,9 +111,9 @@ def test_positional_arguments_are_no_options() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "no command given; one of train, eval, sample, inspect"),
+        ("", "no command given; one of train, eval, sample, bench, inspect"),
         ("trian", "unknown command 'trian'; did you mean train?"),
-        ("xyz", "unknown command 'xyz'; there are train, eval, sample, inspect"),
+        ("xyz", "unknown command 'xyz'; there are train, eval, sample, bench, inspect"),
         ("train", "no recipe given; there are quickstart, text"),
         ("train quikstart", "unknown recipe 'quikstart'; did you mean quickstart?"),
         ("train enwik8", "unknown recipe 'enwik8'; there are quickstart, text"),

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a model by a recipe, or go on with a run",
     "eval": "measure a trained model on a split of its data",
     "sample": "let a trained model write",
+    "bench": "measure how fast a recipe's model trains, reads and writes",
     "inspect": "show what a run is: size, cost, codebooks, metrics, checkpoints",
     "data": "fetch, prepare and check what a run reads",
     "import-official": "take a checkpoint of the official Transformer-VQ (JAX) over",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from vqkit.cli.options import parse
+from vqkit.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,13 @@ class InspectOptions:
     """Show what a run is: configuration, size and cost, health of the codebooks, last metrics, checkpoints.
 
     vqkit inspect runs/quickstart
+    vqkit inspect runs/quickstart --plot True
     """
 
     run: Positional[Path]
     """The folder of a run, a checkpoint or exported weights."""
+    plot: bool = False
+    """Write RUN/plots/codebooks.png, how often each code of each codebook is used. Nothing else is ever changed."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -31,10 +37,11 @@ def main(words: Sequence[str]) -> int:
 
     folder = find_weights(options.run)
     model, config = load_weights(folder)
+    counts = [quantizer.count.detach() for quantizer in model.quantizers()]
     sections = {
         "configuration": _configuration(options.run, config),
         "size and cost": _cost(config),
-        "codebooks (from their moving averages)": codebook_table([quantizer.count for quantizer in model.quantizers()]),
+        "codebooks (from their moving averages)": codebook_table(counts, config) or _no_codebooks(config),
         "last metrics": _last_metrics(options.run),
         "checkpoints": _checkpoints(options.run),
     }
@@ -42,27 +49,60 @@ def main(words: Sequence[str]) -> int:
     for title, text in sections.items():
         if text:
             print(f"\n{title}\n" + "\n".join(f"  {line}" for line in text.splitlines()))
+    if options.plot:
+        print(f"\nplot: {_plot(options.run, counts, config)}" if counts else "\nno plot: there is no codebook that learns")
     return 0
 
 
-def codebook_table(counts: Sequence[Any]) -> str:
-    """Use of the codes per attention unit and head, from counts [H, C] of each unit."""
+def codebook_table(counts: Sequence[Tensor], config: ModelConfig) -> str:
+    """Use of the codes per attention unit and head, from counts [H, C] of each unit; the worst named below. Empty without codebooks."""
     from vqkit.cli.console import table
-    from vqkit.train.metrics import code_use
+    from vqkit.train.code_use import code_use, unit_name
 
-    rows = []
+    rows, worst = [], (2.0, "")
     for i, count in enumerate(counts):
-        use = code_use(count.detach())
-        for head, (active, perplexity) in enumerate(zip(use.active.tolist(), use.perplexity.tolist(), strict=True)):
-            rows.append((f"layer {i // 2} unit {i % 2} head {head}", f"{active:.1%}", f"{perplexity:.1f} of {count.shape[-1]}"))
-    return table(("", "active codes", "perplexity"), rows) if rows else ""
+        use = code_use(count)
+        shares = (count.double() / count.double().sum(-1, keepdim=True).clamp(min=1e-300)).amax(-1)
+        for head, (active, perplexity, share) in enumerate(zip(use.active.tolist(), use.perplexity.tolist(), shares.tolist(), strict=True)):
+            name = f"{unit_name(i, config)} head {head}"
+            rows.append((name, f"{active:.1%}", f"{perplexity:.1f} of {count.shape[-1]}", f"{share:.1%}"))
+            worst = min(worst, (active, name))
+    if not rows:
+        return ""
+    return table(("", "active codes", "perplexity", "most used code"), rows) + f"\nworst: {worst[0]:.1%} of codes active ({worst[1]})"
 
 
-def _configuration(run: Path, model: Any) -> str:
-    from vqkit.config import to_dict
+def _no_codebooks(config: ModelConfig) -> str:
+    if config.attention == "full":
+        return 'none: model.attention = "full"'
+    return f'none that learns: model.quantizer = "{config.quantizer}"'
+
+
+def _plot(run: Path, counts: Sequence[Tensor], config: ModelConfig) -> Path:
+    from vqkit.train.code_use import code_use, unit_name
+    from vqkit.train.plots import PLOTS_FOLDER, use_figure
+
+    titles = []
+    for i, count in enumerate(counts):
+        use = code_use(count)
+        titles.append(f"{unit_name(i, config)}: {use.active.min().item():.0%} active, perplexity {use.perplexity.min().item():.0f}")
+    path = run / PLOTS_FOLDER / "codebooks.png"
+    path.parent.mkdir(exist_ok=True)
+    use_figure([count.tolist() for count in counts], titles).savefig(path)
+    return path
+
+
+def _configuration(run: Path, model: ModelConfig) -> str:
+    from vqkit.config import from_json, to_dict
+    from vqkit.train.config import RunConfig
 
     path = run / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {"model": to_dict(model)}
+    config: dict[str, Any] = {"model": to_dict(model)}
+    if (run / "checkpoints").is_dir() and path.is_file():  # that of weights is read already
+        try:
+            config = to_dict(from_json(RunConfig, path.read_text(encoding="utf-8"), where=str(path)))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
     return "\n".join(f"{name} = {value}" for name, value in _flat(config))
 
 
@@ -73,7 +113,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return entries
 
 
-def _cost(config: Any) -> str:
+def _cost(config: ModelConfig) -> str:
     from vqkit.cli.console import table
     from vqkit.models.cost import flops_per_token, num_codebook_values, num_parameters, state_bytes
 
@@ -83,17 +123,42 @@ def _cost(config: Any) -> str:
         ("codebook values", f"{num_codebook_values(config):,}"),
         ("FLOPs per token, forward", f"{flops.forward:,}"),
         ("FLOPs per token, training", f"{flops.training:,}"),
-        ("decoding state, bytes per text", f"{state_bytes(config):,}"),
     ]
+    if config.attention == "full":
+        per_token = state_bytes(config, length=1) - state_bytes(config, length=0)
+        rows = [(name.replace("token,", "token of 2,048,"), number) for name, number in rows]
+        rows.append(("decoding state, bytes per token read", f"{per_token:,}"))
+    else:
+        rows.append(("decoding state, bytes per text", f"{state_bytes(config):,}"))
     return table(*[rows[0], rows[1:]])
 
 
 def _last_metrics(run: Path) -> str:
-    """The last line of each kind, say of training and of validation."""
-    from vqkit.train.metrics import read_lines
+    """The last line of each kind, say of training and of validation, and the best of validation."""
+    from vqkit.models.weights import is_whole
+    from vqkit.train.checkpoint import checkpoint_path
 
-    last = {line["kind"]: line for line in read_lines(run / "metrics.jsonl")}
-    return "\n".join(", ".join(f"{name} {_rounded(value)}" for name, value in line.items()) for line in last.values())
+    lines = _metrics(run)
+    said = [
+        ", ".join(f"{name} {_rounded(value)}" for name, value in line.items()) for line in {line["kind"]: line for line in lines}.values()
+    ]
+    measured = [(line["bits_per_byte"], line["step"]) for line in lines if line["kind"] == "validation"]
+    if measured:
+        bits, step = min(measured)
+        folder = checkpoint_path(run, step)
+        said.append(
+            f"best: step {step}, {bits:.4g} bits per byte, " + (folder.name if is_whole(folder) else "of which no checkpoint is left")
+        )
+    return "\n".join(said)
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    from vqkit.train.metrics import METRICS_FILE, read_lines
+
+    try:
+        return read_lines(run / METRICS_FILE)
+    except ValueError as error:
+        raise ValueError(f"{run / METRICS_FILE}: not lines of JSON: {error}") from error
 
 
 def _rounded(value: Any) -> str:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqkit.models.config import ModelConfig
+
 
 class CodeUse(NamedTuple):
     """Both [H], float64, one entry a head; 0 where nothing was assigned."""
@@ -27,3 +29,9 @@ def code_use(counts: Tensor) -> CodeUse:
     perplexity = torch.special.entr(share).sum(-1).exp()
     used = total.squeeze(-1) > 0
     return CodeUse(active * used, perplexity * used)
+
+
+def unit_name(index: int, config: ModelConfig) -> str:
+    """What attention unit number `index` of a model is called: by its layer, and by its place there where a layer has several."""
+    layer, unit = divmod(index, config.attentions_per_layer)
+    return f"layer {layer} unit {unit}" if config.attentions_per_layer > 1 else f"layer {layer}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,17 @@ def loss_figure(run_dir: Path) -> Figure:
 
 
 def code_figure(evaluation: Evaluation) -> Figure:
+    """The use of the codes over an evaluation: see `use_figure`."""
+    uses = zip(evaluation.active_codes, evaluation.perplexity, strict=True)
+    titles = [
+        f"layer {index // 2} unit {index % 2}: {min(active):.0%} active, perplexity {min(perplexity):.0f}"
+        for index, (active, perplexity) in enumerate(uses)
+    ]
+    return use_figure(evaluation.code_counts, titles)
+
+
+def use_figure(units: Sequence[Sequence[Sequence[float]]], titles: Sequence[str]) -> Figure:
     """Share of the assignments of each code, most used first: a panel a unit, a curve a head; dashed where activity begins."""
-    units = evaluation.code_counts
     columns = min(len(units), 4)
     rows = -(-len(units) // columns)
     figure = _figure(3.0 * columns, 2.4 * rows)
@@ -56,8 +66,7 @@ def code_figure(evaluation: Evaluation) -> Figure:
             axes.plot([count / total for count in sorted(counts, reverse=True)], linewidth=1)
         axes.axhline(1.0 / (10 * len(heads[0])), linestyle="--", linewidth=0.8, color="gray")
         axes.set_yscale("log")
-        active, perplexity = min(evaluation.active_codes[index]), min(evaluation.perplexity[index])
-        axes.set_title(f"layer {index // 2} unit {index % 2}: {active:.0%} active, perplexity {perplexity:.0f}", fontsize=7)
+        axes.set_title(titles[index], fontsize=7)
         axes.tick_params(which="both", labelsize=6)
     figure.supxlabel("codes, most used first", fontsize=8)
     figure.supylabel("share of assignments", fontsize=8)
