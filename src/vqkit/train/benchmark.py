@@ -6,6 +6,7 @@ is `vqkit.generate.benchmark`. Rounds over all of them are interleaved, so that 
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -225,6 +226,7 @@ def _built(case: Case, build: Callable[[Case], Workload], device: torch.device) 
 
 def _allocations() -> Any:
     # The allocator itself tells: the size of the process would count what others left behind, and what the C library keeps.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on standard error that it begins and ends
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
