@@ -32,6 +32,7 @@ _SAMPLED = "the codes that this loss looks at are drawn in every call"
 _SHAPES = "codebooks of different shapes are read and set one by one; all at once is an error"
 
 _MAPPED = "the codes are a transform of what is stored; setting them is an error"
+_PRODUCT = "the codes are all combinations of the values of scalars, which are what can be set"
 _SPREAD = "the entropy of a batch is not the mean of those of its parts"
 
 EXCEPTIONS = [
@@ -58,6 +59,7 @@ EXCEPTIONS = [
     Exempt("codebook_size=*+*", "the_setter_lasts", _SHAPES, ValueError),
     Exempt("layers=*", "the_setter_lasts", _SHAPES, ValueError),
     Exempt("parts=unequal_widths", "the_setter_lasts", _SHAPES, ValueError),
+    Exempt("LatentQuantize", "the_setter_lasts", _PRODUCT, AttributeError),
     Exempt("noise_dropout=*", "order_does_not_matter", _NOISE),
     Exempt("noise_dropout=*", "training_returns_one_codebook", _IN_TRAINING),
     Exempt("noise_dropout=*", "micro_batches_are_one_batch", _NOISE),
@@ -76,6 +78,7 @@ NOT_VARIED: dict[tuple[str, ...], str] = {
     ("ResidualVQ", "device"): _DEVICE,
     ("FSQ", "device"): _DEVICE,
     ("LFQ", "device"): _DEVICE,
+    ("LatentQuantize", "device"): _DEVICE,
     ("LearnableVQ", "device"): _DEVICE,
     ("LearnableVQ", "dtype"): "the golden arrays run in float64",
     ("SimpleVQ", "device"): _DEVICE,

@@ -35,6 +35,7 @@ from vqkit.quantizers import (
     GroupedResidualVQ,
     Gumbel,
     KMeans,
+    LatentQuantize,
     LearnableVQ,
     Orthogonality,
     OwnOptimizer,
@@ -96,9 +97,10 @@ class Case:
     def learns(self) -> bool:
         """Whether any code can change."""
         frozen = "update=Frozen" in self.options and "transform" not in self.arguments
-        return (
-            self.kind is not SimpleVQ and not frozen and (self.in_heads or any(isinstance(b, Codebook) for b in self._example.codebooks()))
-        )
+        if self.in_heads:
+            return self.kind is not SimpleVQ
+        books = self._example.codebooks()
+        return not frozen and any(isinstance(book, Codebook) or any(True for _ in book.parameters()) for book in books)
 
     @property
     def steps(self) -> bool:
@@ -409,6 +411,9 @@ _SCALAR = [
         },
     ),
     Case(LFQ, {"dim": DIM, "layout": "first", "masked": "input", "commit": "manual"}, (3, 4), "image"),
+    Case(LatentQuantize, {"levels": (5, 4, 3)}, represents=True),
+    Case(LatentQuantize, {"levels": (4, 4), "dim": DIM, "heads": 2, "commitment": Commitment(weight=0.5, pull=2.0)}),
+    Case(LatentQuantize, {"levels": (3, 2), "layout": "first", "masked": "input", "commit": "manual"}, (3, 4), "image"),
     Case(Residual, {"layers": fine_after_coarse, "dim": DIM, "quantize_dropout": QuantizeDropout(seed=5)}),
     Case(Residual, {"layers": halving_bits, "beam": BeamSearch(size=3)}),
     Case(Grouped, {"parts": groups_of_scalars}),

@@ -42,10 +42,12 @@ if TYPE_CHECKING:
     from vqkit.quantizers.grouped import GroupedResidualVQ as GroupedResidualVQ
     from vqkit.quantizers.grouped import ProductVQ as ProductVQ
     from vqkit.quantizers.implicit import ImplicitVQ as ImplicitVQ
+    from vqkit.quantizers.latent import LatentQuantize as LatentQuantize
     from vqkit.quantizers.learnable import LearnableVQ as LearnableVQ
     from vqkit.quantizers.lfq import LFQ as LFQ
     from vqkit.quantizers.packing import pack_indices as pack_indices
     from vqkit.quantizers.packing import unpack_indices as unpack_indices
+    from vqkit.quantizers.random_projection import RandomProjectionQuantizer as RandomProjectionQuantizer
     from vqkit.quantizers.residual import Residual as Residual
     from vqkit.quantizers.residual import ResidualVQ as ResidualVQ
     from vqkit.quantizers.sim_vq import SimVQ as SimVQ
@@ -74,6 +76,7 @@ __all__ = [
     "Gumbel",
     "ImplicitVQ",
     "KMeans",
+    "LatentQuantize",
     "LearnableVQ",
     "Orthogonality",
     "OwnOptimizer",
@@ -82,6 +85,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "QuantizerOutput",
+    "RandomProjectionQuantizer",
     "Residual",
     "ResidualVQ",
     "SimVQ",
@@ -126,6 +130,8 @@ _MODULES = {
     "OwnOptimizer": "config",
     "ProductVQ": "grouped",
     "SimVQ": "sim_vq",
+    "LatentQuantize": "latent",
+    "RandomProjectionQuantizer": "random_projection",
     "QuantizeDropout": "config",
     "Quantized": "base",
     "Quantizer": "base",

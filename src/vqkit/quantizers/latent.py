@@ -1,0 +1,104 @@
+"""Latent quantization (Hsu et al., 2023): each scalar becomes the nearest of a few values of its own, which learn.
+
+Shapes: P... positions of the input, H heads, d scalars of a head, L levels of a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vqkit.dist import Reducer
+from vqkit.ops.losses import mean_commitment_loss
+from vqkit.ops.scalar import Rounded
+from vqkit.quantizers.config import Commit, Commitment, check_kind
+from vqkit.quantizers.layout import Layout
+from vqkit.quantizers.scalar import CodeCounts, ScalarQuantizer
+
+
+class LevelValues(CodeCounts):
+    """The values of all levels, [L_1 + ... + L_d], a parameter that stays float32 or wider, and how often each code was used."""
+
+    def __init__(
+        self,
+        heads: int,
+        levels: Sequence[int],
+        size: int,
+        codes_of: Callable[[Tensor], Tensor],
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(heads, size, len(levels), codes_of, device=device)
+        self.levels = tuple(levels)
+        self.weight = nn.Parameter(torch.empty(sum(levels), dtype=torch.float32, device=device))
+        self.constant = False
+        self.reset_parameters()
+
+    def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
+        super().enter_(learning=learning, frozen=frozen, reducer=reducer)
+        self.constant = frozen
+
+    def leave_(self) -> None:
+        super().leave_()
+        self.constant = False
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Evenly from -1/2 to 1/2; an even number of levels ends one step earlier, so that 0 is among them (Hsu et al., 2023)."""
+        for values, number in zip(self.weight.split(self.levels), self.levels, strict=True):
+            steps = torch.arange(number, dtype=torch.float32, device=self.weight.device)
+            values.copy_(steps / (number - number % 2) - 0.5)
+
+
+class LatentQuantize(ScalarQuantizer):
+    """Scalars become the nearest of `levels[i]` values each: prod(levels) codes for every one of `heads` vectors of width len(levels).
+
+    The values are parameters, equal for all heads, that learn by the optimizer of the model: from `commitment`, which pulls the scalars
+    to their values and these, `pull` times as much, to the scalars. The output has the gradient of the scalars. Where
+    heads * len(levels) is not `dim` (None: it is), linear projections stand before and behind.
+
+    Masked positions get index -1 and zeros, or with masked="input" themselves; vectors that are not finite get index -1, zeros, no loss
+    and no gradient. Raises ValueError for levels below 2, for more codes than an index can name, TypeError for other kinds.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None = None,
+        *,
+        heads: int = 1,
+        commitment: Commitment = Commitment(weight=0.1),  # noqa: B008 - frozen
+        layout: Layout = "last",
+        masked: Literal["zero", "input"] = "zero",
+        commit: Commit = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(levels, dim, heads, layout=layout, masked=masked, device=device)
+        check_kind("commitment", commitment, Commitment)
+        self.commitment = commitment
+        self.counts: Any = LevelValues(heads, self.levels, self.codebook_size, self._codes_of, device=device)
+        self.commit = commit
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"commitment": self.commitment.weight}
+
+    def _round(self, vectors: Tensor) -> Rounded:
+        tables = self.counts.weight.detach().to(vectors.dtype).split(self.levels)
+        nearest = [(scalars.unsqueeze(-1) - table).abs().argmin(-1) for scalars, table in zip(vectors.unbind(-1), tables, strict=True)]
+        return Rounded(vectors, torch.stack(nearest, dim=-1))
+
+    def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = self.counts.weight.detach() if self.counts.constant else self.counts.weight
+        values = weight.clone()  # a backward reads what the forward read
+        tables = values.to(dtype).split(self.levels)
+        chosen = [table[number] for table, number in zip(tables, digits.unbind(-1), strict=True)]
+        return torch.stack(chosen, dim=-1)
+
+    def _losses(self, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        found = mean_commitment_loss(values, codes, kept)
+        pull = mean_commitment_loss(codes, values, kept)
+        return {"commitment": found + self.commitment.pull * (pull - pull.detach())}
