@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny_runs import tiny_config, with_codebook, write_texts
-from vqkit.data import Split, pack
+from vqkit.data import Split, pack, sequences
 from vqkit.models import TransformerVQ
 from vqkit.train.code_use import code_use
 from vqkit.train.evaluation import context_ablation, evaluate
@@ -56,6 +56,19 @@ def test_every_byte_is_counted_once(model, split, batch_size, chunk_len):
     evaluation = evaluate(model, split, batch_size=batch_size, chunk_len=chunk_len)
     assert (evaluation.num_tokens, evaluation.num_bytes) == (split.num_tokens, split.num_bytes)
     assert all(sum(head) == split.num_tokens for unit in evaluation.code_counts for head in unit)
+
+
+@pytest.mark.parametrize("chunk_len", [5, 32])
+def test_sequences_are_read_each_from_a_fresh_state(model, split, chunk_len):
+    evaluation = evaluate(model, split, batch_size=3, chunk_len=chunk_len, sequence_len=16)
+    nats = 0.0
+    with torch.no_grad():
+        for batch in sequences(split, 16, 1):
+            output = model.eval()(batch.tokens, segments=batch.segment_ids, mask=batch.loss_mask)
+            nats += (F.cross_entropy(output.logits[0], batch.targets[0], reduction="none") * batch.loss_mask[0]).sum().item()
+    assert evaluation.nats == pytest.approx(nats, rel=1e-6)
+    assert (evaluation.num_tokens, evaluation.num_bytes) == (split.num_tokens, split.num_bytes)
+    assert evaluation.nats != pytest.approx(evaluate(model, split, batch_size=1, chunk_len=chunk_len).nats, rel=1e-4)
 
 
 def test_a_part_is_read_when_asked_for(model, split):

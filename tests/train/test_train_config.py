@@ -35,6 +35,7 @@ REFUSED = {
     "eval_every": [-1],
     "eval_batch_size": [0],
     "eval_tokens": [0],
+    "eval_context": ["fresh"],
     "checkpoint_every": [-1],
     "keep_checkpoints": [0],
     "keep_best": [1, "yes"],
@@ -81,7 +82,7 @@ def test_update_len_divides_the_sequence():
 
 def test_the_model_must_fit_the_data():
     assert ByteTokenizer.vocab_size == DataConfig().vocab_size
-    with pytest.raises(ValueError, match=r"model\.vocab_size = 256"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 256: these data need at least 259"):
         run_config(ModelConfig(vocab_size=256))
     with pytest.raises(ValueError, match=r"model\.input"):
         run_config(ModelConfig(input="features"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from vqkit.cli.console import TrainingView, duration, table, write_text
@@ -12,11 +13,13 @@ from vqkit.files import write_text_atomic
 from vqkit.generate import LoadedModel, load
 from vqkit.generate.session import TEXT
 from vqkit.models import TransformerVQ
+from vqkit.models.config import ModelConfig
 from vqkit.models.weights import newest_whole_checkpoint
 from vqkit.train import Evaluation, TrainResult, context_ablation, evaluate, train
 from vqkit.train.config import RunConfig
 from vqkit.train.plots import PLOTS_FOLDER, save_plots
 
+LARGEST_EXPONENT = 700.0
 SAMPLE_BYTES = 400
 SAMPLE_IMAGES = 4
 SAMPLE_TEMPERATURE = 0.8
@@ -36,34 +39,60 @@ def train_and_report(config: RunConfig, run_dir: Path) -> int:
         return 0
     print(f"trained: {result.step:,} steps, {view.steps_done:,} of them now, in {duration(view.seconds)}", flush=True)
     _measure(config, result)
-    _write(config, result)
+    if Split(result.run_dir / "data", "train").tokenizer.kind == "bytes":  # other tokens are no text to show
+        _write(config, result)
     _close(result)
     return 0
 
 
-def measure(model: TransformerVQ, split: Split, config: RunConfig) -> Evaluation:
-    """The whole split with carried state, as the run's configuration reads it."""
+def measure(model: TransformerVQ, split: Split, config: RunConfig, context: str | None = None) -> Evaluation:
+    """The whole split as the run's configuration reads it, or by `context`: "carry" or "sequence"."""
+    by_sequence = (context or config.train.eval_context) == "sequence"
     return evaluate(
         model,
         split,
         batch_size=config.train.eval_batch_size,
         segments=config.data.segments == "isolate",
+        sequence_len=config.data.sequence_len if by_sequence else None,
     )
+
+
+def measures(split: Split, evaluation: Evaluation) -> dict[str, float]:
+    """What the likelihood of the whole split amounts to, by unit; the first is the one that such data are measured by."""
+    bits = evaluation.nats / math.log(2)
+    found = {}
+    if split.tokenizer.kind == "images":
+        found["bits per dim"] = bits / max(split.num_bytes, 1)
+    elif split.num_bytes:
+        found["bits per byte"] = bits / split.num_bytes
+    if split.tokenizer.kind in ("ids", "sentencepiece"):
+        found["bits per token"] = bits / evaluation.num_tokens
+    if split.num_words:
+        nats = evaluation.nats / split.num_words
+        found["word-level perplexity"] = math.exp(nats) if nats < LARGEST_EXPONENT else math.inf
+    return found | {"nats per token": evaluation.nats / evaluation.num_tokens}
 
 
 def headline(split: Split, evaluation: Evaluation) -> str:
     """The one line to look for."""
-    return f"{split.name}: {evaluation.bits_per_byte:.3f} bits per byte"
+    unit, value = next(iter(measures(split, evaluation).items()))
+    return f"{split.name}: {value:.3f} {unit}"
 
 
-def code_table(evaluation: Evaluation) -> str:
+def unit_name(config: ModelConfig, index: int) -> str:
+    """An attention unit by its layer and its place there."""
+    layer, unit = divmod(index, config.attentions_per_layer)
+    return f"layer {layer} unit {unit}"
+
+
+def code_table(evaluation: Evaluation, config: ModelConfig) -> str:
     """Use of the codes per attention unit and head, the worst named below; nothing for a model without codebooks."""
     if not evaluation.code_counts:
         return ""
     rows, worst = [], (2.0, "")
     for i, (shares, perplexities) in enumerate(zip(evaluation.active_codes, evaluation.perplexity, strict=True)):
         for head, (share, perplexity) in enumerate(zip(shares, perplexities, strict=True)):
-            name = f"layer {i // 2} unit {i % 2} head {head}"
+            name = f"{unit_name(config, i)} head {head}"
             rows.append((name, f"{share:.1%}", f"{perplexity:.1f} of {len(evaluation.code_counts[i][head])}"))
             worst = min(worst, (share, name))
     return table(("codes", "active", "perplexity"), rows) + f"\nworst: {worst[0]:.1%} of codes active ({worst[1]})"
@@ -73,29 +102,40 @@ def _measure(config: RunConfig, result: TrainResult) -> None:
     data = result.run_dir / "data"
     model, test, validation = result.model, Split(data, "test"), Split(data, "validation")
     if test.num_tokens:
-        print(f"\nreading the test split: {test.num_bytes:,} bytes of {test.num_documents} files", flush=True)
+        print(f"\nreading the test split: {content(test)}", flush=True)
         evaluation = measure(model, test, config)
         print(headline(test, evaluation), flush=True)
-        others = byte_baselines(Split(data, "train"), test) if test.tokenizer.kind == "bytes" else {}
-        rows = [("Transformer-VQ, this run", evaluation.bits_per_byte), *others.items()]
-        print("\n" + table(("on the same bytes", "bits per byte"), [(name, f"{bits:.3f}") for name, bits in rows]), flush=True)
-        ablation = context_ablation(
-            model,
-            test,
-            context=CONTEXT,
-            batch_size=config.train.eval_batch_size,
-            segments=config.data.segments == "isolate",
-        )
-        full, cut = ablation.full_bits_per_byte, ablation.cut_bits_per_byte
-        print(
-            f"\ncontext counts: cut to {CONTEXT} bytes the same model needs {cut:.3f} bits per byte instead of {full:.3f}, "
-            f"{cut - full:+.3f} (at {ablation.num_positions:,} bytes of the test split)",
-            flush=True,
-        )
+        if test.tokenizer.kind == "bytes":
+            _compare(config, model, test, evaluation, byte_baselines(Split(data, "train"), test))
     use = measure(model, validation, config) if validation.num_tokens else None
     if use:
-        print(f"\non the validation split\n{code_table(use)}", flush=True)
+        print(f"\non the validation split\n{code_table(use, config.model)}", flush=True)
     save_plots(result.run_dir, use)
+
+
+def content(split: Split) -> str:
+    """How much a split holds."""
+    amount = f"{split.num_bytes:,} bytes" if split.num_bytes else f"{split.num_tokens:,} tokens"
+    return f"{amount} of {split.num_documents} {'images' if split.tokenizer.kind == 'images' else 'files'}"
+
+
+def _compare(config: RunConfig, model: TransformerVQ, test: Split, evaluation: Evaluation, others: dict[str, float]) -> None:
+    """Bits per byte beside those of other models of bytes, and of this one with hardly any context."""
+    rows = [("Transformer-VQ, this run", evaluation.bits_per_byte), *others.items()]
+    print("\n" + table(("on the same bytes", "bits per byte"), [(name, f"{bits:.3f}") for name, bits in rows]), flush=True)
+    ablation = context_ablation(
+        model,
+        test,
+        context=CONTEXT,
+        batch_size=config.train.eval_batch_size,
+        segments=config.data.segments == "isolate",
+    )
+    full, cut = ablation.full_bits_per_byte, ablation.cut_bits_per_byte
+    print(
+        f"\ncontext counts: cut to {CONTEXT} bytes the same model needs {cut:.3f} bits per byte instead of {full:.3f}, "
+        f"{cut - full:+.3f} (at {ablation.num_positions:,} bytes of the test split)",
+        flush=True,
+    )
 
 
 def _write(config: RunConfig, result: TrainResult) -> None:

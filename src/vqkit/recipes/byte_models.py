@@ -1,10 +1,10 @@
-"""Byte models that two CPU cores train in minutes: on the Python standard library, or on text of your own."""
+"""Models that two CPU cores train in minutes: on the Python standard library, or on text or ids of your own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from vqkit.data.config import DataConfig
+from vqkit.data.config import DataConfig, IdSource
 from vqkit.data.standard_library import KIBIBYTE, python_library
 from vqkit.models.config import ModelConfig
 from vqkit.quantizers.config import CodebookConfig
@@ -50,3 +50,10 @@ def text() -> RunConfig:
     """The model of the quickstart on the files that `data.path` names; it must be given."""
     data = DataConfig(max_validation_bytes=256 * KIBIBYTE, max_test_bytes=256 * KIBIBYTE)
     return replace(quickstart(), recipe="text", data=data)
+
+
+def tokens() -> RunConfig:
+    """A model of your own ids, .npy or bare numbers (`--data.source.vocab-size`, `--data.source.dtype`), that `data.path` names."""
+    data = DataConfig(source=IdSource(), max_validation_bytes=64 * KIBIBYTE, max_test_bytes=64 * KIBIBYTE)
+    model = replace(quickstart().model, vocab_size=data.vocab_size, codebook_size=128)
+    return replace(quickstart(), recipe="tokens", model=model, data=data)

@@ -62,6 +62,8 @@ class TrainConfig:
     """Pieces of the validation split that are read side by side."""
     eval_tokens: int | None = None
     """Most tokens of the validation split that one evaluation reads; None = all."""
+    eval_context: Literal["carry", "sequence"] = "carry"
+    """What evaluations see: the state carried through the split, or every sequence of data.sequence_len from a fresh state."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0 = only at the end."""
     keep_checkpoints: int = 2
@@ -135,6 +137,7 @@ _CHOICES = {
     "not_finite": ("stop", "skip"),
     "parallel": ("ddp", "fsdp"),
     "precision": ("float32", "bfloat16"),
+    "eval_context": ("carry", "sequence"),
 }
 
 _LEAST_INTEGERS = {
@@ -180,6 +183,11 @@ class RunConfig:
     def update_len(self) -> int:
         """Positions per step, `train.update_len` or else the whole sequence."""
         return self.train.update_len or self.data.sequence_len
+
+    @property
+    def eval_sequence_len(self) -> int | None:
+        """Length of the sequences that an evaluation reads from a fresh state; None where it carries the state."""
+        return self.data.sequence_len if self.train.eval_context == "sequence" else None
 
     @property
     def updates_per_sequence(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqkit.data import Batch, Split, stream
+from vqkit.data import Batch, Split, sequences, stream
 from vqkit.dist import LocalReducer, Reducer
 from vqkit.models import TransformerVQ
 from vqkit.train.code_use import code_use
@@ -74,10 +74,12 @@ def evaluate(
     chunk_len: int = CHUNK_LEN,
     segments: bool = True,
     max_tokens: int | None = None,
+    sequence_len: int | None = None,
     reducer: Reducer | None = None,
 ) -> Evaluation:
     """Read `split` as `batch_size` lanes side by side, `chunk_len` tokens a call, with carried state: every token is a target once.
 
+    With `sequence_len` the split is cut into sequences of that length instead, each read from a fresh state, `batch_size` side by side.
     With `segments=False` documents see each other. With `max_tokens` each lane is read from its beginning, for as many calls
     as have at most so many targets, but at least one. The model is in evaluation mode meanwhile, and changed in nothing.
     With several processes each reads its share of the lanes, and `reducer` gives all of them the result of the whole.
@@ -91,8 +93,9 @@ def evaluate(
     num_tokens = num_bytes = 0
     counts = [torch.zeros(quantizer.codebook.shape[:2], dtype=torch.float64, device=nats.device) for quantizer in model.quantizers()]
     with _evaluating(model):
-        state = model.initial_state(batch_size // reducer.world_size)
-        for batch in stream(split, batch_size, chunk_len):
+        state = initial = model.initial_state(batch_size // reducer.world_size)
+        for batch, begins in _batches(split, batch_size, chunk_len, sequence_len):
+            state = initial if begins else state
             if max_tokens is not None and num_tokens > 0 and num_tokens + int(batch.loss_mask.sum()) > max_tokens:
                 break
             num_tokens += int(batch.loss_mask.sum())
@@ -114,6 +117,18 @@ def evaluate(
         active_codes=tuple(tuple(use.active.tolist()) for use in uses),
         perplexity=tuple(tuple(use.perplexity.tolist()) for use in uses),
     )
+
+
+def _batches(split: Split, batch_size: int, chunk_len: int, sequence_len: int | None) -> Iterator[tuple[Batch, bool]]:
+    """What one call reads, and whether it begins anew."""
+    if sequence_len is None:
+        yield from ((batch, index == 0) for index, batch in enumerate(stream(split, batch_size, chunk_len)))
+        return
+    for batch in sequences(split, sequence_len, batch_size):
+        for start in range(0, sequence_len, chunk_len):
+            part = Batch(*(field[:, start : start + chunk_len] for field in batch))
+            if part.loss_mask.any():
+                yield part, start == 0
 
 
 @torch.no_grad()

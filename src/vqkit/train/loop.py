@@ -341,6 +341,7 @@ class _Run:
                 batch_size=config.train.eval_batch_size,
                 segments=config.data.segments == "isolate",
                 max_tokens=config.train.eval_tokens,
+                sequence_len=config.eval_sequence_len,
                 reducer=self.processes.reducer,
             )
         active, perplexity = result.worst_active_codes, result.mean_perplexity
