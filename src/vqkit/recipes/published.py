@@ -31,7 +31,7 @@ def enwik8() -> RunConfig:
 
 def pg19() -> RunConfig:
     """Books in pieces of words as published: 1.3 B parameters, Adafactor, 500,000 steps of 128 sequences; word-level perplexity 26.6."""
-    dropout = {"sinusoid_dropout": 0.1, "residual_dropout": 0.1, "layer_dropout": 0.1}
+    dropout: dict[str, Any] = {"sinusoid_dropout": 0.1, "residual_dropout": 0.1, "layer_dropout": 0.1}
     model = _published_model(dim=2048, vocab_size=32_000, tied=True, logit_scale=0.005, **dropout)
     return RunConfig("pg19", model, published.pg19(), _large_train(update_len=2048))
 
@@ -83,7 +83,14 @@ def imagenet64_tiny() -> RunConfig:
 
 
 def _published_model(**options: Any) -> ModelConfig:
-    common = {"key_dim": 128, "value_dim": 2 * options["dim"], "layers": 24, "block_len": 512, "mem_len": 512, "codebook_size": 512}
+    common: dict[str, Any] = {
+        "key_dim": 128,
+        "value_dim": 2 * options["dim"],
+        "layers": 24,
+        "block_len": 512,
+        "mem_len": 512,
+        "codebook_size": 512,
+    }
     return official_main(**common, codebook=CodebookConfig(decay=0.99), **options)
 
 
@@ -107,7 +114,7 @@ def _large_train(update_len: int) -> TrainConfig:
     return _published_train(steps=500_000, update_len=update_len, optimizer="adafactor", learning_rate=1e-2, clip=None, weight_decay=0.0)
 
 
-def _small(name: str, of: RunConfig, **dropout: float) -> RunConfig:
+def _small(name: str, of: RunConfig, **dropout: Any) -> RunConfig:
     """A published run with a narrower and flatter model, and batches of a quarter, trained by AdamW."""
     model = replace(of.model, dim=512, value_dim=1024, layers=5, **dropout)
     train = replace(
