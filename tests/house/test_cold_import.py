@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ print(json.dumps(sorted(added - sys.stdlib_module_names - {{"vqkit"}})), file=sy
 
 def run_cold(code: str, *, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`code` in an interpreter of its own, where warnings are errors."""
-    return subprocess.run([sys.executable, "-I", "-W", "error", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    # What the compiler of this very process may have set would hide that an import sets it.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
+    command = [sys.executable, "-I", "-W", "error", "-c", code]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def foreign(snippet: str) -> tuple[list[str], str]:

@@ -134,12 +134,14 @@ class Quantizer(Committing):
         for member in members:
             member.settle_(outside)
 
-    @torch.compiler.assume_constant_result
     def _synchronize_start_(self) -> None:
         """Make the codebooks equal on all ranks, once. A compiler runs this while it traces, and leaves it out of the program."""
         if not self._synchronized and has_default_group():
             synchronize_codebooks_(self, self.reducer)
             self._synchronized = True
+
+    # What torch.compiler.assume_constant_result does, which to import takes the whole compiler and changes the environment.
+    _synchronize_start_._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _learn_(self, members: list[Committed], statistics: Statistics, outside: Tensor | bool) -> None:
         if outside is False:
