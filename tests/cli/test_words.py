@@ -218,3 +218,17 @@ def test_a_kind_brings_its_options() -> None:
     assert (config.data.sequence_len, config.model.dim) == (48, 32)
     assert config.data.max_test_bytes == RECIPES["text"]().data.max_test_bytes
     assert requested("text", ["--data.path", "x", "--data.source.kind", "text"])[1] == requested("text", ["--data.path", "x"])[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "vocab_size"),
+    [
+        ([], 259),
+        (["--data.source.kind", "ids", "--data.source.vocab-size", "100"], 103),
+        (["--data.source.kind", "ids", "--data.source.vocab-size", "100", "--model.vocab-size", "128"], 128),
+        (["--data.tokenizer.kind", "sentencepiece", "--data.tokenizer.vocab-size", "500"], 500),
+    ],
+)
+def test_the_vocabulary_of_the_model_follows_the_data(tmp_path: Path, words: list[str], vocab_size: int) -> None:
+    _, config = requested("text", ["--data.path", str(tmp_path), *words])
+    assert config.model.vocab_size == vocab_size

@@ -95,8 +95,11 @@ def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
         train = replace(train, minutes=None)  # whoever names a number of steps wants that number
     # Absolute, so that a run means the same files from wherever it is gone on with.
     data = replace(options.data, path=str(Path(options.data.path).expanduser().absolute()))
+    model = options.model
+    if init_from is None and model.vocab_size == base.model.vocab_size:
+        model = replace(model, vocab_size=data.vocab_size)  # whoever names no vocabulary wants that of the data
     try:
-        config = RunConfig(recipe, options.model, data, train, init_from)
+        config = RunConfig(recipe, model, data, train, init_from)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return options.run or Path("runs") / recipe, config
