@@ -100,7 +100,7 @@ def trained(model_config: ModelConfig, train: TrainConfig, seed: int, folder: Pa
     seconds = time.perf_counter() - began
     found = evaluate(model, Split(folder, "validation"), batch_size=1, max_tokens=16_384)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"bits": found.bits_per_byte, "active": found.worst_active_codes, "seconds": seconds, "parameters": parameters}
+    return {"bits": found.bits, "active": found.worst_active_codes, "seconds": seconds, "parameters": parameters}
 
 
 def line(name: str, group: str, runs: list[dict[str, Any]]) -> dict[str, Any]:

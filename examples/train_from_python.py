@@ -16,7 +16,7 @@ from vqkit.train.events import Event, Progress
 def show(event: Event) -> None:
     """Any function of one event can watch a run."""
     if isinstance(event, Progress):
-        print(f"step {event.step}: {event.bits_per_byte:.3f} bits per byte")
+        print(f"step {event.step}: {event.bits:.3f} {event.unit.name}")
 
 
 def main(folder: str, run_dir: str, steps: str = "300") -> None:
@@ -30,7 +30,7 @@ def main(folder: str, run_dir: str, steps: str = "300") -> None:
     )
     result = train(config, run_dir, on_event=show)
     evaluation = evaluate(result.model, Split(result.run_dir / "data", "test"), chunk_len=config.data.sequence_len)
-    print(f"test: {evaluation.bits_per_byte:.3f} bits per byte; the weights are in {result.checkpoint}")
+    print(f"test: {evaluation.bits:.3f} {evaluation.unit.name}; the weights are in {result.checkpoint}")
 
 
 if __name__ == "__main__":

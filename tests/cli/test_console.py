@@ -11,10 +11,11 @@ from rich.console import Console
 
 from vqkit.cli.console import TrainingView, duration, table, write_text
 from vqkit.train.events import Finished, Progress, Resumed
+from vqkit.train.units import LossUnit
 
 
 def _progress(step: int, steps: int = 100) -> Progress:
-    return Progress(step, steps, 1.0, 2.125, 12_345.6, 67.0, 0.953, 1e-3, 0.5)
+    return Progress(step, steps, 1.0, 2.125, LossUnit("bits per byte"), 12_345.6, 67.0, 0.953, 1e-3, 0.5)
 
 
 def test_without_a_terminal_a_line_every_few_seconds_and_at_the_end() -> None:

@@ -45,7 +45,7 @@ def test_one_lane_is_one_long_call(model, split, chunk_len, segments):
     evaluation = evaluate(model, split, batch_size=1, chunk_len=chunk_len, segments=segments)
     assert evaluation.nats == pytest.approx(nats.sum().item(), rel=1e-9)
     assert (evaluation.num_tokens, evaluation.num_bytes) == (split.num_tokens, split.num_bytes)
-    assert evaluation.bits_per_byte == pytest.approx(nats.sum().item() / math.log(2) / int((targets >= 3).sum()), rel=1e-9)
+    assert evaluation.bits == pytest.approx(nats.sum().item() / math.log(2) / int((targets >= 3).sum()), rel=1e-9)
     for counts, unit in zip(evaluation.code_counts, statistics, strict=True):
         assert torch.equal(torch.tensor(counts), unit.count.long())
 
@@ -105,9 +105,9 @@ def test_context_is_cut_to_the_last_tokens(model, split, context):
         cut += F.cross_entropy(logits[0, -1:], targets[0, t : t + 1]).item()
     ablation = context_ablation(model, split, context=context, positions=40, batch_size=1, chunk_len=chunk_len)
     assert ablation.num_positions == len(at) > 20
-    assert ablation.cut_bits_per_byte == pytest.approx(cut / len(at) / math.log(2), rel=1e-9)
-    assert ablation.full_bits_per_byte == pytest.approx(nats[at].mean().item() / math.log(2), rel=1e-9)
-    assert ablation.full_bits_per_byte != ablation.cut_bits_per_byte
+    assert ablation.cut_bits == pytest.approx(cut / len(at) / math.log(2), rel=1e-9)
+    assert ablation.full_bits == pytest.approx(nats[at].mean().item() / math.log(2), rel=1e-9)
+    assert ablation.full_bits != ablation.cut_bits
 
 
 def test_bad_input_is_refused(model, split, tmp_path):

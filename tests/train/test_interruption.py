@@ -155,6 +155,6 @@ def test_other_ways_to_compute_learn_as_well(config, tmp_path, change, monkeypat
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled(module, **options, backend="aot_eager"))
     base = with_codebook(replace(config, train=replace(config.train, steps=8, eval_every=0)), init="normal", dead_code_threshold=0.0)
-    plain = train(base, tmp_path / "plain").validation_bits_per_byte
-    other = train(replace(base, train=replace(base.train, **change)), tmp_path / "other").validation_bits_per_byte
+    plain = train(base, tmp_path / "plain").validation_bits
+    other = train(replace(base, train=replace(base.train, **change)), tmp_path / "other").validation_bits
     assert other == pytest.approx(plain, rel=1e-2 if "precision" in change else 1e-4)

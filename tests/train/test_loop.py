@@ -114,7 +114,7 @@ def test_resumed_equals_unbroken(config, unbroken, tmp_path, kind, step):
     assert events[0].notes == ()
     assert differing(run_dir, unbroken[0]) == []
     assert result.step == STEPS
-    assert result.validation_bits_per_byte == [e for e in unbroken[1] if isinstance(e, Evaluated)][-1].bits_per_byte
+    assert result.validation_bits == [e for e in unbroken[1] if isinstance(e, Evaluated)][-1].bits
 
 
 def test_a_run_of_ordinary_attention_resumes_in_the_middle_of_a_sequence(config, tmp_path):
@@ -151,7 +151,7 @@ def test_a_run_starts_from_the_weights_of_another_under_a_new_optimizer(config, 
     rates = [line["learning_rate"] for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == "train"]
     assert rates[3:] == [pytest.approx(config.train.learning_rate * config.train.final_ratio)] * 2
     first, firsts = (next(e for e in found if isinstance(e, Progress)) for found in (events, unbroken[1]))
-    assert first.bits_per_byte < 0.9 * firsts.bits_per_byte
+    assert first.bits < 0.9 * firsts.bits
 
 
 def test_a_run_that_started_from_another_needs_it_no_longer(config, unbroken, tmp_path):
@@ -313,7 +313,7 @@ def test_the_callers_random_numbers_go_on_as_they_would(config, tmp_path):
 
 def test_a_run_without_validation_split_runs(config, tmp_path):
     bare = replace(config, data=replace(config.data, validation_fraction=0.0), train=replace(config.train, steps=4))
-    assert train(bare, tmp_path / "run").validation_bits_per_byte is None
+    assert train(bare, tmp_path / "run").validation_bits is None
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

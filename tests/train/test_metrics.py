@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vqkit.train.metrics import Interval, JsonLines, cut_after, read_lines
 from vqkit.train.step import Losses, StepResult
+from vqkit.train.units import LossUnit
 
 
 @given(number=st.floats(allow_nan=False, allow_infinity=False))
@@ -49,23 +50,24 @@ def test_no_file_has_no_lines(tmp_path):
 
 
 NO_STATE: Any = None
+BYTES = LossUnit("bits per byte")
 
 
 def result_of(loss, counts, num_bytes):
     losses = Losses(torch.tensor(loss + 0.1), torch.tensor(loss), torch.tensor(1000.0))
     counts = tuple(torch.tensor(c) for c in counts)
-    return StepResult(NO_STATE, losses, torch.tensor(2.0 * loss), torch.tensor(8 * loss), torch.tensor(num_bytes), counts)
+    return StepResult(NO_STATE, losses, torch.tensor(2.0 * loss), torch.tensor(8 * loss), torch.tensor(8), torch.tensor(num_bytes), counts)
 
 
 def test_an_interval_is_the_mean_of_its_steps_and_comes_back():
     shapes = [torch.Size((1, 2)), torch.Size((2, 2))]
     interval = Interval(shapes, torch.device("cpu"))
-    interval.add_(result_of(1.0, ([[4.0, 4.0]], [[8.0, 0.0], [4.0, 4.0]]), 8))
-    interval.add_(result_of(2.0, ([[4.0, 4.0]], [[8.0, 0.0], [4.0, 4.0]]), 4))
+    interval.add_(result_of(1.0, ([[4.0, 4.0]], [[8.0, 0.0], [4.0, 4.0]]), 8), BYTES)
+    interval.add_(result_of(2.0, ([[4.0, 4.0]], [[8.0, 0.0], [4.0, 4.0]]), 4), BYTES)
     other = Interval(shapes, torch.device("cpu"))
     other.load_state_tensors_({name: tensor.clone() for name, tensor in interval.state_tensors().items()})
-    assert other.summary() == interval.summary()
-    summary = interval.summary()
+    assert other.summary(BYTES) == interval.summary(BYTES)
+    summary = interval.summary(BYTES)
     assert summary["loss"] == pytest.approx(1.6)
     assert summary["bits_per_byte"] == pytest.approx((8 * 1.0 + 8 * 2.0) / math.log(2) / 12)
     assert summary["commitment"] == 1000.0
@@ -79,5 +81,5 @@ def test_an_interval_is_the_mean_of_its_steps_and_comes_back():
 @pytest.mark.parametrize("loss, finite", [(1.0, True), (math.inf, False), (math.nan, False)])
 def test_an_interval_knows_what_is_no_number(loss, finite):
     interval = Interval([torch.Size((1, 2))], torch.device("cpu"))
-    interval.add_(result_of(loss, ([[4.0, 4.0]],), 8))
+    interval.add_(result_of(loss, ([[4.0, 4.0]],), 8), BYTES)
     assert interval.is_finite() is finite

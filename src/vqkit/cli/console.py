@@ -65,7 +65,7 @@ class TrainingView:
             case Progress():
                 self._progress(event)
             case Evaluated():
-                self._say(f"step {event.step:,}: validation {event.bits_per_byte:.3f} bits/byte{_activity(event, ', ')}")
+                self._say(f"step {event.step:,}: validation {event.bits:.3f} {event.unit.short}{_activity(event, ', ')}")
             case Skipped():
                 self._say(f"step {event.step:,} was not taken: {event.where} was not finite")
             case Spiked():
@@ -77,7 +77,7 @@ class TrainingView:
 
     def _progress(self, event: Progress) -> None:
         figures = (
-            f"{event.bits_per_byte:.3f} bits/byte  {event.tokens_per_second:,.0f} tokens/s  "
+            f"{event.bits:.3f} {event.unit.short}  {event.tokens_per_second:,.0f} tokens/s  "
             f"{duration(event.seconds_left)} left{_activity(event, '  ')}"
         )
         if self._bar:

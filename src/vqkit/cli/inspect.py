@@ -137,18 +137,17 @@ def _last_metrics(run: Path) -> str:
     """The last line of each kind, say of training and of validation, and the best of validation."""
     from vqkit.models.weights import is_whole
     from vqkit.train.checkpoint import checkpoint_path
+    from vqkit.train.units import measured
 
     lines = _metrics(run)
     said = [
         ", ".join(f"{name} {_rounded(value)}" for name, value in line.items()) for line in {line["kind"]: line for line in lines}.values()
     ]
-    measured = [(line["bits_per_byte"], line["step"]) for line in lines if line["kind"] == "validation"]
-    if measured:
-        bits, step = min(measured)
+    figures = [(*reversed(measured(line)), line["step"]) for line in lines if line["kind"] == "validation"]
+    if figures:
+        bits, unit, step = min(figures)
         folder = checkpoint_path(run, step)
-        said.append(
-            f"best: step {step}, {bits:.4g} bits per byte, " + (folder.name if is_whole(folder) else "of which no checkpoint is left")
-        )
+        said.append(f"best: step {step}, {bits:.4g} {unit}, " + (folder.name if is_whole(folder) else "of which no checkpoint is left"))
     return "\n".join(said)
 
 

@@ -16,6 +16,7 @@ from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
 from vqkit.models.weights import newest_whole_checkpoint
 from vqkit.train import Evaluation, TrainResult, context_ablation, evaluate, train
+from vqkit.train.code_use import unit_name
 from vqkit.train.config import RunConfig
 from vqkit.train.plots import PLOTS_FOLDER, save_plots
 
@@ -59,14 +60,9 @@ def measure(model: TransformerVQ, split: Split, config: RunConfig, context: str 
 
 def measures(split: Split, evaluation: Evaluation) -> dict[str, float]:
     """What the likelihood of the whole split amounts to, by unit; the first is the one that such data are measured by."""
-    bits = evaluation.nats / math.log(2)
-    found = {}
-    if split.tokenizer.kind == "images":
-        found["bits per dim"] = bits / max(split.num_bytes, 1)
-    elif split.num_bytes:
-        found["bits per byte"] = bits / split.num_bytes
-    if split.tokenizer.kind in ("ids", "sentencepiece"):
-        found["bits per token"] = bits / evaluation.num_tokens
+    found: dict[str, float] = {evaluation.unit.name: evaluation.bits}
+    if split.tokenizer.kind == "sentencepiece":
+        found["bits per token"] = evaluation.nats / math.log(2) / evaluation.num_tokens
     if split.num_words:
         nats = evaluation.nats / split.num_words
         found["word-level perplexity"] = math.exp(nats) if nats < LARGEST_EXPONENT else math.inf
@@ -79,12 +75,6 @@ def headline(split: Split, evaluation: Evaluation) -> str:
     return f"{split.name}: {value:.3f} {unit}"
 
 
-def unit_name(config: ModelConfig, index: int) -> str:
-    """An attention unit by its layer and its place there."""
-    layer, unit = divmod(index, config.attentions_per_layer)
-    return f"layer {layer} unit {unit}"
-
-
 def code_table(evaluation: Evaluation, config: ModelConfig) -> str:
     """Use of the codes per attention unit and head, the worst named below; nothing for a model without codebooks."""
     if not evaluation.code_counts:
@@ -92,7 +82,7 @@ def code_table(evaluation: Evaluation, config: ModelConfig) -> str:
     rows, worst = [], (2.0, "")
     for i, (shares, perplexities) in enumerate(zip(evaluation.active_codes, evaluation.perplexity, strict=True)):
         for head, (share, perplexity) in enumerate(zip(shares, perplexities, strict=True)):
-            name = f"{unit_name(config, i)} head {head}"
+            name = f"{unit_name(i, config)} head {head}"
             rows.append((name, f"{share:.1%}", f"{perplexity:.1f} of {len(evaluation.code_counts[i][head])}"))
             worst = min(worst, (share, name))
     return table(("codes", "active", "perplexity"), rows) + f"\nworst: {worst[0]:.1%} of codes active ({worst[1]})"
@@ -110,7 +100,7 @@ def _measure(config: RunConfig, result: TrainResult) -> None:
     use = measure(model, validation, config) if validation.num_tokens else None
     if use:
         print(f"\non the validation split\n{code_table(use, config.model)}", flush=True)
-    save_plots(result.run_dir, use)
+    save_plots(result.run_dir, config.model, use)
 
 
 def content(split: Split) -> str:
@@ -120,9 +110,9 @@ def content(split: Split) -> str:
 
 
 def _compare(config: RunConfig, model: TransformerVQ, test: Split, evaluation: Evaluation, others: dict[str, float]) -> None:
-    """Bits per byte beside those of other models of bytes, and of this one with hardly any context."""
-    rows = [("Transformer-VQ, this run", evaluation.bits_per_byte), *others.items()]
-    print("\n" + table(("on the same bytes", "bits per byte"), [(name, f"{bits:.3f}") for name, bits in rows]), flush=True)
+    """Bits beside those of other models of bytes, and of this one with hardly any context."""
+    rows = [("Transformer-VQ, this run", evaluation.bits), *others.items()]
+    print("\n" + table(("on the same bytes", evaluation.unit.name), [(name, f"{bits:.3f}") for name, bits in rows]), flush=True)
     ablation = context_ablation(
         model,
         test,
@@ -130,9 +120,9 @@ def _compare(config: RunConfig, model: TransformerVQ, test: Split, evaluation: E
         batch_size=config.train.eval_batch_size,
         segments=config.data.segments == "isolate",
     )
-    full, cut = ablation.full_bits_per_byte, ablation.cut_bits_per_byte
+    full, cut = ablation.full_bits, ablation.cut_bits
     print(
-        f"\ncontext counts: cut to {CONTEXT} bytes the same model needs {cut:.3f} bits per byte instead of {full:.3f}, "
+        f"\ncontext counts: cut to {CONTEXT} bytes the same model needs {cut:.3f} {ablation.unit.name} instead of {full:.3f}, "
         f"{cut - full:+.3f} (at {ablation.num_positions:,} bytes of the test split)",
         flush=True,
     )

@@ -1,8 +1,7 @@
-"""How well a model predicts a split: bits per byte with the state carried through all of it, the use of its codes, the worth of context."""
+"""How well a model predicts a split: its bits with the state carried through all of it, the use of its codes, the worth of context."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from vqkit.models import TransformerVQ
 from vqkit.train.code_use import code_use
 from vqkit.train.state import detached_copy, split_rows
 from vqkit.train.step import token_nats
+from vqkit.train.units import LossUnit, loss_unit
 
 CHUNK_LEN = 2048
 """Tokens of a lane that one call reads: the result does not depend on it, the speed does."""
@@ -30,7 +30,9 @@ class Evaluation:
     num_tokens: int
     """Targets, end tokens included."""
     num_bytes: int
-    """Targets that are bytes."""
+    """Targets that are no special ids; of bytes and images, bytes."""
+    unit: LossUnit
+    """What such data are measured by."""
     code_counts: tuple[tuple[tuple[int, ...], ...], ...]
     """How often each code was chosen: [unit][head][code]."""
     active_codes: tuple[tuple[float, ...], ...]
@@ -39,9 +41,9 @@ class Evaluation:
     """exp of the entropy of the assignments."""
 
     @property
-    def bits_per_byte(self) -> float:
-        """Bits of all targets, shared out over the bytes."""
-        return self.nats / math.log(2) / max(self.num_bytes, 1)
+    def bits(self) -> float:
+        """Bits of all targets, ends of documents included, in `unit`."""
+        return self.unit.bits(self.nats, self.unit.size(self.num_tokens, self.num_bytes))
 
     @property
     def worst_active_codes(self) -> float | None:
@@ -61,8 +63,10 @@ class ContextAblation:
 
     context: int
     num_positions: int
-    full_bits_per_byte: float
-    cut_bits_per_byte: float
+    full_bits: float
+    cut_bits: float
+    unit: LossUnit
+    """Of both."""
 
 
 @torch.no_grad()
@@ -113,6 +117,7 @@ def evaluate(
         nats=nats.item(),
         num_tokens=num_tokens,
         num_bytes=num_bytes,
+        unit=loss_unit(split),
         code_counts=tuple(tuple(tuple(int(count) for count in head) for head in unit.tolist()) for unit in counts),
         active_codes=tuple(tuple(use.active.tolist()) for use in uses),
         perplexity=tuple(tuple(use.perplexity.tolist()) for use in uses),
@@ -142,9 +147,9 @@ def context_ablation(
     chunk_len: int = CHUNK_LEN,
     segments: bool = True,
 ) -> ContextAblation:
-    """Bits per byte at about `positions` evenly spaced bytes of the split, with the whole context and with `context` tokens of it.
+    """Bits at about `positions` evenly spaced targets that are no special ids, with the whole context and with `context` tokens of it.
 
-    Both are measured at the same bytes, so that their difference is the worth of the context alone.
+    Both are measured at the same places, so that their difference is the worth of the context alone.
     Raises ValueError for an empty split, or a `context` that a chunk has no room for.
     """
     _check_not_empty(split)
@@ -167,8 +172,9 @@ def context_ablation(
             num += int(counted.sum())
             full = full + token_nats(output.logits, batch.targets)[:, times][counted].sum(dtype=torch.float64)
             cut = cut + _nats_of_last(model, batch, times, context, segments)[counted].sum(dtype=torch.float64)
-    bits = max(num, 1) * math.log(2)
-    return ContextAblation(context, num, full.item() / bits, cut.item() / bits)
+    unit = loss_unit(split)
+    size = unit.size(num, num)
+    return ContextAblation(context, num, unit.bits(full.item(), size), unit.bits(cut.item(), size), unit)
 
 
 def _nats_of_last(model: TransformerVQ, batch: Batch, times: Tensor, context: int, segments: bool) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqkit.train.units import LossUnit
+
 
 @dataclass(frozen=True)
 class Started:
@@ -38,7 +40,9 @@ class Progress:
     step: int
     steps: int
     loss: float
-    bits_per_byte: float
+    bits: float
+    unit: LossUnit
+    """Of `bits`."""
     tokens_per_second: float
     seconds_left: float
     active_codes: float | None
@@ -52,7 +56,9 @@ class Evaluated:
     """The validation split, or the part of it that the configuration asks for, was read."""
 
     step: int
-    bits_per_byte: float
+    bits: float
+    unit: LossUnit
+    """Of `bits`."""
     active_codes: float | None
 
 

@@ -46,6 +46,7 @@ from vqkit.train.pace import paced
 from vqkit.train.parallel import Processes, joined
 from vqkit.train.step import train_step
 from vqkit.train.tensorboard import TENSORBOARD_FOLDER, TensorBoard
+from vqkit.train.units import loss_unit, measured
 
 CONFIG_FILE = "config.json"
 DATA_FOLDER = "data"
@@ -66,8 +67,8 @@ class TrainResult:
     step: int
     checkpoint: Path
     model: TransformerVQ
-    validation_bits_per_byte: float | None
-    """Of the last evaluation; None if the run has no validation split."""
+    validation_bits: float | None
+    """Of the last evaluation, in the unit of the data; None if the run has no validation split."""
 
 
 def train(config: RunConfig, run_dir: str | os.PathLike[str], *, on_event: Callable[[Event], None] | None = None) -> TrainResult:
@@ -145,6 +146,7 @@ class _Run:
         shares = {"rank": processes.rank, "world_size": processes.world_size}
         self.sampler = SequenceSampler(Split(data, "train"), config.data.sequence_len, config.train.batch_size, config.train.seed, **shares)
         self.validation = Split(data, "validation")
+        self.unit = loss_unit(self.sampler.split)
         self.training = self._resume() or self._start(summary)
         step = self.training.step
         if processes.is_first:
@@ -152,7 +154,7 @@ class _Run:
         processes.wait()
         lines = read_lines(run_dir / METRICS_FILE)
         self._usual = deque((line["loss"] for line in lines if line["kind"] == "train"), maxlen=USUAL_LINES)
-        self._evaluations = [(line["bits_per_byte"], line["step"]) for line in lines if line["kind"] == "validation"]
+        self._evaluations = [(measured(line)[1], line["step"]) for line in lines if line["kind"] == "validation"]
         self.metrics, self.timings, self.tensorboard = None, None, None
         if processes.is_first:
             self._prune()  # the last process may have died before it did
@@ -189,7 +191,7 @@ class _Run:
             step=training.step,
             checkpoint=checkpoint_path(self.run_dir, training.step),
             model=training.model,
-            validation_bits_per_byte=self._evaluations[-1][0] if self._evaluations else None,
+            validation_bits=self._evaluations[-1][0] if self._evaluations else None,
         )
 
     def close(self) -> None:
@@ -249,7 +251,7 @@ class _Run:
             raise
         training.step += 1
         if bool(result.gradient_norm.isfinite()) and bool(result.losses.total.isfinite()):
-            training.interval.add_(result)
+            training.interval.add_(result, self.unit)
         else:
             self._pass_over(where_not_finite(model, batch, state, segments=segments))
             result = result._replace(state=state)
@@ -293,7 +295,7 @@ class _Run:
         training, total = self.training, self.config.train.total_steps
         if not training.interval.steps:  # every step was passed over
             return
-        summary = training.interval.summary()
+        summary = training.interval.summary(self.unit)
         training.interval.clear_()
         self._report_spike(summary["loss"])
         rate = training.optimizer.learning_rate(training.step - 1)
@@ -310,7 +312,8 @@ class _Run:
                 step=training.step,
                 steps=total,
                 loss=summary["loss"],
-                bits_per_byte=summary["bits_per_byte"],
+                bits=summary[self.unit.key],
+                unit=self.unit,
                 tokens_per_second=speed,
                 seconds_left=left,
                 active_codes=summary.get("active_codes"),
@@ -345,12 +348,12 @@ class _Run:
                 reducer=self.processes.reducer,
             )
         active, perplexity = result.worst_active_codes, result.mean_perplexity
-        record = {"bits_per_byte": result.bits_per_byte}
+        record = {result.unit.key: result.bits}
         if active is not None and perplexity is not None:
             record |= {"active_codes": active, "perplexity": perplexity}
         self._record({"step": step, "kind": "validation", **record})
-        self._evaluations.append((result.bits_per_byte, step))
-        self.emit(Evaluated(step, result.bits_per_byte, active))
+        self._evaluations.append((result.bits, step))
+        self.emit(Evaluated(step, result.bits, result.unit, active))
         return min(self._evaluations)[1] == step
 
     def _save(self) -> None:

@@ -7,7 +7,6 @@ an unbroken one byte for byte.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from vqkit.files import write_bytes_atomic
 from vqkit.train.code_use import code_use
 from vqkit.train.step import StepResult
+from vqkit.train.units import LossUnit
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -30,10 +30,10 @@ class Interval:
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self._counts = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in code_shapes]
 
-    def add_(self, result: StepResult) -> None:
-        """Count in a step."""
-        losses, nats = result.losses, result.nats
-        values = [torch.ones_like(nats), losses.total, losses.commitment, nats, result.num_bytes, result.gradient_norm]
+    def add_(self, result: StepResult, unit: LossUnit) -> None:
+        """Count in a step; the same unit in all of them."""
+        losses, nats, size = result.losses, result.nats, unit.size(result.num_tokens, result.num_bytes)
+        values = [torch.ones_like(nats), losses.total, losses.commitment, nats, size, result.gradient_norm]
         self._sums += torch.stack([value.double() for value in values])
         for sums, counts in zip(self._counts, result.code_counts, strict=True):
             sums += counts
@@ -47,16 +47,16 @@ class Interval:
         """Whether no loss or gradient of the interval was infinite or not a number."""
         return bool(self._sums.isfinite().all())
 
-    def summary(self) -> dict[str, float]:
-        """Means over the interval; `active_codes` is the share in the worst head of the worst unit, `perplexity` a mean over all.
+    def summary(self, unit: LossUnit) -> dict[str, float]:
+        """Means over the interval, the likelihood in `unit`.
 
-        A model without codebooks has neither.
+        `active_codes` is the share in the worst head of the worst unit, `perplexity` a mean over all, where there are codebooks.
         """
         steps, loss, commitment, nats, size, norm = self._sums.tolist()
         uses = [code_use(counts) for counts in self._counts]
         found = {
             "loss": loss / steps,
-            "bits_per_byte": nats / math.log(2) / max(size, 1.0),
+            unit.key: unit.bits(nats, size),
             "commitment": commitment / steps,
             "gradient_norm": norm / steps,
         }

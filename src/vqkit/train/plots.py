@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqkit.models.config import ModelConfig
+from vqkit.train.code_use import unit_name
 from vqkit.train.evaluation import Evaluation
 from vqkit.train.metrics import METRICS_FILE, read_lines
+from vqkit.train.units import measured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,40 +18,45 @@ if TYPE_CHECKING:
 PLOTS_FOLDER = "plots"
 
 
-def save_plots(run_dir: Path, evaluation: Evaluation | None = None) -> list[Path]:
-    """Write RUN/plots/loss.png and, given an evaluation of codes, RUN/plots/codes.png; older ones are replaced. Returns the paths."""
+def save_plots(run_dir: Path, config: ModelConfig, evaluation: Evaluation | None = None) -> list[Path]:
+    """Write RUN/plots/loss.png and, given an evaluation of a model of `config` with codes, RUN/plots/codes.png. Returns the paths.
+
+    Older ones are replaced.
+    """
     folder = run_dir / PLOTS_FOLDER
     folder.mkdir(exist_ok=True)
     figures = {"loss.png": loss_figure(run_dir)}
     if evaluation is not None and evaluation.code_counts:
-        figures["codes.png"] = code_figure(evaluation)
+        figures["codes.png"] = code_figure(evaluation, config)
     for name, figure in figures.items():
         figure.savefig(folder / name)
     return [folder / name for name in figures]
 
 
 def loss_figure(run_dir: Path) -> Figure:
-    """Bits per byte over the steps, of the training batches and of the validation split."""
+    """Bits over the steps, of the training batches and of the validation split, in the unit of the data."""
     lines = read_lines(run_dir / METRICS_FILE)
     figure = _figure(7.0, 4.0)
     axes = figure.add_subplot()
+    unit = "bits"
     for kind, style, label in (("train", "-", "training batches"), ("validation", "o-", "validation split")):
-        points = [(line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == kind]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=label)
+        found = [(line["step"], *measured(line)) for line in lines if line["kind"] == kind]
+        if found:
+            steps, (unit, *_), values = zip(*found, strict=True)
+            axes.plot(steps, values, style, markersize=3, linewidth=1, label=label)
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
     return figure
 
 
-def code_figure(evaluation: Evaluation) -> Figure:
+def code_figure(evaluation: Evaluation, config: ModelConfig) -> Figure:
     """The use of the codes over an evaluation: see `use_figure`."""
     uses = zip(evaluation.active_codes, evaluation.perplexity, strict=True)
     titles = [
-        f"layer {index // 2} unit {index % 2}: {min(active):.0%} active, perplexity {min(perplexity):.0f}"
+        f"{unit_name(index, config)}: {min(active):.0%} active, perplexity {min(perplexity):.0f}"
         for index, (active, perplexity) in enumerate(uses)
     ]
     return use_figure(evaluation.code_counts, titles)

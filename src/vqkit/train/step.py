@@ -39,8 +39,10 @@ class StepResult(NamedTuple):
     """Global norm before clipping; where it is not finite nothing was changed."""
     nats: Tensor
     """Sum of the negative log-likelihood of all targets that count."""
+    num_tokens: Tensor
+    """Targets that count."""
     num_bytes: Tensor
-    """Targets that are bytes."""
+    """Targets that are no special ids; of bytes and images, bytes."""
     code_counts: tuple[Tensor, ...]
     """[H, C] uses of each code, one tensor an attention unit."""
 
@@ -101,21 +103,22 @@ def train_step(
         update_codebooks_(model, reducer)
     else:
         discard_statistics_(model)
-    means, num_bytes, code_counts = _over_processes(
-        torch.stack(parts).mean(0), batch.byte_mask.sum(), [torch.stack(unit).sum(0) for unit in zip(*counts, strict=True)], reducer
+    sizes = torch.stack([batch.loss_mask.sum(), batch.byte_mask.sum()])
+    means, sizes, code_counts = _over_processes(
+        torch.stack(parts).mean(0), sizes, [torch.stack(unit).sum(0) for unit in zip(*counts, strict=True)], reducer
     )
     losses = Losses(*means.unbind())
     nats = losses.language * (batch.targets.numel() * reducer.world_size)
-    return StepResult(join_rows(states), losses, norm, nats, num_bytes, tuple(code_counts))
+    return StepResult(join_rows(states), losses, norm, nats, sizes[0], sizes[1], tuple(code_counts))
 
 
-def _over_processes(losses: Tensor, num_bytes: Tensor, counts: list[Tensor], reducer: Reducer) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _over_processes(losses: Tensor, sizes: Tensor, counts: list[Tensor], reducer: Reducer) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Means of the losses, sums of the others, in one reduction."""
     if reducer.world_size == 1:
-        return losses, num_bytes, counts
-    entries = [losses / reducer.world_size, num_bytes, *counts]
+        return losses, sizes, counts
+    entries = [losses / reducer.world_size, sizes, *counts]
     flat = torch.cat([entry.double().reshape(-1) for entry in entries])
     reducer.all_reduce_(flat)
     pieces = flat.split([entry.numel() for entry in entries])
-    means, size, *sums = (piece.view(entry.shape).to(entry.dtype) for piece, entry in zip(pieces, entries, strict=True))
-    return means, size, sums
+    means, sizes, *sums = (piece.view(entry.shape).to(entry.dtype) for piece, entry in zip(pieces, entries, strict=True))
+    return means, sizes, sums
