@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -216,3 +217,89 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         files.write_text_atomic(tmp_path / "no" / "a", "x")
+
+
+@dataclass(frozen=True)
+class Round:
+    """Told apart from `Square` by its kind."""
+
+    radius: float = 1.0
+    """How far it is
+    from the centre."""
+    kind: Literal["round"] = "round"
+
+
+@dataclass(frozen=True)
+class Square:
+    side: int = 2
+    kind: Literal["square"] = "square"
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise ValueError(f"side = {self.side}")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    shape: Round | Square = field(default_factory=Round)
+    inner: Inner = field(default_factory=Inner)
+    depth: int | None = 3
+
+
+@given(outers())
+def test_toml_gives_back_what_was_written(outer: Outer) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.toml"
+        for comments in (False, True):
+            path.write_text(config.to_toml(outer, comments=comments), encoding="utf-8")
+            assert config.load_toml(Outer, path) == outer
+            assert config.overlay(Outer("other", size=9, second=Inner(0.25)), config.read_toml(path)) == outer
+
+
+def test_toml_of_a_configuration_can_be_read_by_people() -> None:
+    text = config.to_toml(Shapes(depth=None), comments=True)
+    shape = '[shape]\nradius = 1.0  # How far it is from the centre.\nkind = "round"\n'
+    assert text == f'depth = "none"\n\n{shape}\n[inner]\nrate = 0.5\nkind = "normal"\n'
+
+
+def test_entries_over_those_of_another_configuration() -> None:
+    base = Shapes(shape=Round(7.0), depth=5)
+    assert config.overlay(base, {"inner": {"rate": 1}}) == Shapes(Round(7.0), Inner(1.0), 5)
+    assert config.overlay(base, {"shape": {"kind": "round"}}) == base
+    assert config.overlay(base, {"shape": {"kind": "square"}}) == Shapes(Square(), depth=5)
+    assert config.overlay(base, {"shape": {"side": 3, "kind": "square"}}).shape == Square(3)
+    assert config.overlay(base, {"shape": {"kind": "square", "side": 0}}).shape != Square()  # checked where all is known
+    assert base == Shapes(shape=Round(7.0), depth=5)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"inner": {"rat": 1}}, r"f: inner\.rat = 1: unknown option; did you mean 'inner\.rate'\?"),
+        ({"rate": 1}, r"f: rate = 1: unknown option; did you mean 'inner\.rate'\?"),
+        ({"side": 1}, r"f: side = 1: unknown option; did you mean 'shape\.side'\?"),
+        ({"shape": {"side": 1}}, r"f: shape\.side = 1: unknown option of this kind"),
+        ({"xyz": 1}, r"f: xyz = 1: unknown option; known: shape, inner, depth"),
+        ({"shape": {"kind": "ruond"}}, r"f: shape\.kind = 'ruond': must be 'round' or 'square'; did you mean 'round'\?"),
+        ({"inner": 3}, r"f: inner = 3: must be a table"),
+        ({"inner": {"rate": True}}, r"f: inner\.rate = True: must be a number"),
+        ({"depth": 1.5}, r"f: depth = 1\.5: must be an integer or none"),
+    ],
+)
+def test_entries_that_fit_nowhere_are_named(table: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        config.overlay(Shapes(), table, where="f: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = 1\nb =\n", r"x\.toml: not TOML: .* \(at line 2, column 4\)"),
+        (b"a = 1\nb = '\xff'\n", r"x\.toml: not TOML: 0xff is no UTF-8 \(at line 2, column 6\)"),
+        (b"a = 1\na = 2\n", r"x\.toml: not TOML: .* \(at line 2, column 6\)"),
+    ],
+)
+def test_what_is_not_toml_is_shown_by_line_and_column(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        config.read_toml(tmp_path / "x.toml")

@@ -6,8 +6,12 @@ is an error that names its dotted path, what was found and what would be right. 
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import math
 import os
@@ -87,13 +91,88 @@ def from_json(cls: type[T], text: str, where: str = "config") -> T:
     return from_dict(cls, data, where)
 
 
-def load_toml(cls: type[T], path: str | os.PathLike[str]) -> T:
-    """The dataclass `cls` from a TOML file, as strict as `from_dict`; errors open with the path of the file."""
+def to_toml(config: Any, *, comments: bool = False) -> str:
+    """TOML text of the whole configuration, in the order of its fields, tables after the entries; `None` is the word "none".
+
+    With `comments` each entry has what its field says of itself behind it.
+    """
+    lines: list[str] = []
+    _write_table(lines, config, "", comments)
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tables of a TOML file, for `overlay` and `from_dict`. Raises OSError, or ValueError with line and column if it is not TOML."""
+    data = Path(path).read_bytes()
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return _with_none(tomllib.loads(data.decode()))
+    except UnicodeDecodeError as error:
+        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        raise ValueError(f"{path}: not TOML: {error.object[error.start]:#04x} is no UTF-8 (at line {line}, column {column})") from error
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
-    return from_dict(cls, data, where=f"{path}: config")
+
+
+def load_toml(cls: type[T], path: str | os.PathLike[str]) -> T:
+    """The dataclass `cls` from a TOML file, the inverse of `to_toml`, as strict as `from_dict`; errors open with the path of the file."""
+    return from_dict(cls, read_toml(path), where=f"{path}: config")
+
+
+def overlay(config: T, table: Mapping[str, Any], where: str = "config") -> T:
+    """`config` with the entries of `table`, nested as its fields are, in place of its own; names and types as strict as in `from_dict`.
+
+    Where another `kind` is named, the rest of that table is over the defaults of that kind. What the dataclasses themselves check is
+    not checked: other entries may follow. Raises ValueError and TypeError.
+    """
+    return _overlaid(config, table, where, set(_dotted_names(type(config))), where)
+
+
+def _overlaid(config: T, table: Mapping[str, Any], where: str, known: set[str], root: str) -> T:
+    hints = {f.name: hint for f in _fields(type(config)) for hint in [get_type_hints(type(config))[f.name]]}
+    config = copy.copy(config)
+    for key, value in table.items():
+        path = _join(where, key)
+        if key not in hints:
+            raise ValueError(f"{path} = {value!r}: unknown option{_near_path(path.removeprefix(_join(root, '')), known, hints)}")
+        base = _base_of(hints[key], getattr(config, key), value, path)
+        new = _value(hints[key], value, path) if base is None else _overlaid(base, value, path, known, root)
+        object.__setattr__(config, key, new)
+    return config
+
+
+def _base_of(hint: Any, current: Any, value: Any, where: str) -> Any:
+    """What the table `value` is laid over: the value that a field has, or the defaults of the kind that it names. None: it is no table."""
+    if not isinstance(value, Mapping):
+        return None
+    kinds = {kind: h for h in get_args(hint) for kind in _kinds(h)}
+    if len(set(kinds.values())) > 1 and "kind" in value:
+        chosen = kinds[_literal(tuple(kinds), value["kind"], _join(where, "kind"))]
+        return current if isinstance(current, chosen) else chosen()
+    return current if _is_config(current) else None
+
+
+def _dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
+    """Names of all entries that a configuration of `cls` may have, nested ones with dots."""
+    hints = get_type_hints(cls)
+    for field in _fields(cls):
+        nested = [h for h in (hints[field.name], *get_args(hints[field.name])) if _is_config_class(h)]
+        yield prefix + field.name
+        for inner in nested:
+            yield from _dotted_names(inner, f"{prefix}{field.name}.")
+
+
+def _near_path(path: str, known: Iterable[str], siblings: Iterable[str]) -> str:
+    """`; did you mean ...?`: a name like it in the same table, or the same or a similar one in another."""
+    if path in known:
+        return " of this kind; name the kind that has it"
+    table, _, name = path.rpartition(".")
+    here = difflib.get_close_matches(name, [*siblings], n=1)
+    if here:
+        return f"; did you mean {_join(table, here[0])!r}?"
+    last = {k: k.rpartition(".")[2] for k in sorted(known)}
+    close = difflib.get_close_matches(name, last.values(), n=1)
+    found = [k for k in last if close and last[k] == close[0]]
+    return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(siblings)}"
 
 
 def differences(old: Any, new: Any) -> list[Difference]:
@@ -128,8 +207,56 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where} = {value!r}: a {type(value).__name__} cannot be written as configuration")
 
 
+class _NoneWord(str):
+    """The word "none" of a TOML file, which has no null: None where a field may be None, else itself."""
+
+
+def _with_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_none(item) for key, item in value.items()}
+    return _NoneWord(value) if value == "none" else value
+
+
+def _write_table(lines: list[str], config: Any, path: str, comments: bool) -> None:
+    said = _docstrings(type(config)) if comments else {}
+    values = {f.name: getattr(config, f.name) for f in _fields(type(config))}
+    for name, value in values.items():
+        if not _is_config(value):
+            text = f"{name} = {_toml_value(_plain(value, _join(path, name)))}"
+            lines.append(f"{text}  # {said[name]}" if name in said else text)
+    for name, value in values.items():
+        if _is_config(value):
+            lines += ["", f"[{_join(path, name)}]"]
+            _write_table(lines, value, _join(path, name), comments)
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, str):
+        # As JSON writes it, but for one character that TOML wants escaped, too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """The string below each field in the source of a dataclass, on one line."""
+    [body] = ast.parse(inspect.getsource(cls)).body
+    said = {}
+    for field, text in itertools.pairwise(getattr(body, "body", [])):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            said[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return said
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotation `hint` wants it, or an error."""
+    if isinstance(value, _NoneWord):
+        if type(None) in get_args(hint):
+            return None
+        value = str(value)
     if get_origin(hint) in (Union, types.UnionType):
         return _one_of(get_args(hint), value, where)
     if get_origin(hint) is Literal:
@@ -242,7 +369,7 @@ def _is_config(value: Any) -> bool:
 
 
 def _join(where: str, name: Any) -> str:
-    return f"{where}.{name}" if where else str(name)
+    return f"{where}.{name}" if where and not where.endswith(": ") else f"{where}{name}"
 
 
 def _without_repeats(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vqkit.cli.console import TrainingView, duration, table, write_text
+from vqkit.cli.console import TrainingView, duration, write_text
+from vqkit.cli.tables import table
 from vqkit.train.events import Finished, Progress, Resumed
 from vqkit.train.units import LossUnit
 

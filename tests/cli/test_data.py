@@ -18,6 +18,7 @@ from local_server import Server, serve
 from vqkit.cli import data as command
 from vqkit.cli import main
 from vqkit.cli.data_view import DataView
+from vqkit.cli.errors import UsageError
 from vqkit.cli.options import parse
 from vqkit.cli.train import requested
 from vqkit.data import DataConfig, Split, read_summary
@@ -117,6 +118,11 @@ def test_texts_are_prepared_with_words_for_tokens_and_taken_by_a_run(vqkit: Call
         assert config.data.tokenizer == SentencePieceTokens(vocab_size=290)
         assert (config.data.test_fraction, config.data.max_test_bytes) == (0.2, 0)
         assert (config.data.path, config.data.segments, config.data.sequence_len) == (str(tmp_path / "packed" / "t"), "ignore", 512)
+    (tmp_path / "my.toml").write_text("[data]\ntest_fraction = 0.3\n")
+    with pytest.raises(UsageError, match=r"my\.toml: data\.test_fraction = 0\.3: these data are packed with 0\.2; leave it out"):
+        requested("text", ["--file", "my.toml", "--data.path", "packed/t"])
+    (tmp_path / "my.toml").write_text('[data]\ntest_fraction = 0.2\npath = "packed/t"\nsegments = "ignore"\n')
+    assert requested("text", ["--file", "my.toml"])[1].data == config.data
     shard = tmp_path / "packed" / "t" / "train-00000.tokens"
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     damaged = vqkit("data", "check", "packed/t")

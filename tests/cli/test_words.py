@@ -30,6 +30,10 @@ HELP = [
     "bench train --help",
     "bench sample quickstart --help",
     "inspect --help",
+    "recipes",
+    "recipes --help",
+    "recipes text",
+    "export --help",
     "data --help",
     "data download --help",
     "data prepare x --help",
@@ -90,7 +94,9 @@ def test_every_help_teaches_by_an_example(vqkit: Callable[..., Said], words: str
     assert said.code == 0
     assert said.err == ""
     assert re.search(
-        r"^(usage:)? *vqkit (train|eval|sample|bench|inspect|data|import-official) [^C]", said.out.split("\n", 1)[1], re.MULTILINE
+        r"^(usage:|#)? *vqkit (train|eval|sample|bench|inspect|data|recipes|export|import-official) [^C]",
+        said.out.split("\n", 1)[1],
+        re.MULTILINE,
     )
 
 

@@ -23,6 +23,8 @@ COMMANDS = {
     "bench": "measure how fast a recipe's model trains, reads and writes",
     "inspect": "show what a run is: size, cost, codebooks, metrics, checkpoints",
     "data": "fetch, prepare and check what a run reads",
+    "recipes": "show what can be trained, and the whole configuration of each as a file",
+    "export": "write a run's model, with its tokenizer, into a folder of its own",
     "import-official": "take a checkpoint of the official Transformer-VQ (JAX) over",
 }
 
@@ -36,6 +38,7 @@ commands:
 begin with:
   vqkit train quickstart                    a first model from the Python library on this machine, in minutes
   vqkit train text --data.path FOLDER       the same on your own text
+  vqkit recipes                             what else there is
   vqkit sample runs/text --prompt "Once"    let it write
 
 vqkit COMMAND --help tells more. VQKIT_TRACEBACK=1 shows where an error came from.

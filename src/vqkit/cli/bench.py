@@ -183,7 +183,7 @@ def machine(device: Any) -> dict[str, Any]:
 
 def as_table(result: dict[str, Any]) -> str:
     """Lines of aligned columns below what they depend on."""
-    from vqkit.cli.console import table
+    from vqkit.cli.tables import table
 
     of = result["machine"]
     place = of["device"] if of["device"] != "cpu" else f"{of['processor']}, {of['threads']} threads"

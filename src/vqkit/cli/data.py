@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from vqkit.cli.errors import UsageError
-from vqkit.cli.options import near_miss, parse
+from vqkit.cli.options import near_miss, parse, value_of
 from vqkit.data.config import CUT_OPTIONS, DataConfig
 from vqkit.data.published import PUBLISHED
 from vqkit.recipes import RECIPES
@@ -163,8 +162,7 @@ def _asked(cls: type[Any], words: Sequence[str], prog: str) -> tuple[Any, DataCo
 
 def with_rules_of_packed(data: DataConfig, words: Sequence[str]) -> DataConfig:
     """`data` with the rules of the packed data that `--data.path` among `words` names; as it is where that names something else."""
-    path = next((Path(b).expanduser() for a, b in pairwise(words) if a == "--data.path"), Path(data.path))
-    path = next((Path(word.partition("=")[2]).expanduser() for word in words if word.startswith("--data.path=")), path)
+    path = Path(value_of(words, "--data.path") or data.path).expanduser()
     if not (path / "meta.json").is_file():
         return data
     from vqkit.data import read_rules
@@ -176,7 +174,7 @@ def with_rules_of_packed(data: DataConfig, words: Sequence[str]) -> DataConfig:
 
 def report(summary: DataSummary) -> str:
     """What packed data hold, split by split."""
-    from vqkit.cli.console import table
+    from vqkit.cli.tables import table
 
     skipped = f", {summary.empty_files + summary.short_files:,} skipped" if summary.empty_files + summary.short_files else ""
     splits = {name: getattr(summary, name) for name in ("train", "validation", "test")} | {"total": summary.total}
@@ -191,7 +189,7 @@ def report(summary: DataSummary) -> str:
 
 def _holds(config: DataConfig) -> str:
     """What there is to pack, without packing it."""
-    from vqkit.cli.console import table
+    from vqkit.cli.tables import table
     from vqkit.data.reading import measure_of
     from vqkit.data.source import SPLITS, find_documents
 

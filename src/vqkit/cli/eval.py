@@ -40,8 +40,9 @@ def main(words: Sequence[str]) -> int:
         raise ValueError(f"{options.run} holds weights and no data: name a run whose data to measure on, --data RUN")
     of_data = options.data or options.run
     config = stored_config(of_data)
-    from vqkit.cli.console import note_broken_checkpoints, table
+    from vqkit.cli.console import note_broken_checkpoints
     from vqkit.cli.report import code_table, content, headline, measure, measures
+    from vqkit.cli.tables import table
     from vqkit.data import Split
     from vqkit.models.weights import find_weights, load_weights
 

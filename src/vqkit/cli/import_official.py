@@ -74,7 +74,7 @@ def check_folder(folder: Path) -> None:
 
 def _found(loaded: OfficialModel, goes_on: bool) -> str:
     """What the arrays told."""
-    from vqkit.cli.console import table
+    from vqkit.cli.tables import table
 
     config = loaded.config
     rows = [

@@ -56,7 +56,7 @@ def main(words: Sequence[str]) -> int:
 
 def codebook_table(counts: Sequence[Tensor], config: ModelConfig) -> str:
     """Use of the codes per attention unit and head, from counts [H, C] of each unit; the worst named below. Empty without codebooks."""
-    from vqkit.cli.console import table
+    from vqkit.cli.tables import table
     from vqkit.train.code_use import code_use, unit_name
 
     rows, worst = [], (2.0, "")
@@ -114,7 +114,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _cost(config: ModelConfig) -> str:
-    from vqkit.cli.console import table
+    from vqkit.cli.tables import table
     from vqkit.models.cost import flops_per_token, num_codebook_values, num_parameters, state_bytes
 
     flops = flops_per_token(config)

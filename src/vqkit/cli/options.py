@@ -55,6 +55,16 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
 
 
+def value_of(words: Sequence[str], option: str) -> str | None:
+    """The last value that `words` give to `option`, before they are parsed; None where they give none."""
+    found = None
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            found = value if equals else words[i + 1] if i + 1 < len(words) else None
+    return found
+
+
 def option_names(cls: type, prefix: str = "--", default: Any = None) -> Iterator[str]:
     """Names of all options that the dataclass `cls` gives, nested ones with dots; of a field with alternatives, those of its default."""
     hints = get_type_hints(cls, include_extras=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from vqkit.cli.console import TrainingView, duration, table, write_text
+from vqkit.cli.console import TrainingView, duration, write_text
+from vqkit.cli.tables import table
 from vqkit.data import Split, byte_baselines
 from vqkit.data.images import save_png
 from vqkit.dist import is_first_process

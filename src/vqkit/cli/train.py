@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vqkit.cli.errors import UsageError
-from vqkit.cli.options import near_miss, parse
-from vqkit.config import from_json
+from vqkit.cli.options import near_miss, parse, value_of
+from vqkit.config import differences, from_json, overlay, read_toml
 from vqkit.data.config import DataConfig
 from vqkit.models.config import ModelConfig
 from vqkit.recipes import RECIPES
 from vqkit.train.config import RunConfig, TrainConfig
 
-HELP = """usage: vqkit train RECIPE [--run DIR] [OPTIONS]
-       vqkit train --run DIR
+HELP = """usage: vqkit train RECIPE [--file FILE] [--run DIR] [OPTIONS]
+       vqkit train --run DIR [OPTIONS]
 
 Train a model by a recipe, measure it on the test split, let it write. A run is a directory (runs/RECIPE unless --run says
-otherwise) and can be stopped at any time: the same command, or `vqkit train --run DIR`, goes on where it stopped.
+otherwise) and can be stopped at any time: the same command, or `vqkit train --run DIR`, goes on where it stopped. Then only the number
+of steps, the intervals and the device may be others.
 
-recipes:
+recipes (vqkit recipes shows more of them):
 {recipes}
 
 examples:
   vqkit train quickstart
   vqkit train text --data.path FOLDER --run runs/mine --train.steps 2000
+  vqkit train --run runs/mine --train.steps 4000
   vqkit train text --data.path OTHER --init-from runs/mine --run runs/tuned
+
+A file of your own, in TOML: its values replace those of the recipe, and options replace those of the file.
+  vqkit recipes text --toml my.toml
+  vqkit train text --file my.toml --data.path FOLDER
 
 vqkit train RECIPE --help shows every option, with the values of that recipe.
 """
@@ -41,6 +50,8 @@ class TrainOptions:
     train: TrainConfig
     run: Path | None = None
     """Directory of the run; made if absent, gone on with if it is one. None = runs/RECIPE."""
+    file: Path | None = None
+    """TOML file whose values replace those of the recipe; options replace both. `vqkit recipes RECIPE --toml FILE` writes one."""
     init_from: Path | None = None
     """Run, checkpoint or export folder whose model and weights to start with, under a new optimizer; add --train.extra-steps for steps
     at the last learning rate, or take --train.schedule constant. None = the model of the recipe, with random weights."""
@@ -62,13 +73,15 @@ def main(words: Sequence[str]) -> int:
     if not words:
         raise UsageError(f"no recipe given; there are {', '.join(RECIPES)}; see vqkit train --help")
     if words[0] in ("-h", "--help"):
-        print(HELP.format(recipes="\n".join(f"  {name:<12}{first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())), end="")
+        width = max(map(len, RECIPES))
+        print(HELP.format(recipes="\n".join(f"  {name:<{width}}  {first_line(make.__doc__)}" for name, make in RECIPES.items())), end="")
         return 0
-    if words[0].startswith("-"):
-        run_dir = parse(ResumeOptions, words, prog="vqkit train").run
-        config = stored_config(run_dir)
-    else:
+    if not words[0].startswith("-"):
         run_dir, config = requested(words[0], words[1:])
+    elif value_of(words, "--file") is not None:
+        run_dir, config = requested(_recipe_of(Path(str(value_of(words, "--file")))), words)
+    else:
+        run_dir, config = gone_on_with(words)
 
     from vqkit.cli.report import train_and_report
 
@@ -76,20 +89,27 @@ def main(words: Sequence[str]) -> int:
 
 
 def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
-    """Directory and configuration of a recipe with the changes that `words` ask for. Raises UsageError."""
+    """Directory and configuration of a recipe with the changes that a file and `words` ask for. Raises UsageError."""
     if recipe not in RECIPES:
         raise UsageError(f"unknown recipe {recipe!r}{near_miss(recipe, RECIPES)}")
-    from vqkit.cli.data import with_rules_of_packed
-
-    base = RECIPES[recipe]()
-    base_data = with_rules_of_packed(base.data, words)
-    options = _options(recipe, words, TrainOptions(base.model, base_data, base.train))
-    init_from = None
+    base, file = RECIPES[recipe](), value_of(words, "--file")
+    table = {} if file is None else _table(Path(file), recipe)
+    over = _overlaid(base, table, file)
+    default = TrainOptions(over.model, _data(base, over, words, file), _with_warmup_that_fits(base.train, over.train, words))
+    options = _options(recipe, words, default)
+    init_from = over.init_from
     if options.init_from is not None:
         init_from = str(options.init_from.expanduser().absolute())
-        options = _options(recipe, words, TrainOptions(_model_of(init_from), base_data, base.train))
+    if init_from is not None:
+        own = _overlaid(replace(base, model=_model_of(init_from)), table, file)
+        options = _options(recipe, words, replace(default, model=own.model))
+    run_dir = options.run or Path("runs") / recipe
     if not options.data.path:
-        raise UsageError(f"recipe {recipe} needs data: add --data.path FOLDER")
+        is_run = (run_dir / "config.json").is_file()
+        raise UsageError(
+            f"recipe {recipe} needs data: add --data.path FOLDER"
+            + (f"; {run_dir} is a run already, vqkit train --run {run_dir} goes on with it" if is_run else "")
+        )
     train = options.train
     if train.steps != base.train.steps and train.minutes == base.train.minutes:
         train = replace(train, minutes=None)  # whoever names a number of steps wants that number
@@ -99,15 +119,108 @@ def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
     if init_from is None and model.vocab_size == base.model.vocab_size:
         model = replace(model, vocab_size=data.vocab_size)  # whoever names no vocabulary wants that of the data
     try:
+        if not _names_warmup(base.train, over.train, words):
+            train = _with_warmup_of(run_dir, train, base.train)
         config = RunConfig(recipe, model, data, train, init_from)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return options.run or Path("runs") / recipe, config
+    return run_dir, config
+
+
+def gone_on_with(words: Sequence[str]) -> tuple[Path, RunConfig]:
+    """Directory and configuration of the run that `--run` names, with the changes that `words` ask for. Raises UsageError."""
+    run = value_of(words, "--run")
+    if run is None or "--help" in words or "-h" in words:
+        return parse(ResumeOptions, words, prog="vqkit train").run, RECIPES["quickstart"]()
+    stored = stored_config(Path(run))
+    default = TrainOptions(stored.model, stored.data, stored.train)
+    options = parse(TrainOptions, words, prog=f"vqkit train --run {run}", default=default)
+    for name in ("file", "init_from"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: is for a new run: vqkit train RECIPE")
+    train = options.train
+    if train.steps != stored.train.steps and train.minutes == stored.train.minutes:
+        train = replace(train, minutes=None)
+    try:
+        return Path(run), replace(stored, model=options.model, data=options.data, train=train)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _options(recipe: str, words: Sequence[str], default: TrainOptions) -> TrainOptions:
     description = f"{first_line(RECIPES[recipe].__doc__)}\n\n{example(recipe)}"
     return parse(TrainOptions, words, prog=f"vqkit train {recipe}", description=description, default=default)
+
+
+def _recipe_of(file: Path) -> str:
+    """The recipe that a file names, where the words name none."""
+    recipe = _toml(file).get("recipe")
+    if not isinstance(recipe, str):
+        raise UsageError(f"no recipe given: vqkit train RECIPE --file {file}, or a line in the file, recipe = {next(iter(RECIPES))!r}")
+    return recipe
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    try:
+        return read_toml(file.expanduser())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _table(file: Path, recipe: str) -> dict[str, Any]:
+    table = _toml(file)
+    named = table.pop("recipe", recipe)
+    if named != recipe:
+        raise UsageError(f"{file}: recipe = {named!r}: is for vqkit train {named}, not for {recipe}")
+    return table
+
+
+def _overlaid(base: RunConfig, table: dict[str, Any], file: str | None) -> RunConfig:
+    try:
+        return overlay(base, table, where=f"{file}: ")
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _data(base: RunConfig, over: RunConfig, words: Sequence[str], file: str | None) -> DataConfig:
+    """What the file says of the data; of packed data the rules that they were packed by, which the file must not contradict."""
+    from vqkit.cli.data import with_rules_of_packed
+
+    data = with_rules_of_packed(over.data, words)
+    asked = {difference.path for difference in differences(base.data, over.data)} - {"path"}
+    for difference in differences(over.data, data):
+        if difference.path in asked:
+            raise UsageError(
+                f"{file}: data.{difference.path} = {difference.old!r}: these data are packed with {difference.new!r}; "
+                "leave it out, or pack them anew"
+            )
+    return data
+
+
+def _names_warmup(base: TrainConfig, over: TrainConfig, words: Sequence[str]) -> bool:
+    return over.warmup_steps != base.warmup_steps or value_of(words, "--train.warmup-steps") is not None
+
+
+def _with_warmup_that_fits(base: TrainConfig, over: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """A tenth of the steps for the warm-up, where fewer steps are asked for than the recipe warms up, and no other warm-up."""
+    named = value_of(words, "--train.steps")
+    steps = int(named) if named is not None and named.isdecimal() else over.steps
+    if _names_warmup(base, over, words) or not 1 <= steps <= over.warmup_steps:
+        return over
+    return overlay(over, {"warmup_steps": steps // 10})
+
+
+def _with_warmup_of(run_dir: Path, train: TrainConfig, base: TrainConfig) -> TrainConfig:
+    """That of the run, if there is one: it may go on to another number of steps, but not with another warm-up."""
+    try:
+        return replace(train, warmup_steps=stored_config(run_dir).train.warmup_steps)
+    except (OSError, ValueError, TypeError):  # there is none, or it is broken, which is said where it is gone on with
+        if train.warmup_steps != base.warmup_steps and os.environ.get("RANK", "0") == "0":
+            print(
+                f"vqkit: note: train.steps = {train.steps}: a warm-up of {train.warmup_steps} steps, not {base.warmup_steps}",
+                file=sys.stderr,
+            )
+        return train
 
 
 def _model_of(path: str) -> ModelConfig:

@@ -25,7 +25,6 @@ class ImageTokenizer(SpecialIds):
     """Byte b of an image is id b + 3, as of text; an image is H * W * C ids, without an end token."""
 
     kind: ClassVar[str] = "images"
-    unit: ClassVar[str] = "dim"
     vocab_size = 259
 
     def __init__(self, height: int, width: int, channels: int) -> None:

@@ -36,7 +36,6 @@ class SentencePieceTokenizer(SpecialIds):
     """
 
     kind: ClassVar[str] = "sentencepiece"
-    unit: ClassVar[str] = "token"
 
     def __init__(self, model: bytes, *, name: str = "the SentencePiece model") -> None:
         sentencepiece = sentencepiece_module()

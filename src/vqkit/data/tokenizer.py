@@ -28,8 +28,6 @@ class Tokenizer(Protocol):
     END: ClassVar[int]
     UNKNOWN: ClassVar[int]
     kind: ClassVar[str]
-    unit: ClassVar[str]
-    """What one id is called where bits are shared out: a byte, a dim (of an image), a token."""
 
     @property
     def vocab_size(self) -> int:
@@ -74,7 +72,6 @@ class ByteTokenizer(SpecialIds):
 
     FIRST_BYTE = 3
     kind: ClassVar[str] = "bytes"
-    unit: ClassVar[str] = "byte"
     vocab_size = 259
 
     @property
@@ -109,7 +106,6 @@ class IdTokenizer(SpecialIds):
     """Ids of a vocabulary of the user's own: id i is i + `shift`, 3 where the three special ids are added, 0 where they are included."""
 
     kind: ClassVar[str] = "ids"
-    unit: ClassVar[str] = "token"
 
     def __init__(self, num_ids: int, shift: int) -> None:
         if shift not in (0, 3):

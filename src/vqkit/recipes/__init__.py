@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from vqkit.recipes.byte_models import quickstart as quickstart
     from vqkit.recipes.byte_models import text as text
     from vqkit.recipes.byte_models import tokens as tokens
+    from vqkit.recipes.catalog import DATA as DATA
     from vqkit.recipes.catalog import HARDWARE as HARDWARE
     from vqkit.recipes.catalog import RECIPES as RECIPES
+    from vqkit.recipes.catalog import RESULTS as RESULTS
     from vqkit.recipes.published import TOP_P as TOP_P
     from vqkit.recipes.published import enwik8 as enwik8
     from vqkit.recipes.published import enwik8_small as enwik8_small
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
     from vqkit.recipes.published import pg19_tiny as pg19_tiny
 
 __all__ = [
+    "DATA",
     "HARDWARE",
     "RECIPES",
+    "RESULTS",
     "TOP_P",
     "enwik8",
     "enwik8_small",
@@ -41,8 +45,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DATA": "catalog",
     "HARDWARE": "catalog",
     "RECIPES": "catalog",
+    "RESULTS": "catalog",
     "TOP_P": "published",
     "enwik8": "published",
     "enwik8_small": "published",
