@@ -64,6 +64,10 @@ EXCEPTIONS = [
     Exempt("noise_dropout=*", "training_returns_one_codebook", _IN_TRAINING),
     Exempt("noise_dropout=*", "micro_batches_are_one_batch", _NOISE),
     Exempt("noise_dropout=*", "many_processes_are_one", _NOISE),
+    Exempt("quantize_rate=0*", "order_does_not_matter", _NOISE),
+    Exempt("quantize_rate=0*", "training_returns_one_codebook", _IN_TRAINING),
+    Exempt("quantize_rate=0*", "micro_batches_are_one_batch", _NOISE),
+    Exempt("quantize_rate=0*", "many_processes_are_one", _NOISE),
     Exempt("LFQ(*Diversity*", "micro_batches_are_one_batch", _SPREAD),
     Exempt("LFQ(*Diversity*", "many_processes_are_one", _SPREAD),
 ]
@@ -76,6 +80,7 @@ NOT_VARIED: dict[tuple[str, ...], str] = {
     ("VectorQuantize", "device"): _DEVICE,
     ("Residual", "device"): _DEVICE,
     ("ResidualVQ", "device"): _DEVICE,
+    ("FSP", "device"): _DEVICE,
     ("FSQ", "device"): _DEVICE,
     ("LFQ", "device"): _DEVICE,
     ("LatentQuantize", "device"): _DEVICE,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vqkit.quantizers import (
     EMA,
+    FSP,
     FSQ,
     LFQ,
     MLP,
@@ -37,6 +38,7 @@ from vqkit.quantizers import (
     KMeans,
     LatentQuantize,
     LearnableVQ,
+    Moments,
     Orthogonality,
     OwnOptimizer,
     ProductVQ,
@@ -47,6 +49,7 @@ from vqkit.quantizers import (
     SimVQ,
     Softmax,
     VectorQuantize,
+    VQBridge,
 )
 from vqkit.quantizers.codebook import Codebook
 
@@ -309,6 +312,7 @@ _VECTOR_QUANTIZE = [
     _vq(transform="linear", update=Frozen(), represents=True),
     _vq(transform=MLP(hidden=12, depth=2), update=Gradient(), init="unit"),
     _vq(transform=tanh_of_linear, update=Gradient()),
+    _vq(transform=VQBridge(patch=4, hidden=12, depth=2, heads=2), update=Gradient(), represents=True),
     _vq(affine=Affine(batch_decay=0.5, codebook_decay=0.5), represents=True),
     _vq(code_weights=slow_where_many),
     # Losses
@@ -387,6 +391,7 @@ def mapped_tables() -> list[nn.Module]:
 _COMPOSED = [
     Case(SimVQ, {"dim": DIM, "codebook_size": CODES}),
     Case(SimVQ, {"dim": DIM, "codebook_size": CODES, "transform": MLP(hidden=12), "init": "normal", "losses": (Commitment(),)}),
+    Case(SimVQ, {"dim": DIM, "codebook_size": CODES, "transform": VQBridge(patch=8, hidden=8)}),
     Case(Residual, {"layers": mapped_tables, "beam": BeamSearch(size=2)}),
     Case(ProductVQ, {"dim": 2 * DIM, "codebook_size": CODES, "groups": 2}),
     Case(ProductVQ, {"dim": 2 * DIM, "codebook_size": CODES, "groups": 2, "layout": "first", "commit": "manual"}, (3, 4), "image"),
@@ -414,6 +419,21 @@ _SCALAR = [
     Case(LatentQuantize, {"levels": (5, 4, 3)}, represents=True),
     Case(LatentQuantize, {"levels": (4, 4), "dim": DIM, "heads": 2, "commitment": Commitment(weight=0.5, pull=2.0)}),
     Case(LatentQuantize, {"levels": (3, 2), "layout": "first", "masked": "input", "commit": "manual"}, (3, 4), "image"),
+    Case(FSP, {"levels": (8, 5, 5), "quantize_rate": 1.0}, represents=True),
+    Case(FSP, {"levels": (4, 3), "heads": 2, "cdf": "tanh", "quantize_rate": 1.0, "layout": "first", "masked": "input"}, (3, 4), "image"),
+    Case(FSP, {"levels": (5, 4), "dim": DIM, "cdf": "sigmoid", "output": "latent", "scale": 0.5, "moments": None, "quantize_rate": 1.0}),
+    Case(FSP, {"levels": (8, 5), "cdf": "cauchy", "moments": None, "quantize_rate": 0.0, "commit": "manual"}, represents=True),
+    Case(
+        FSP,
+        {
+            "levels": (4, 4),
+            "dim": DIM,
+            "cdf": "laplace",
+            "output": "latent",
+            "quantize_rate": 0.5,
+            "moments": Moments(mean=0.2, variance=0.1, skewness=0.06, kurtosis=0.05, targets=(0.1, 2.0, 0.1, 2.0)),
+        },
+    ),
     Case(Residual, {"layers": fine_after_coarse, "dim": DIM, "quantize_dropout": QuantizeDropout(seed=5)}),
     Case(Residual, {"layers": halving_bits, "beam": BeamSearch(size=3)}),
     Case(Grouped, {"parts": groups_of_scalars}),

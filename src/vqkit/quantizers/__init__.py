@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import Gradient as Gradient
     from vqkit.quantizers.config import Gumbel as Gumbel
     from vqkit.quantizers.config import KMeans as KMeans
+    from vqkit.quantizers.config import Moments as Moments
     from vqkit.quantizers.config import Orthogonality as Orthogonality
     from vqkit.quantizers.config import OwnOptimizer as OwnOptimizer
     from vqkit.quantizers.config import QuantizeDropout as QuantizeDropout
     from vqkit.quantizers.config import Softmax as Softmax
+    from vqkit.quantizers.config import VQBridge as VQBridge
     from vqkit.quantizers.fixed import SimpleVQ as SimpleVQ
+    from vqkit.quantizers.fsp import FSP as FSP
     from vqkit.quantizers.fsq import FSQ as FSQ
     from vqkit.quantizers.grouped import Grouped as Grouped
     from vqkit.quantizers.grouped import GroupedResidualVQ as GroupedResidualVQ
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMA",
+    "FSP",
     "FSQ",
     "LFQ",
     "MLP",
@@ -78,6 +82,7 @@ __all__ = [
     "KMeans",
     "LatentQuantize",
     "LearnableVQ",
+    "Moments",
     "Orthogonality",
     "OwnOptimizer",
     "ProductVQ",
@@ -91,6 +96,7 @@ __all__ = [
     "SimVQ",
     "SimpleVQ",
     "Softmax",
+    "VQBridge",
     "VectorQuantize",
     "add_statistics_",
     "attach",
@@ -115,6 +121,7 @@ _MODULES = {
     "Diversity": "config",
     "EMA": "config",
     "Entropy": "config",
+    "FSP": "fsp",
     "FSQ": "fsq",
     "LFQ": "lfq",
     "Frozen": "config",
@@ -126,6 +133,7 @@ _MODULES = {
     "KMeans": "config",
     "LearnableVQ": "learnable",
     "MLP": "config",
+    "Moments": "config",
     "Orthogonality": "config",
     "OwnOptimizer": "config",
     "ProductVQ": "grouped",
@@ -140,6 +148,7 @@ _MODULES = {
     "ResidualVQ": "residual",
     "SimpleVQ": "fixed",
     "Softmax": "config",
+    "VQBridge": "config",
     "VectorQuantize": "vector_quantize",
     "add_statistics_": "commit",
     "attach": "commit",

@@ -26,6 +26,7 @@ from vqkit.ops.codebook import (
 from vqkit.ops.kmeans import kmeans
 from vqkit.ops.precision import without_autocast
 from vqkit.ops.usage import dead_fraction
+from vqkit.quantizers.bridge import Bridge
 from vqkit.quantizers.committed import WIDE, Counting, in_backward, rare_fraction
 from vqkit.quantizers.config import (
     EMA,
@@ -39,6 +40,7 @@ from vqkit.quantizers.config import (
     KMeans,
     Metric,
     Update,
+    VQBridge,
     check_choice,
 )
 from vqkit.quantizers.layout import check_range
@@ -71,8 +73,8 @@ class Codebook(Counting):
     `count` [H, C] for `EMA` and `ClipEMA`; `weight` [H, C, K], a parameter for `Gradient`, and `count` for the others, with what an
     `OwnOptimizer` remembers; `weight` alone for `Frozen`. `pending` is no buffer, so that nothing broadcasts over it, but moves with the
     module and stands in the state dict. metric="cosine" keeps codes of length 1. `transform` maps the stored vectors [H, C, K] to the
-    codes: "linear", `MLP(...)` or a module; it learns by the optimizer of the model. With `frozen` no commit changes anything.
-    `code_weights` let moving averages follow some codes faster than others: factors of 1 - decay, not negative and at most
+    codes: "linear", `MLP(...)`, `VQBridge(...)` or a module; it learns by the optimizer of the model. With `frozen` no commit changes
+    anything. `code_weights` let moving averages follow some codes faster than others: factors of 1 - decay, not negative and at most
     1 / (1 - decay); of a head that saw no vector they are not asked for. A tensor moves with the module and is not in the state dict.
 
     Raises ValueError for sizes below 1, for choices that contradict each other, and for code weights of another shape or range.
@@ -92,7 +94,7 @@ class Codebook(Counting):
         update: Update | None = None,
         init: Init = "uniform",
         dead_codes: DeadCodes | None = None,
-        transform: str | MLP | nn.Module | None = None,
+        transform: str | MLP | VQBridge | nn.Module | None = None,
         affine: Affine | None = None,
         code_weights: CodeWeights | None = None,
         moments: bool = True,
@@ -138,7 +140,7 @@ class Codebook(Counting):
             self.register_buffer("code_weights", weights if empty.is_meta else weights.to(empty.device), persistent=False)
         else:
             self.code_weights = code_weights
-        self.transform = _make_transform(transform, dim, dtype, device)
+        self.transform = _make_transform(transform, size, dim, dtype, device)
         self.found_dead = torch.zeros_like(self.pending.vectors)
         self._moments = moments
         self.reset_parameters()
@@ -535,15 +537,17 @@ def _row(values: Tensor) -> Tensor:
 
 
 def _make_transform(
-    transform: str | MLP | nn.Module | None, dim: int, dtype: torch.dtype, device: torch.device | str | None
+    transform: str | MLP | VQBridge | nn.Module | None, size: int, dim: int, dtype: torch.dtype, device: torch.device | str | None
 ) -> nn.Module | None:
     if transform is None or isinstance(transform, nn.Module):
         return transform
     if isinstance(transform, MLP):
         return _Perceptron(dim, transform.hidden, transform.depth, dtype, device)
+    if isinstance(transform, VQBridge):
+        return Bridge(transform, size, dim, dtype=dtype, device=device)
     if transform == "linear":
         return nn.Linear(dim, dim, bias=False, dtype=dtype, device=device)
-    raise ValueError(f'transform = {transform!r}: must be None, "linear", MLP(...) or a module')
+    raise ValueError(f'transform = {transform!r}: must be None, "linear", MLP(...), VQBridge(...) or a module')
 
 
 def _check_together(

@@ -227,6 +227,25 @@ class MLP:
         _check_count(self, "hidden", "depth")
 
 
+@dataclass(frozen=True)
+class VQBridge:
+    """The codes are the stored vectors after a small vision transformer that sees all of them (FVQ; Chang et al., 2025).
+
+    `patch` neighbours are compressed to one token; `depth` blocks of `heads` heads process tokens of width `hidden`; each token gives its
+    codes back.
+    """
+
+    patch: int = 16
+    """Must divide the number of codes. The time of a block grows with the square of codes / patch."""
+    hidden: int = 256
+    depth: int = 1
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        _check_count(self, "patch", "hidden", "depth", "heads")
+        _check(self, "heads", self.hidden % self.heads == 0, f"a divisor of hidden = {self.hidden}")
+
+
 # How codes are chosen, and what gradient passes the choice
 
 
@@ -346,6 +365,27 @@ class Entropy:
     def __post_init__(self) -> None:
         _check_not_negative(self, "weight")
         _check_positive(self, "temperature")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Squared distances of the moments of each scalar, over the vectors of a batch, to those that it is to have (VP-VAE, 2026).
+
+    The fields are weights; kurtosis is the excess over that of a normal distribution.
+    """
+
+    mean: float = 0.1
+    variance: float = 0.07
+    skewness: float = 0.0
+    kurtosis: float = 0.0
+    targets: tuple[float, float, float, float] | None = None
+    """Of mean, variance, skewness and kurtosis; None: those of the distribution that the quantizer assumes."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "mean", "variance", "skewness", "kurtosis")
+        if self.targets is not None:
+            _check_numbers(self, "targets")
+            _check(self, "targets", len(self.targets) == 4 and all(map(math.isfinite, self.targets)), "None or four finite numbers")
 
 
 Loss = Commitment | CrossEntropyCommitment | Orthogonality | Diversity

@@ -43,6 +43,7 @@ from vqkit.quantizers.config import (
     Loss,
     Orthogonality,
     Softmax,
+    VQBridge,
     check_choice,
 )
 from vqkit.quantizers.layout import check_indices, position_mask, width_last
@@ -93,7 +94,7 @@ class ImplicitVQ(Quantizer):
         update: Gradient | Frozen | None = None,
         init: Init = "uniform",
         dead_codes: DeadCodes | None = None,
-        transform: str | MLP | nn.Module | None = None,
+        transform: str | MLP | VQBridge | nn.Module | None = None,
         affine: Affine | None = None,
         losses: Sequence[Loss] = (Commitment(),),
         sync_update: float = 0.0,

@@ -98,7 +98,7 @@ class LatentQuantize(ScalarQuantizer):
         chosen = [table[number] for table, number in zip(tables, digits.unbind(-1), strict=True)]
         return torch.stack(chosen, dim=-1)
 
-    def _losses(self, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
         found = mean_commitment_loss(values, codes, kept)
         pull = mean_commitment_loss(codes, values, kept)
         return {"commitment": found + self.commitment.pull * (pull - pull.detach())}

@@ -102,7 +102,7 @@ class LFQ(ScalarQuantizer):
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         return (digits.to(dtype) * 2.0 - 1.0) * self._step
 
-    def _losses(self, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
         return {_LOSS_NAMES[type(loss)]: self._loss(loss, values, codes, kept) for loss in self.losses}
 
     def _loss(self, loss: Commitment | Entropy | Diversity, values: Tensor, codes: Tensor, kept: Tensor) -> Tensor:

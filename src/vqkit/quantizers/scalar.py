@@ -150,8 +150,8 @@ class ScalarQuantizer(Quantizer):
         """The codes in value, or near them, with a gradient to the values."""
         return straight_through(values, codes)
 
-    def _losses(self, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        """Of values and codes [P..., H, d], kept [P...]."""
+    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """Of vectors as they came, values and codes, all [P..., H, d]; kept [P..., H]."""
         return {}
 
     # What every quantizer says of itself
@@ -203,7 +203,7 @@ class ScalarQuantizer(Quantizer):
             digits, kept = split_digits(found, self.levels), kept & (found >= 0)
         found = found.where(kept, -1)
         codes = self._codes(digits, values.dtype)
-        losses = self._losses(values, codes, kept)
+        losses = self._losses(given.vectors, values, codes, kept)
         output = where_kept(kept, self._estimate(values, codes))
         statistics = None
         if self.training and not freeze_codebook:

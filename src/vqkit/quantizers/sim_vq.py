@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from vqkit.quantizers.config import MLP, Commitment, Frozen
+from vqkit.quantizers.config import MLP, Commitment, Frozen, VQBridge
 from vqkit.quantizers.vector_quantize import VectorQuantize
 
 _LOSSES = (Commitment(weight=0.25, pull=4.0),)
 
 
 class SimVQ(VectorQuantize):
-    """A `VectorQuantize` whose codes are `transform` ("linear", `MLP(...)` or a module) of frozen random vectors.
+    """A `VectorQuantize` whose codes are `transform` ("linear", `MLP(...)`, `VQBridge(...)` or a module) of frozen random vectors.
 
     The map learns by the optimizer of the model: from the loss, Commitment(weight=0.25, pull=4.0) unless given, which pulls codes to
     vectors four times as much as vectors to codes. `init` is "unit" unless given. Other options are those of `VectorQuantize` but for
@@ -26,7 +26,7 @@ class SimVQ(VectorQuantize):
         dim: int,
         codebook_size: int,
         *,
-        transform: str | MLP | nn.Module = "linear",
+        transform: str | MLP | VQBridge | nn.Module = "linear",
         **options: Any,
     ) -> None:
         for name in ("update", "dead_codes", "affine", "code_weights"):

@@ -1,0 +1,127 @@
+"""Finite scalar perturbation (VP-VAE, 2026): scalars fall into bins of equal probability; in training noise stands for the choice of one.
+
+Shapes: P... positions of the input, H heads, d scalars of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vqkit.ops.estimators import straight_through
+from vqkit.ops.perturbation import MOMENTS, UNIFORM_STD, Distribution, bins, cdf, centres, moments, perturb, quantile
+from vqkit.ops.scalar import Rounded
+from vqkit.quantizers.base import changed
+from vqkit.quantizers.config import Commit, Moments, check_choice, check_kind, check_number
+from vqkit.quantizers.layout import Layout
+from vqkit.quantizers.scalar import ScalarQuantizer
+
+_NAMES = ("mean", "variance", "skewness", "kurtosis")
+
+
+class FSP(ScalarQuantizer):
+    """Scalars in `levels[i]` bins each: prod(levels) codes for every one of `heads` vectors of width len(levels).
+
+    A scalar goes through the distribution function `cdf` into 0 ... 1, which `levels[i]` bins of equal width share. In training it moves
+    by up to half a bin at random, so that what is behind sees all of a bin, with the gradient of the place itself; a `quantize_rate` of
+    the scalars, drawn anew in every call, and in evaluation all, are put to the middle of their bin, with that gradient, too. Indices
+    always name the bin. With output="uniform" the output is the place in 0 ... 1, brought to mean 0 and variance 1; with "latent" it is
+    brought back by the inverse of `cdf`, with the gradient of the scalar.
+
+    `moments`, the loss, keeps the scalars near the distribution for which bins are used alike; None: no loss. `scale` is what scalars are
+    divided by, and the output multiplied by. Where heads * len(levels) is not `dim` (None: it is), linear projections stand around.
+
+    Masked positions get index -1 and zeros, or with masked="input" themselves; vectors that are not finite get index -1, zeros, no loss
+    and no gradient. Raises ValueError for levels below 2, for more codes than an index can name, for choices out of range, and for
+    cdf="cauchy", which has no moments, without targets of `moments`; TypeError for other kinds.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None = None,
+        *,
+        heads: int = 1,
+        cdf: Distribution = "normal",
+        output: Literal["uniform", "latent"] = "uniform",
+        quantize_rate: float = 0.0,
+        moments: Moments | None = Moments(),  # noqa: B008 - frozen
+        scale: float = 1.0,
+        layout: Layout = "last",
+        masked: Literal["zero", "input"] = "zero",
+        commit: Commit = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(levels, dim, heads, layout=layout, masked=masked, device=device)
+        check_choice("cdf", cdf, get_args(Distribution))
+        check_choice("output", output, ("uniform", "latent"))
+        for name, value in (("quantize_rate", quantize_rate), ("scale", scale)):
+            check_number(name, value)
+        if not 0.0 <= quantize_rate <= 1.0:
+            raise ValueError(f"quantize_rate = {quantize_rate}: must be from 0 to 1")
+        if not 0.0 < scale < math.inf:
+            raise ValueError(f"scale = {scale}: must be positive and finite")
+        self.cdf: Distribution = cdf
+        self.output, self.quantize_rate, self.scale = output, quantize_rate, scale
+        self.moments, self.targets = moments, _targets(moments, cdf)
+        self.commit = commit
+
+    def extra_repr(self) -> str:
+        own = f", cdf={self.cdf!r}, moments={self.moments}"
+        return super().extra_repr() + own + changed(self, output="uniform", quantize_rate=0.0, scale=1.0)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        found = {} if self.moments is None else {name: getattr(self.moments, name) for name in _NAMES}
+        return {name: weight for name, weight in found.items() if weight > 0}
+
+    def _round(self, vectors: Tensor) -> Rounded:
+        scalars = vectors / self.scale
+        place = cdf(scalars, self.cdf)
+        values = scalars if self.output == "latent" else (place - 0.5) / UNIFORM_STD
+        return Rounded(values * self.scale, bins(place, self.levels))
+
+    def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._place_to_output(centres(digits, self.levels, dtype)) * self.scale
+
+    def _place_to_output(self, place: Tensor) -> Tensor:
+        if self.output == "uniform":
+            return (place - 0.5) / UNIFORM_STD
+        eps = torch.finfo(place.dtype).eps
+        return quantile(place.clamp(eps, 1.0 - eps), self.cdf)
+
+    def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
+        quantized = straight_through(values, codes)
+        if not self.training or self.quantize_rate == 1.0:
+            return quantized
+        scaled = values / self.scale
+        place = cdf(scaled, self.cdf) if self.output == "latent" else scaled * UNIFORM_STD + 0.5
+        with torch.no_grad():
+            moved = self._place_to_output(perturb(place, self.levels, torch.rand_like(place))) * self.scale
+            chosen = torch.rand_like(place) > self.quantize_rate
+        return torch.where(chosen, straight_through(values, moved), quantized)
+
+    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        names = self.loss_weights
+        if not names:
+            return {}
+        share = kept.flatten(0, -2)
+        found = moments((vectors / self.scale).flatten(0, -3), share.to(vectors.dtype))
+        enough = share.sum(0).unsqueeze(-1) > 1
+        pairs = zip(_NAMES, found, self.targets, strict=True)
+        return {name: (value - target).square().where(enough, 0.0).mean() for name, value, target in pairs if name in names}
+
+
+def _targets(wanted: Moments | None, distribution: Distribution) -> tuple[float, ...]:
+    if wanted is None:
+        return ()
+    check_kind("moments", wanted, Moments)
+    if wanted.targets is not None:
+        return wanted.targets
+    if distribution not in MOMENTS:
+        raise ValueError(f'cdf = "{distribution}": must come with moments = None or Moments(targets=...), as it has no moments of its own')
+    return MOMENTS[distribution]
