@@ -94,10 +94,16 @@ def test_every_help_teaches_by_an_example(vqkit: Callable[..., Said], words: str
     assert said.code == 0
     assert said.err == ""
     assert re.search(
-        r"^(usage:|#)? *vqkit (train|eval|sample|bench|inspect|data|recipes|export|import-official) [^C]",
+        r"^(usage:|#|\$)? *vqkit (train|eval|sample|bench|inspect|data|recipes|export|import-official) [^C]",
         said.out.split("\n", 1)[1],
         re.MULTILINE,
     )
+
+
+@pytest.mark.parametrize("words", HELP[:-1])
+def test_every_example_has_a_line_of_its_own(vqkit: Callable[..., Said], words: str) -> None:
+    for line in vqkit(*words.split()).out.splitlines():
+        assert len(re.findall(rf"\bvqkit ({'|'.join(app.COMMANDS)}) [^-\s]", re.sub(r"`.*?`", "", line))) < 2, line
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -133,8 +139,13 @@ def test_positional_arguments_are_no_options() -> None:
         ("train quickstart --block_length 3", "unknown option --block-length; did you mean --model.block-len?"),
         ("train quickstart --model.dim x", "--model.dim: must be an integer, not 'x'"),
         ("train quickstart --train.learning_rate x", "--train.learning-rate: must be a number, not 'x'"),
-        ("train quickstart --model.dim", "Missing value for argument '--model.dim'"),
-        ("train quickstart --data.segments maybe", "invalid choice 'maybe' for argument '--data.segments'. Expected one of"),
+        ("train quickstart --model.dim", "--model.dim: needs a value"),
+        ("train quickstart --data.segments maybe", "--data.segments: must be isolate or ignore, not 'maybe'"),
+        ("train quickstart --train.compile yes", "--train.compile: must be True or False, not 'yes'"),
+        ("train quickstart --train.betas 0.9", "--train.betas: must be None or 2 numbers, not '0.9'\n"),
+        ("train quickstart --train.betas 0.9 x", "--train.betas: must be None or 2 numbers, not '0.9 x'\n"),
+        ("train quickstart --train.minutes soon", "--train.minutes: must be None or a number, not 'soon'\n"),
+        ("train quickstart --model.key-heads 1.5", "--model.key-heads: must be None or an integer, not '1.5'\n"),
         ("train quickstart --model.dim 33", "model.dim = 33: must be even"),
         ("train quickstart --model.codebook.decay 2", "codebook.decay = 2.0: must be at least 0 and below 1"),
         ("train quickstart --train.update-len 100", "train.update_len = 100: must divide data.sequence_len = 512"),
@@ -146,13 +157,16 @@ def test_positional_arguments_are_no_options() -> None:
             "unknown option --data.splits.trian; did you mean --data.splits.train?",
         ),
         ("train text --data.source.vocab-size 3", "unknown option --data.source.vocab-size; did you mean --model.vocab-size?"),
-        ("train text --data.path x --data.source.kind images", "data.sequence_len = 512: must be the 12288 bytes of an image"),
+        (
+            "train text --data.path x --data.source.kind images --data.source.height 8 --data.sequence-len 512",
+            "data.sequence_len = 512: must be the 1536 bytes of an image, data.source.height * width * channels = 8 * 64 * 3",
+        ),
         ("train --rnu x", "unknown option --rnu; did you mean --run?"),
-        ("sample", "missing: "),
+        ("sample", "missing: RUN: The folder of a run, a checkpoint or exported weights.\n"),
         ("sample RUN --temprature 1", "unknown option --temprature; did you mean --temperature?"),
-        ("eval RUN --split trian", "invalid choice 'trian' for argument '--split'. Expected one of ('train', 'validation', 'test')."),
+        ("eval RUN --split trian", "--split: must be train or validation or test, not 'trian'"),
         ("inspect", "missing: "),
-        ("import-official X --out Y", "missing: --block-len INT Queries per block"),
+        ("import-official X --out Y", "missing: --block-len: Queries per block"),
         ("import-official X --out Y --block-len 4 --e_scale 1", "unknown option --e-scale; did you mean --logit-scale?"),
         ("import-official X --out Y --block-len 4 --logit-scale 0", "logit_scale = 0.0: must be a finite number greater than 0"),
         ("import-official X --out Y --block-len 4 --logit-scale x", "--logit-scale: must be a number, not 'x'"),
@@ -209,11 +223,30 @@ def test_whatever_happens_is_one_line_and_the_traceback_can_be_asked_for(
     assert said.err.endswith(f"vqkit: {line}\n")
 
 
+def test_none_is_written_as_in_a_file_or_as_in_python() -> None:
+    for word in ("none", "None"):
+        train = requested("quickstart", ["--train.clip", word, "--train.betas", word])[1].train
+        assert (train.clip, train.betas) == (None, None)
+
+
+def test_help_before_a_command_is_its_help(vqkit: Callable[..., Said]) -> None:
+    assert vqkit("help", "eval").out == vqkit("eval", "--help").out != vqkit("help").out == vqkit("--help").out
+
+
 def test_whoever_names_a_number_of_steps_gets_that_number() -> None:
     assert requested("quickstart", [])[1].train.minutes is not None
     assert requested("quickstart", ["--train.steps", "200"])[1].train.minutes is None
     both = requested("quickstart", ["--train.steps", "200", "--train.minutes", "1"])[1].train
     assert (both.steps, both.minutes) == (200, 1.0)
+
+
+def test_the_sequence_of_images_follows_their_size(tmp_path: Path) -> None:
+    words = ["--data.path", "x", "--data.source.kind", "images"]
+    assert requested("text", [*words, "--data.source.height", "4", "--data.source.width=2"])[1].data.sequence_len == 24
+    assert requested("text", words)[1].data.sequence_len == 64 * 64 * 3
+    (tmp_path / "my.toml").write_text('[data]\npath = "x"\nsource = { kind = "images", height = 2, width = 5, channels = 1 }\n')
+    assert requested("text", ["--file", str(tmp_path / "my.toml")])[1].data.sequence_len == 10
+    assert requested("imagenet64-tiny", ["--data.source.channels", "1"])[1].data.sequence_len == 64 * 64
 
 
 def test_a_kind_brings_its_options() -> None:

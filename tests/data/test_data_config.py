@@ -107,7 +107,10 @@ def test_a_wrong_kind_is_named(text: str, message: str) -> None:
             lambda: DataConfig(source=IdSource(), tokenizer=SentencePieceTokens()),
             r"data\.tokenizer\.kind = 'sentencepiece': is for text, not for data\.source\.kind = 'ids'",
         ),
-        (lambda: DataConfig(source=ImageSource()), r"data\.sequence_len = 512: must be the 12288 bytes of an image, 64 \* 64 \* 3"),
+        (
+            lambda: DataConfig(source=ImageSource()),
+            r"data\.sequence_len = 512: must be the 12288 bytes of an image, data\.source\.height \* width \* channels = 64 \* 64 \* 3",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(build: Any, message: str) -> None:

@@ -78,6 +78,8 @@ def _dispatch(words: list[str]) -> int:
     if not words:
         raise UsageError(f"no command given; one of {', '.join(COMMANDS)}, or --help")
     name, rest = words[0], words[1:]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
     if name in ("-h", "--help", "help"):
         print(HELP.format(commands="\n".join(f"  {name:<17}{text}" for name, text in COMMANDS.items())), end="")
         return 0

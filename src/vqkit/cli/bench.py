@@ -97,7 +97,7 @@ def requested(words: Sequence[str]) -> tuple[str, RunConfig, BenchOptions]:
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}{near_miss(name, RECIPES)}")
     recipe = RECIPES[name]()
-    description = f"Measure {WHAT[what]}, of the model of recipe {name}.\n\nvqkit bench {what} {name} --lengths 512 2048 8192 --out bench"
+    description = f"Measure {WHAT[what]}, of the model of recipe {name}.\n$ vqkit bench {what} {name} --lengths 512 2048 8192 --out bench"
     options = parse(BenchOptions, others, prog=f"vqkit bench {what} {name}", description=description, default=BenchOptions(recipe.model))
     for option in ("repeats", "batch_size"):
         if getattr(options, option) < 1:

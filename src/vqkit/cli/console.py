@@ -54,8 +54,9 @@ class TrainingView:
                 note = f"; {skipped:,} more skipped, empty or short" if skipped else ""
                 self._say(f"corpus: {data.files:,} files of {data.path}{note}")
                 self._say(f"corpus hash {event.data_hash}")
-                sizes = (event.training_bytes, event.validation_bytes, event.test_bytes)
-                self._say("bytes: {:,} to train, {:,} to validate, {:,} to test".format(*sizes))
+                what = "bytes" if data.train.bytes else "tokens"
+                sizes = (getattr(split, what) for split in (data.train, data.validation, data.test))
+                self._say("{}: {:,} to train, {:,} to validate, {:,} to test".format(what, *sizes))
                 self._say(f"model: {event.parameters:,} parameters, {event.steps:,} steps, on {_places(event)}")
             case Resumed():
                 self._say(f"going on with {event.run_dir} after step {event.step:,} of {event.steps:,}")

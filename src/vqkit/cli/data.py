@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from tyro.conf import Positional
 
 from vqkit.cli.errors import UsageError
 from vqkit.cli.options import near_miss, parse, value_of
-from vqkit.data.config import CUT_OPTIONS, DataConfig
+from vqkit.config import overlay
+from vqkit.data.config import CUT_OPTIONS, DataConfig, ImageSource
 from vqkit.data.published import PUBLISHED
 from vqkit.recipes import RECIPES
 
@@ -44,11 +47,10 @@ vqkit data prepare WHAT --help shows every option.
 @dataclass(frozen=True)
 class DownloadOptions:
     """Fetch a published data set from its home: enwik8, pg19 or imagenet64. What was cut off is gone on with; all is checked.
-
-    vqkit data download enwik8 --to data/enwik8
+    $ vqkit data download enwik8 --to data/enwik8
     """
 
-    name: Positional[str]
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
     """Which one."""
     to: Path | None = None
     """Folder to put it in. None = data/NAME."""
@@ -57,11 +59,10 @@ class DownloadOptions:
 @dataclass(frozen=True)
 class PrepareOptions:
     """Split, tokenize and pack data once, for any number of runs.
-
-    vqkit data prepare FOLDER --to packed/mine
+    $ vqkit data prepare FOLDER --to packed/mine
     """
 
-    what: Positional[str] = ""
+    what: Annotated[Positional[str], tyro.conf.arg(metavar="WHAT")] = ""
     """A file or folder, or the name of a data set that was fetched."""
     to: Path | None = None
     """Folder to make; if it is there already it is checked against its source. None = packed/NAME."""
@@ -71,11 +72,10 @@ class PrepareOptions:
 @dataclass(frozen=True)
 class CheckOptions:
     """Read data that were fetched or packed and compare them with what was written; or see what a file or folder holds.
-
-    vqkit data check packed/mine
+    $ vqkit data check packed/mine
     """
 
-    what: Positional[str] = ""
+    what: Annotated[Positional[str], tyro.conf.arg(metavar="WHAT")] = ""
     """A folder of packed or of fetched data, a name, or a file or folder."""
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -147,7 +147,7 @@ def _asked(cls: type[Any], words: Sequence[str], prog: str) -> tuple[Any, DataCo
     """The options, and what is to be read. The defaults are those of the published data set that the words name first, if any."""
     name = words[0] if words and words[0] in PUBLISHED else ""
     base = PUBLISHED[name]() if name else DataConfig(sequence_len=1)
-    options = parse(cls, words, prog=prog, default=cls(data=base))
+    options = parse(cls, words, prog=prog, default=cls(data=with_length_of_images(base, words)))
     what = options.what
     if not what and options.data.path == base.path:
         raise UsageError(f"missing: a file or folder, or one of {', '.join(PUBLISHED)}; see {prog} --help")
@@ -170,6 +170,18 @@ def with_rules_of_packed(data: DataConfig, words: Sequence[str]) -> DataConfig:
     rules = read_rules(path)
     kept = {name: getattr(data, name) for name in CUT_OPTIONS if rules.source.kind != "images" or name != "sequence_len"}
     return replace(rules, **kept)
+
+
+def with_length_of_images(data: DataConfig, words: Sequence[str], named: bool = False) -> DataConfig:
+    """`data` with the length of an image for that of a sequence, where `words` or `data` tell of images and nobody named a length."""
+    kind = value_of(words, "--data.source.kind") or data.source.kind
+    if kind != "images" or named or value_of(words, "--data.sequence-len") is not None:
+        return data
+    source = data.source if isinstance(data.source, ImageSource) else ImageSource()
+    sizes = [value_of(words, f"--data.source.{name}") or str(getattr(source, name)) for name in ("height", "width", "channels")]
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        return data
+    return overlay(data, {"sequence_len": math.prod(map(int, sizes))})
 
 
 def report(summary: DataSummary) -> str:
@@ -204,8 +216,10 @@ def _holds(config: DataConfig) -> str:
 
 
 def _what_next(what: str, folder: Path, summary: DataSummary) -> str:
-    recipe = what if what in RECIPES else "text"
-    lines = [f"  check it later  vqkit data check {folder}"]
-    if summary.tokenizer == "bytes" and (recipe != "text" or what not in PUBLISHED):
-        lines.append(f"  train on it     vqkit train {recipe} --data.path {folder}")
+    recipe = what if what in RECIPES else "tokens" if summary.tokenizer == "ids" else "text"
+    lines = [f"  check it later  vqkit data check {folder}", f"  train on it     vqkit train {recipe} --data.path {folder}"]
+    if recipe != what:
+        lines[-1] += f" --run runs/{folder.name}"
+    elif f"{what}-small" in RECIPES:
+        lines.append(f"  on one GPU      vqkit train {what}-small --data.path {folder}")
     return "\n".join(lines)

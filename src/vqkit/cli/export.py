@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from vqkit.cli.errors import UsageError
@@ -30,17 +31,18 @@ tags:
 @dataclass(frozen=True)
 class ExportOptions:
     """Write a run's model into a folder of its own: weights (safetensors), configuration, tokenizer, and a page with its figures.
+    $ vqkit export runs/quickstart models/mine
+    $ vqkit export runs/quickstart models/best --checkpoint best
 
-    vqkit export runs/quickstart models/mine
-    vqkit export runs/quickstart models/best --checkpoint best
-
-    What reads it: vqkit sample models/mine, vqkit eval models/mine --data RUN, vqkit.load("models/mine") and
-    vqkit.TransformerVQ.from_pretrained("models/mine") in Python, vqkit train ... --init-from models/mine
+    What reads it, beside vqkit.load and vqkit.TransformerVQ.from_pretrained in Python:
+    $ vqkit sample models/mine --prompt "The "
+    $ vqkit eval models/mine --data runs/quickstart
+    $ vqkit train text --data.path FOLDER --init-from models/mine --run runs/tuned
     """
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The folder of a run."""
-    folder: Positional[Path]
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Folder to make; never one that holds something already."""
     checkpoint: str = "last"
     """Which one: last, best (on the validation split), or the number of a step."""

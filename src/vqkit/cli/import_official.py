@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ImportOptions:
     """Take a checkpoint of the official Transformer-VQ (JAX) over: writes a folder with config.json and model.safetensors.
-
-    vqkit import-official checkpoints/checkpoint_125000 --out models/enwik8 --block-len 512 --mem-len 512 --logit-scale 1
+    $ vqkit import-official checkpoints/checkpoint_125000 --out models/enwik8 --block-len 512 --mem-len 512 --logit-scale 1
 
     The checkpoint is a file of Flax, a folder checkpoint_N, or a folder of those, of which the newest is taken. Sizes, tying, norms and
     positions are read from its arrays. What no array tells are the options; in brackets the flag of the official launch script that
@@ -33,7 +32,7 @@ class ImportOptions:
     optimizer and at the step of the checkpoint. The options of training are then yours to say as the official command had them.
     """
 
-    checkpoint: Positional[Path]
+    checkpoint: Annotated[Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """File or folder that the official code wrote."""
     out: Path
     """Folder to write; made if absent. Weights that an earlier import left there are replaced."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from tyro.conf import Positional
 
 from vqkit.cli.options import parse
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class InspectOptions:
     """Show what a run is: configuration, size and cost, health of the codebooks, last metrics, checkpoints.
-
-    vqkit inspect runs/quickstart
-    vqkit inspect runs/quickstart --plot True
+    $ vqkit inspect runs/quickstart
+    $ vqkit inspect runs/quickstart --plot True
     """
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The folder of a run, a checkpoint or exported weights."""
     plot: bool = False
     """Write RUN/plots/codebooks.png, how often each code of each codebook is used. Nothing else is ever changed."""

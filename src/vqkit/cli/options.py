@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import dataclasses
 import difflib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vqkit.cli.errors import UsageError
@@ -24,6 +26,7 @@ def parse(cls: type[T], words: Sequence[str], *, prog: str, description: str | N
     import tyro
 
     default, words = _chosen_kinds(cls, default, words)
+    words = ["None" if word == "none" else word for word in words]  # as files write it
     _refuse_unknown_options(cls, words, prog, default)
     refusal = io.StringIO()
     try:
@@ -162,11 +165,43 @@ def _first_section(box: str) -> str:
 
 def _in_our_words(message: str) -> str:
     """Without what speaks of the parser, or of Python, rather than of the option."""
+    message = re.sub(r"\[/?bold\]", "", message)
     lead, _, rest = message.partition(": ")
     if lead.startswith("Error parsing "):
         option = lead.removeprefix("Error parsing ")
         message = f"{option}: {rest}" if option.startswith("-") else rest
-    elif lead.startswith("Missing from "):
-        message = f"missing: {rest}"
+    for pattern, words in _REWORDED:
+        if found := re.search(pattern, message, re.DOTALL):
+            return words(*found.groups())
     message = message.replace("invalid literal for int() with base 10:", "must be an integer, not")
     return message.replace("could not convert string to float:", "must be a number, not")
+
+
+def _of_types(types: str) -> str:
+    """What the parser calls {None}|{FLOAT FLOAT}: None or 2 numbers."""
+    names = {"INT": ("an integer", "integers"), "FLOAT": ("a number", "numbers"), "PATH": ("a path", "paths"), "STR": ("a text", "texts")}
+    said = []
+    for kind in types.split("|"):
+        parts = kind.strip("{}").split()
+        one, many = names.get(parts[0], (kind.strip("{}"), kind.strip("{}")))
+        said.append(one if len(parts) == 1 else f"{len(parts)} {many}")
+    return " or ".join(said)
+
+
+def _value_given(values: str) -> str:
+    return repr(" ".join(ast.literal_eval(values)))
+
+
+_REWORDED: list[tuple[str, Callable[..., str]]] = [
+    (
+        r"^(--\S+): no type matching (.+) could be instantiated from (\[.*?\])\. ",
+        lambda option, types, values: f"{option}: must be {_of_types(types)}, not {_value_given(values)}",
+    ),
+    (
+        r"^invalid choice '(.*)' for argument '(--\S+)'\. Expected one of (\(.*\))\.",
+        lambda value, option, choices: f"{option}: must be {' or '.join(ast.literal_eval(choices))}, not {value!r}",
+    ),
+    (r"^Missing value for argument '(--\S+?)'", lambda option: f"{option}: needs a value"),
+    (r"^Missing from .*?: (\S+) (?:(?:INT|FLOAT|STR|PATH) )?(.*?)\s*\(required\)", lambda name, text: f"missing: {name}: {text}"),
+]
+"""What the parser says, and how it is said here."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from vqkit.cli.errors import UsageError
@@ -20,14 +22,13 @@ from vqkit.recipes import DATA, HARDWARE, RECIPES, RESULTS
 @dataclass(frozen=True)
 class RecipesOptions:
     """Show what recipes there are; of one that is named, the whole configuration with what each option means, as TOML.
-
-    vqkit recipes
-    vqkit recipes enwik8
-    vqkit recipes text --toml my.toml
-    vqkit train text --file my.toml --data.path FOLDER
+    $ vqkit recipes
+    $ vqkit recipes enwik8
+    $ vqkit recipes text --toml my.toml
+    $ vqkit train text --file my.toml --data.path FOLDER
     """
 
-    name: Positional[str] = ""
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")] = ""
     """Which one; empty = a list of all."""
     toml: Path | None = None
     """File to write instead of showing it; never one that is there already."""

@@ -22,6 +22,7 @@ from vqkit.train.config import RunConfig
 from vqkit.train.plots import PLOTS_FOLDER, save_plots
 
 LARGEST_EXPONENT = 700.0
+SAMPLES_FOLDER = "samples"
 SAMPLE_BYTES = 400
 SAMPLE_IMAGES = 4
 SAMPLE_TEMPERATURE = 0.8
@@ -41,20 +42,19 @@ def train_and_report(config: RunConfig, run_dir: Path) -> int:
         return 0
     print(f"trained: {result.step:,} steps, {view.steps_done:,} of them now, in {duration(view.seconds)}", flush=True)
     _measure(config, result)
-    if Split(result.run_dir / "data", "train").tokenizer.kind == "bytes":  # other tokens are no text to show
-        _write(config, result)
-    _close(result)
+    _write(config, result)
+    _close(config, result)
     return 0
 
 
-def measure(model: TransformerVQ, split: Split, config: RunConfig, context: str | None = None) -> Evaluation:
-    """The whole split as the run's configuration reads it, or by `context`: "carry" or "sequence"."""
+def measure(model: TransformerVQ, split: Split, config: RunConfig, context: str | None = None, segments: str | None = None) -> Evaluation:
+    """The whole split as the run's configuration reads it, or by `context`, "carry" or "sequence", and `segments`."""
     by_sequence = (context or config.train.eval_context) == "sequence"
     return evaluate(
         model,
         split,
         batch_size=config.train.eval_batch_size,
-        segments=config.data.segments == "isolate",
+        segments=(segments or config.data.segments) == "isolate",
         sequence_len=config.data.sequence_len if by_sequence else None,
     )
 
@@ -97,7 +97,9 @@ def _measure(config: RunConfig, result: TrainResult) -> None:
         evaluation = measure(model, test, config)
         print(headline(test, evaluation), flush=True)
         if test.tokenizer.kind == "bytes":
-            _compare(config, model, test, evaluation, byte_baselines(Split(data, "train"), test))
+            _compare(test, evaluation, byte_baselines(Split(data, "train"), test))
+        if test.document_len is None:
+            _ablate(config, model, test)
     use = measure(model, validation, config) if validation.num_tokens else None
     if use:
         print(f"\non the validation split\n{code_table(use, config.model)}", flush=True)
@@ -110,10 +112,14 @@ def content(split: Split) -> str:
     return f"{amount} of {split.num_documents} {'images' if split.tokenizer.kind == 'images' else 'files'}"
 
 
-def _compare(config: RunConfig, model: TransformerVQ, test: Split, evaluation: Evaluation, others: dict[str, float]) -> None:
-    """Bits beside those of other models of bytes, and of this one with hardly any context."""
+def _compare(test: Split, evaluation: Evaluation, others: dict[str, float]) -> None:
+    """Bits beside those of other models of bytes."""
     rows = [("Transformer-VQ, this run", evaluation.bits), *others.items()]
     print("\n" + table(("on the same bytes", evaluation.unit.name), [(name, f"{bits:.3f}") for name, bits in rows]), flush=True)
+
+
+def _ablate(config: RunConfig, model: TransformerVQ, test: Split) -> None:
+    """Bits beside those of the same model with hardly any context."""
     ablation = context_ablation(
         model,
         test,
@@ -122,20 +128,23 @@ def _compare(config: RunConfig, model: TransformerVQ, test: Split, evaluation: E
         segments=config.data.segments == "isolate",
     )
     full, cut = ablation.full_bits, ablation.cut_bits
+    tokens = "bytes" if test.tokenizer.kind == "bytes" else "tokens"
     print(
-        f"\ncontext counts: cut to {CONTEXT} bytes the same model needs {cut:.3f} {ablation.unit.name} instead of {full:.3f}, "
-        f"{cut - full:+.3f} (at {ablation.num_positions:,} bytes of the test split)",
+        f"\ncontext counts: cut to {CONTEXT} {tokens} the same model needs {cut:.3f} {ablation.unit.name} instead of {full:.3f}, "
+        f"{cut - full:+.3f} (at {ablation.num_positions:,} {tokens} of the test split)",
         flush=True,
     )
 
 
 def _write(config: RunConfig, result: TrainResult) -> None:
-    loaded = load(result.checkpoint)
-    folder = result.run_dir / "samples"
+    loaded = load(result.checkpoint, device=str(next(result.model.parameters()).device))
+    folder = result.run_dir / SAMPLES_FOLDER
+    if loaded.tokenizer.kind == "ids":  # which are nothing to look at
+        return
     folder.mkdir(exist_ok=True)
     if loaded.tokenizer.kind in TEXT:
         _write_text(loaded, "def " if config.recipe == "quickstart" else "", folder / f"step_{result.step:08d}.txt")
-    elif loaded.tokenizer.kind == "images":
+    else:
         path = folder / f"step_{result.step:08d}.png"
         save_png(path, loaded.images(SAMPLE_IMAGES))
         print(f"\n{SAMPLE_IMAGES} images that it painted: {path}", flush=True)
@@ -152,23 +161,33 @@ def _write_text(loaded: LoadedModel, prompt: str, path: Path) -> None:
     write_text_atomic(path, text)
 
 
-def _close(result: TrainResult) -> None:
-    run = result.run_dir
+def _close(config: RunConfig, result: TrainResult) -> None:
+    run, kind = result.run_dir, Split(result.run_dir / "data", "train").tokenizer.kind
     rows = [
         ("run", f"{run}"),
         ("weights", f"{result.checkpoint}"),
         ("metrics", f"{run / 'metrics.jsonl'}"),
         ("plots", f"{run / PLOTS_FOLDER}"),
-        ("samples", f"{run / 'samples'}"),
     ]
-    print("\n" + "\n".join(f"{name:<9}{path}" for name, path in rows))
-    print(
-        "\nwhat next\n"
-        f'  let it write       vqkit sample {run} --prompt "import " --temperature 0.8\n'
-        f"  look inside        vqkit inspect {run}\n"
-        "  use your own text  vqkit train text --data.path FOLDER\n"
-        f'  from Python        vqkit.load("{run}").generate("import ", 200)'
-    )
+    if kind != "ids":
+        rows.append(("samples", f"{run / SAMPLES_FOLDER}"))
+    print("\n" + table(("", ""), rows, left=(0, 1)))
+    print("\nwhat next\n" + table(("", ""), _next_commands(config, run, kind), left=(0, 1)))
+
+
+def _next_commands(config: RunConfig, run: Path, kind: str) -> list[tuple[str, str]]:
+    """What is worth doing with a trained run, each with the command for it."""
+    prompt = "import " if config.recipe == "quickstart" else "The "
+    rows = [("  measure it", f"vqkit eval {run}"), ("  look inside", f"vqkit inspect {run}")]
+    if kind in TEXT:
+        rows.insert(0, ("  let it write", f'vqkit sample {run} --prompt "{prompt}" --temperature 0.8'))
+        rows.append(("  from Python", f'vqkit.load("{run}").generate("{prompt}", 200)'))
+    elif kind == "images":
+        rows.insert(0, ("  let it paint", f"vqkit sample {run} --images 9"))
+    rows.append(("  keep the model", f"vqkit export {run} models/{run.name}"))
+    if config.recipe == "quickstart":
+        rows.append(("  use your own text", "vqkit train text --data.path FOLDER"))
+    return rows
 
 
 def _where_it_stands(run_dir: Path) -> str:

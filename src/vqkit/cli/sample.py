@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from vqkit.cli.errors import UsageError
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SampleOptions:
     """Let a trained model write: prints the prompt and what the model makes of it, as it comes.
+    $ vqkit sample runs/quickstart --prompt "def " --num-tokens 400 --temperature 0.8
 
-    vqkit sample runs/quickstart --prompt "def " --num-tokens 400 --temperature 0.8
-
-    The same seed gives the same text. A prompt in a file: vqkit sample RUN --prompt - < FILE
-    Many prompts at once, one a line: vqkit sample RUN --prompts-file FILE
-    A model of images paints into a PNG file: vqkit sample RUN --images 9 --out grid.png
+    The same seed gives the same text. A prompt in a file, several prompts, one a line, and of a model of images a PNG file:
+    $ vqkit sample RUN --prompt - < FILE
+    $ vqkit sample RUN --prompts-file FILE
+    $ vqkit sample RUN --images 9 --out grid.png
     """
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The folder of a run, a checkpoint or exported weights."""
     prompt: str = ""
     """How the text begins; "-" reads standard input; empty = the beginning of a document."""
@@ -51,6 +52,8 @@ class SampleOptions:
     """Above 1 bytes of the text so far become less probable; 1 = as they are."""
     seed: int = 0
     """Seed of the choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto = CUDA where there is one."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -58,10 +61,11 @@ def main(words: Sequence[str]) -> int:
     options = parse(SampleOptions, words, prog="vqkit sample")
     from vqkit.cli.console import note_broken_checkpoints, write_text
     from vqkit.generate import load
+    from vqkit.train.parallel import resolve_device
 
     if options.prompts_file is not None and options.prompt:
         raise UsageError("--prompt and --prompts-file exclude each other")
-    loaded = load(options.run)
+    loaded = load(options.run, device=str(resolve_device(options.device)))
     note_broken_checkpoints(options.run)
     chosen: TextOptions = {
         "temperature": options.temperature,

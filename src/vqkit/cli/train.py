@@ -60,8 +60,7 @@ class TrainOptions:
 @dataclass(frozen=True)
 class ResumeOptions:
     """Go on with a run, by the configuration that it was started with.
-
-    vqkit train --run runs/quickstart
+    $ vqkit train --run runs/quickstart
     """
 
     run: Path
@@ -148,7 +147,7 @@ def gone_on_with(words: Sequence[str]) -> tuple[Path, RunConfig]:
 
 
 def _options(recipe: str, words: Sequence[str], default: TrainOptions) -> TrainOptions:
-    description = f"{first_line(RECIPES[recipe].__doc__)}\n\n{example(recipe)}"
+    description = f"{first_line(RECIPES[recipe].__doc__)}\n$ {example(recipe)}"
     return parse(TrainOptions, words, prog=f"vqkit train {recipe}", description=description, default=default)
 
 
@@ -184,9 +183,11 @@ def _overlaid(base: RunConfig, table: dict[str, Any], file: str | None) -> RunCo
 
 def _data(base: RunConfig, over: RunConfig, words: Sequence[str], file: str | None) -> DataConfig:
     """What the file says of the data; of packed data the rules that they were packed by, which the file must not contradict."""
-    from vqkit.cli.data import with_rules_of_packed
+    from vqkit.cli.data import with_length_of_images, with_rules_of_packed
 
     data = with_rules_of_packed(over.data, words)
+    if data is over.data:
+        return with_length_of_images(data, words, named=over.data.sequence_len != base.data.sequence_len)
     asked = {difference.path for difference in differences(base.data, over.data)} - {"path"}
     for difference in differences(over.data, data):
         if difference.path in asked:
@@ -237,7 +238,8 @@ def stored_config(run_dir: Path) -> RunConfig:
     """The configuration that a run was started with. Raises FileNotFoundError or ValueError."""
     path = run_dir / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is no run: there is no config.json in it; name a recipe to start one")
+        lacks = "there is no config.json in it" if run_dir.is_dir() else "it is no folder" if run_dir.exists() else "it does not exist"
+        raise FileNotFoundError(f"{run_dir} is no run: {lacks}")
     return from_json(RunConfig, path.read_text(encoding="utf-8"), where=str(path))
 
 

@@ -214,7 +214,7 @@ class DataConfig:
         if isinstance(self.source, ImageSource) and self.sequence_len != self.source.num_bytes:
             raise ValueError(
                 f"data.sequence_len = {self.sequence_len}: must be the {self.source.num_bytes} bytes of an image, "
-                f"{self.source.height} * {self.source.width} * {self.source.channels}"
+                f"data.source.height * width * channels = {self.source.height} * {self.source.width} * {self.source.channels}"
             )
 
     @property

@@ -79,7 +79,10 @@ def read_image(data: bytes, shape: tuple[int, int, int], name: str) -> np.ndarra
         with pillow.open(io.BytesIO(data)) as image:
             size, mode = (image.height, image.width), image.mode
             if size != shape[:2]:
-                raise ValueError(f"{name} is an image of {size[0]} by {size[1]} (height by width): must be {shape[0]} by {shape[1]}")
+                raise ValueError(
+                    f"{name} is an image of {size[0]} by {size[1]} (height by width): must be {shape[0]} by {shape[1]}, "
+                    "which data.source.height and data.source.width say"
+                )
             if mode not in _EIGHT_BITS:
                 raise ValueError(f"{name} is an image of mode {mode}: must have 8 bits a channel")
             array = np.array(image.convert("L" if shape[2] == 1 else "RGB"))

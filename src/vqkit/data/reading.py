@@ -178,7 +178,10 @@ class ImageReader:
             array = array[..., None]
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != self.tokenizer.shape:
             wanted = ", ".join(map(str, self.tokenizer.shape))
-            raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}: must be uint8 of shape [N, {wanted}]")
+            raise ValueError(
+                f"{path} holds {array.dtype} of shape {array.shape}: must be uint8 of shape [N, {wanted}], "
+                "the height, width and channels of data.source"
+            )
         return array
 
 

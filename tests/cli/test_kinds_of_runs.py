@@ -1,0 +1,97 @@
+"""From data of every kind to what is said and shown of them: train, eval, inspect, sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiny_runs import write_texts
+from vqkit.cli import main
+from vqkit.cli.eval import EvalOptions, asked_ways
+from vqkit.data import Split
+from vqkit.recipes import enwik8, text
+
+MODEL = "--model.dim 8 --model.key-dim 4 --model.value-dim 8 --model.layers 1 --model.codebook-size 4 --model.block-len 8 --model.mem-len 8"
+TRAIN = "--train.steps 3 --train.warmup-steps 1 --train.log-every 1 --train.eval-every 3 --train.batch-size 2 --train.eval-batch-size 2"
+TINY = f"{MODEL} {TRAIN} --train.device cpu --data.validation-fraction 0.2 --data.test-fraction 0.2".split()
+LENGTH = ["--data.sequence-len", "16"]
+PACK = {
+    "bytes": "",
+    "sentencepiece": "--data.tokenizer.kind sentencepiece --data.tokenizer.vocab-size 300",
+    "ids": "--data.source.kind ids --data.source.vocab-size 7",
+    "images": "--data.source.kind images --data.source.height 2 --data.source.width 4 --data.source.channels 1",
+}
+UNITS = {"bytes": "bits per byte", "sentencepiece": "bits per byte", "ids": "bits per token", "images": "bits per dim"}
+
+
+@pytest.fixture
+def vqkit(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def call(*words: str | Path) -> str:
+        code, (out, err) = main([str(word) for word in words]), capsys.readouterr()
+        assert (code, err) == (0, "")
+        return out
+
+    return call
+
+
+def write_data(folder: Path, kind: str) -> Path:
+    if kind in ("bytes", "sentencepiece"):
+        return write_texts(folder / "texts")
+    path = folder / f"{kind}.npy"
+    np.save(path, np.arange(600).reshape(30, 20) % 7 if kind == "ids" else np.arange(320).reshape(40, 2, 4).astype(np.uint8))
+    return path
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_from_data_to_sample(vqkit: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr("vqkit.cli.report.SAMPLE_BYTES", 12)
+    monkeypatch.chdir(tmp_path)
+    prepared = vqkit("data", "prepare", write_data(tmp_path, kind), "--to", "packed/x", *PACK[kind].split(), *TINY[-4:])
+    [command] = re.findall(r"train on it +vqkit (train \w+ --data\.path packed/x --run runs/x)$", prepared, re.MULTILINE)
+    out = vqkit(*command.split(), *([] if kind == "images" else LENGTH), *TINY[:-4])
+    unit, run = UNITS[kind], Path("runs/x")
+    assert re.search(rf"^step 3/3  \d\.\d{{3}} {unit.replace(' per ', '/')}  ", out, re.MULTILINE)
+    for other in {*UNITS.values()} - {unit} - ({"bits per token"} if kind == "sentencepiece" else set()):
+        assert other not in out.replace("/", " per "), other
+    assert re.search(r"^(bytes|tokens): [1-9][\d,]* to train, [1-9][\d,]* to validate, [1-9][\d,]* to test$", out, re.MULTILINE)
+    assert ("cut to 4 bytes" in out, "cut to 4 tokens" in out) == (kind == "bytes", kind in ("sentencepiece", "ids"))
+    assert len(list(run.glob("samples/*"))) == (kind != "ids")
+
+    measured = vqkit("eval", run)
+    assert measured.splitlines()[0] == re.findall(rf"^test: \d\.\d{{3}} {unit}$", out, re.MULTILINE)[0]
+    assert ("word-level perplexity" in measured) == (kind in ("bytes", "sentencepiece"))
+    [best] = re.findall(rf"best: step 3, ([0-9.]+) {unit}, step_00000003$", vqkit("inspect", run), re.MULTILINE)
+    assert f"step 3: validation {float(best):.3f} {unit.replace(' per ', '/')}," in out
+    [next_command] = re.findall(r"^  let it (?:write|paint)  .*vqkit (.*)$", out, re.MULTILINE) or [""]
+    assert bool(next_command) == (kind != "ids")
+    if kind == "images":
+        assert vqkit("sample", run, "--images", "3", "--out", "grid.png") == "3 images of 2 x 4: grid.png\n"
+        assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
+    elif kind == "ids":
+        assert main(["sample", str(run)]) == 2
+    else:
+        assert vqkit("sample", run, "--prompt", "the", "--num-tokens", "5").startswith("the")
+
+
+def test_eval_measures_by_the_conventions_that_are_asked_for(vqkit: Callable[..., str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    vqkit("train", "text", "--data.path", write_data(tmp_path, "bytes"), "--run", run, *LENGTH, *TINY)
+    rows = [line.split()[:2] for line in vqkit("eval", run).splitlines() if line.startswith(("carry ", "sequence "))]
+    assert rows == [["carry", "isolate"], ["carry", "ignore"], ["sequence", "isolate"], ["sequence", "ignore"]]
+    figures = set(re.findall(r"^(?:carry|sequence)  .*$", vqkit("eval", run), re.MULTILINE))
+    alone = vqkit("eval", run, "--context", "sequence", "--segments", "ignore")
+    [row] = re.findall(r"^sequence  .*$", alone, re.MULTILINE)
+    assert row in figures and "\ncarry  " not in alone
+    assert float(alone.split()[1]) == float(row.split()[2])
+    assert Split(run / "data", "test").num_documents > 1
+
+
+def test_which_ways_there_are() -> None:
+    options, config = EvalOptions(run=Path("x")), text()
+    assert asked_ways(options, config, several=False) == [("carry", "isolate"), ("sequence", "isolate")]
+    assert asked_ways(options, enwik8(), several=True)[0] == ("sequence", "ignore"), "that of the run comes first"
+    assert asked_ways(EvalOptions(Path("x"), context="carry", segments="ignore"), config, several=True) == [("carry", "ignore")]
