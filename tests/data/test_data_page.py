@@ -29,10 +29,13 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_its_commands_are_understood() -> None:
     lines = [line.split() for language, text in BLOCKS if not language for line in text.splitlines()]
-    assert len(lines) == 4
+    kinds = []
     for _, name, *words in lines:
         if name == "train":
-            assert train.requested(words[0], words[1:])[1].data.splits.kind == "paths"
+            data = train.requested(words[0], words[1:])[1].data
+            kinds.append((data.source.kind, data.splits.kind))
         else:
             cls = {"prepare": command.PrepareOptions, "check": command.CheckOptions}[words[0]]
             parse(cls, words[1:], prog="vqkit data", default=cls(data=DataConfig(sequence_len=1)))
+    assert kinds == [("text", "paths"), ("text", "fractions"), ("ids", "fractions")]
+    assert len(lines) == 6
