@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vqkit.cli import bench, main
-from vqkit.train.benchmark import Row
+from vqkit.train.benchmark import Row, TooLarge
 
 TINY = "--model.dim 8 --model.key-dim 4 --model.value-dim 6 --model.layers 1 --model.codebook-size 4 --model.block-len 4 --model.mem-len 4"
 MACHINE = {"processor": "Abacus 7", "device": "cpu", "threads": 2, "torch": "9.1", "vqkit": "8.2"}
@@ -31,6 +32,22 @@ def test_the_table_says_what_was_measured() -> None:
     assert lines[1:3] == ["Abacus 7, 2 threads; torch 9.1, vqkit 8.2", "batch 1, float32"]
     cells = ["vq mha", "2,048", "1,500 (1,000 - 2,000)", "3.0", "25.0% (20.0% - 50.0%)", "80"]
     assert re.split(" {2,}", lines[-1]) == cells
+
+
+def test_what_does_not_fit_is_a_row_that_says_so() -> None:
+    _, _, options = bench.requested(["train", "quickstart"])
+    rows = [TooLarge("full", "recipe", 8192, "asked for 9 bytes")]
+    result = bench.described("train", "quickstart", options, rows, MACHINE | {"revision": "abc123+"})
+    assert result["rows"] == [{"attention": "full", "heads": "recipe", "length": 8192, "does_not_fit": "asked for 9 bytes"}]
+    lines = bench.as_table(result).splitlines()
+    assert lines[1].endswith("torch 9.1, vqkit 8.2 (abc123+)")
+    assert re.split(" {2,}", lines[-1]) == ["full recipe", "8,192", "does not fit"]
+
+
+def test_the_revision_is_that_of_the_source() -> None:
+    """Of this repository where the tests run in it; None in a copy without one."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(bench.__file__).parent)
+    assert (bench.revision() or "").rstrip("+") == found.stdout.strip()
 
 
 @pytest.mark.parametrize("what", ["train", "forward", "sample"])

@@ -114,3 +114,50 @@ def test_cases_are_all_combinations_once() -> None:
             cases(CONFIG, *given, ["recipe"])
     with pytest.raises(ValueError, match="has ordinary attention"):
         cases(tiny_config(attention="full"), [4], ["vq"], ["recipe"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_case_without_room_is_told_and_the_others_are_measured(error: Exception) -> None:
+    clock = Clock()
+
+    def fail() -> None:
+        raise error
+
+    def fail_later() -> None:
+        if clock.called.count("d"):
+            raise error
+        clock.called.append("d")
+
+    small, large, later = (Case(CONFIG, "recipe", length) for length in (4, 8, 16))
+    works = {4: clock.taking("a", 1.0, 2.0, 2.0, tokens=4), 8: Workload(fail, 8, 1), 16: Workload(fail_later, 16, 1)}
+    product = clock.taking("p", *[1.0] * 9)
+    found = measure([small, large, later], lambda case: works[case.length], product, repeats=2, clock=clock)
+    assert [type(row) for row in found] == [benchmark.Row, benchmark.TooLarge, benchmark.TooLarge]
+    assert isinstance(found[0], benchmark.Row) and found[0].tokens_per_second == 2.0
+    assert all(
+        "allocate" in row.does_not_fit or row.does_not_fit == "out of memory" for row in found if isinstance(row, benchmark.TooLarge)
+    )
+
+
+def test_other_errors_are_no_lack_of_room() -> None:
+    def fail() -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        measure([Case(CONFIG, "recipe", 4)], lambda case: Workload(fail, 1, 1), Workload(lambda: None, 1, 1), repeats=1)
+
+
+@pytest.mark.skipif(not benchmark.free_memory(), reason="the system does not tell what is free")
+def test_asking_for_more_than_there_is_is_an_error_and_not_the_end() -> None:
+    case = Case(CONFIG, "recipe", 4)
+    with benchmark.within_memory(CPU, most=1 << 28):
+        [row] = measure([case], lambda case: Workload(lambda: torch.ones(1 << 30), 1, 1), Workload(lambda: None, 1, 1), repeats=1)
+    assert isinstance(row, benchmark.TooLarge) and "allocate" in row.does_not_fit
+    assert torch.empty(1 << 28).numel() == 1 << 28, "the limit is gone"

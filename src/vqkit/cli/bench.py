@@ -14,7 +14,7 @@ from vqkit.recipes import RECIPES
 from vqkit.train.config import RunConfig
 
 if TYPE_CHECKING:
-    from vqkit.train.benchmark import Case, Row, Workload
+    from vqkit.train.benchmark import Case, Row, TooLarge, Workload
 
 WHAT = {
     "train": "training steps, optimizer and codebooks included",
@@ -29,7 +29,8 @@ bare matrix product does on this machine. Without data, and nothing is trained.
 
 {what}
 
-Everything is measured in turn, a matrix product before each; figures are medians, in brackets the least and the most.
+Everything is measured in turn, a matrix product before each; figures are medians, in brackets the least and the most. What does not
+fit into memory is told as such, and the others are measured.
 "full" is the same network with ordinary attention, on the fast path of scaled_dot_product_attention.
 
 examples:
@@ -78,7 +79,7 @@ def main(words: Sequence[str]) -> int:
     if options.out is not None:
         _write(result, text, options.out)
     print(text, end="")
-    return 0
+    return 0 if any("does_not_fit" not in row for row in result["rows"]) else 1
 
 
 def requested(words: Sequence[str]) -> tuple[str, RunConfig, BenchOptions]:
@@ -142,7 +143,7 @@ def _builder(what: str, recipe: RunConfig, options: BenchOptions, device: Any) -
     return build
 
 
-def described(what: str, recipe: str, options: BenchOptions, rows: Sequence[Row], machine: dict[str, Any]) -> dict[str, Any]:
+def described(what: str, recipe: str, options: BenchOptions, rows: Sequence[Row | TooLarge], machine: dict[str, Any]) -> dict[str, Any]:
     """Everything that was measured, with what it depends on: what goes into the JSON file."""
     from vqkit.config import to_dict
 
@@ -158,7 +159,7 @@ def described(what: str, recipe: str, options: BenchOptions, rows: Sequence[Row]
 
 
 def machine(device: Any) -> dict[str, Any]:
-    """Processor, device, threads and versions."""
+    """Processor, device, threads, versions and revision."""
     import platform
 
     import torch
@@ -178,7 +179,24 @@ def machine(device: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vqkit": __version__,
+        "revision": revision(),
     }
+
+
+def revision() -> str | None:
+    """The git revision of the source that runs, with "+" where it was changed since; None for an installed package."""
+    import subprocess
+
+    import vqkit
+
+    def said_by_git(*words: str) -> str:
+        return subprocess.run(("git", *words), capture_output=True, text=True, check=True, cwd=Path(vqkit.__file__).parent).stdout.strip()
+
+    try:
+        said_by_git("ls-files", "--error-unmatch", "__init__.py")  # in a repository of its own, not of somebody who uses it
+        return said_by_git("rev-parse", "--short", "HEAD") + ("+" if said_by_git("status", "--porcelain", "-uno", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -187,10 +205,14 @@ def as_table(result: dict[str, Any]) -> str:
 
     of = result["machine"]
     place = of["device"] if of["device"] != "cpu" else f"{of['processor']}, {of['threads']} threads"
-    head = f"{result['what']} {result['recipe']}: {WHAT[result['what']]}\n{place}; torch {of['torch']}, vqkit {of['vqkit']}\n"
+    head = f"{result['what']} {result['recipe']}: {WHAT[result['what']]}\n{place}; torch {of['torch']}, vqkit {of['vqkit']}"
+    head += f" ({of['revision']})\n" if of.get("revision") else "\n"
     head += f"batch {result['batch_size']}, {result['precision']}\n\n"
     rows = []
     for row in result["rows"]:
+        if "does_not_fit" in row:
+            rows.append((f"{row['attention']} {row['heads']}", f"{row['length']:,}", "does not fit", "", "", ""))
+            continue
         slow, fast = row["tokens_per_second_range"]
         least, most = row["utilisation_range"]
         rows.append(
@@ -216,4 +238,4 @@ def _write(result: dict[str, Any], text: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / f"{result['what']}.json", json.dumps(result, indent=2) + "\n")
     write_text_atomic(folder / f"{result['what']}.md", f"```\n{text}```\n")
-    save_figure([Row(**row) for row in result["rows"]], folder / f"{result['what']}.png")
+    save_figure([Row(**row) for row in result["rows"] if "does_not_fit" not in row], folder / f"{result['what']}.png")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +71,17 @@ class Row:
     peak_bytes: int
     """Most that tensors of the case took at once: parameters, optimizer, activations, states."""
     repeats: int
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A case that the memory has no room for beside those before it."""
+
+    attention: str
+    heads: str
+    length: int
+    does_not_fit: str
+    """What the allocator said."""
 
 
 def with_head_type(config: ModelConfig, heads: HeadType) -> ModelConfig:
@@ -155,26 +168,98 @@ def measure(
     repeats: int = 3,
     clock: Clock = time.perf_counter,
     device: torch.device | None = None,
-) -> list[Row]:
+) -> list[Row | TooLarge]:
     """A row a case, in order: `repeats` rounds over all of them after one to warm up, the product before every call.
 
-    Raises ValueError for repeats below 1.
+    A case that does not fit into memory is told as such, and the others are measured. Raises ValueError for repeats below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats = {repeats}: must be at least 1")
     device = device or torch.device("cpu")
-    workloads, peaks = [], []
-    for case in cases:
-        workload, peak = _built(case, build, device)
-        workloads.append(workload)
-        peaks.append(peak)
-    product.call()
-    seen: list[list[tuple[float, float]]] = [[] for _ in cases]
-    for _ in range(repeats):
-        for times, workload in zip(seen, workloads, strict=True):
-            rate = product.flops / _seconds(product.call, clock, device)
-            times.append((_seconds(workload.call, clock, device), rate))
-    return [_row(*found, repeats) for found in zip(cases, workloads, seen, peaks, strict=True)]
+    built: dict[Case, tuple[Workload, int]] = {}
+    seen: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
+    refused: dict[Case, str] = {}
+
+    def attempt(case: Case, call: Callable[[], None]) -> None:
+        reason = _reason_without_room(call)
+        if reason is not None:
+            refused[case] = reason
+            built.pop(case, None)  # makes room for the others
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def warm_up(case: Case) -> None:
+        built[case] = _built(case, build, device)
+
+    def time_it(case: Case) -> None:
+        rate = product.flops / _seconds(product.call, clock, device)
+        seen[case].append((_seconds(built[case][0].call, clock, device), rate))
+
+    with within_memory(device):
+        for case in cases:
+            attempt(case, partial(warm_up, case))
+        product.call()
+        for _ in range(repeats):
+            for case in list(built):
+                attempt(case, partial(time_it, case))
+    return [
+        TooLarge(case.config.attention, case.heads, case.length, refused[case])
+        if case in refused
+        else _row(case, built[case][0], seen[case], built[case][1], repeats)
+        for case in cases
+    ]
+
+
+def _reason_without_room(call: Callable[[], None]) -> str | None:
+    """What the allocator said, where `call` found too little memory; None where it did not."""
+    try:
+        call()
+    except MemoryError as error:
+        return str(error) or "out of memory"
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _WITHOUT_ROOM):
+            return " ".join(str(error).partition("] . ")[2].split()) or " ".join(str(error).split())
+        raise
+    return None
+
+
+_WITHOUT_ROOM = ("can't allocate memory", "bad_alloc", "out of memory", "not enough memory")
+"""What torch says in errors that have no type of their own."""
+
+
+@contextmanager
+def within_memory(device: torch.device, most: int | None = None) -> Iterator[None]:
+    """On a CPU, no more new memory than `most` bytes, or nine tenths of what is free: asking for more is an error.
+
+    Without it the system grants whatever is asked for, and kills the process that uses it.
+    """
+    most = most or (9 * free_memory() // 10)
+    if device.type != "cpu" or not most:
+        yield
+        return
+    import resource
+
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = min([held + most, *(bound for bound in before if bound != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def free_memory() -> int:
+    """Bytes that a process may still take, by the system and by the group that it runs in; 0 where nobody tells."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return 0
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no group, or one without a limit
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(free, 0)
 
 
 def _row(case: Case, workload: Workload, seen: list[tuple[float, float]], peak: int, repeats: int) -> Row:
