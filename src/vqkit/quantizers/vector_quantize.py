@@ -63,6 +63,7 @@ from vqkit.quantizers.layout import (
     width_back,
     width_last,
 )
+from vqkit.quantizers.peer_keywords import knows_the_peer
 
 Weights = Tensor | Callable[[Tensor, Tensor], Tensor]
 """What each vector weighs in the statistics, not negative: [P...] or [P..., heads] floating point, or a function of the vectors [P..., D]
@@ -94,6 +95,7 @@ class _Chosen(NamedTuple):
     soft: bool  # whether the gradient of a softmax is in `codes` already
 
 
+@knows_the_peer
 class VectorQuantize(Quantizer):
     """`codebook_size` codes for vectors of width `dim`.
 
