@@ -156,6 +156,7 @@ def test_what_is_not_packed_yet_is_looked_through(vqkit: Callable[..., Said], te
         ("fetch", 2, "unknown command data 'fetch'; there are download, prepare, check"),
         ("chekc x", 2, "unknown command data 'chekc'; did you mean check?"),
         ("download", 2, "missing: "),
+        ("download pg19 --parts tset", 2, "--parts: must be train or validation or test, not 'tset'"),
         ("download enwik9", 2, "unknown data set 'enwik9'; did you mean enwik8?"),
         ("prepare", 2, "missing: a file or folder, or one of enwik8, pg19, imagenet64"),
         ("prepare --to x enwik8", 2, "'enwik8' must come first: vqkit data prepare enwik8"),
@@ -210,3 +211,13 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
         view(Note("done"))
         view._bar.refresh()  # type: ignore[union-attr]
     assert "[a].zip: 50 of 100 (50%)" in out.getvalue() and "done" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parts"), [("enwik8-small", ""), ("pg19-tiny", " --parts validation"), ("imagenet64-tiny", " --parts test")]
+)
+def test_a_recipe_without_its_data_says_how_to_fetch_them(vqkit: Callable[..., Said], recipe: str, parts: str) -> None:
+    said = vqkit("train", recipe)
+    name = recipe.partition("-")[0]
+    assert (said.code, said.out) == (1, "")
+    assert f"data/{name}" in said.err and f"does not exist: vqkit data download {name}{parts} fetches it" in said.err

@@ -261,6 +261,24 @@ def test_books_are_listed_fetched_and_checked(server: Server, tmp_path: Path) ->
     assert [path for path, _ in server.asked if path != "/o"] == ["/files/train/10.txt"]
 
 
+def test_parts_of_the_books_are_fetched_alone_and_added_to(server: Server, tmp_path: Path) -> None:
+    home = bucket(server, BOOKS)
+    download("pg19", tmp_path, home=home, parts=("test",))
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.glob("*/*"))] == ["test/7.txt"]
+    assert find_download_defects(tmp_path) == []
+    download("pg19", tmp_path, home=home, parts=("train",))
+    assert len(list(tmp_path.glob("*/*"))) == len(BOOKS)
+    assert [path for path, _ in server.asked if path != "/o"].count("/files/test/7.txt") == 1
+    (tmp_path / "test" / "7.txt").write_bytes(b"an exam")
+    assert len(find_download_defects(tmp_path)) == 1, "both parts are known"
+    for parts in ((), ("tset",)):
+        with pytest.raises(ValueError, match=r"must be some of train, validation, test"):
+            download("pg19", tmp_path, home=home, parts=parts)
+    with pytest.raises(ValueError, match=r"enwik8 is one file, of which no part can be fetched alone"):
+        download("enwik8", tmp_path / "new", parts=("test",))
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
@@ -323,6 +341,19 @@ def test_images_are_fetched_turned_and_split(server: Server, tmp_path: Path, mon
     assert find_download_defects(tmp_path / "here") == []
     assert [path.name for path in tmp_path.iterdir()] == ["here"], "the archive wrote beside its folder"
     assert len(list((tmp_path / "here").iterdir())) == 7
+
+
+def test_parts_of_the_images_are_fetched_alone_and_added_to(server: Server, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 2, 2, 3), dtype=np.uint8)
+    home = image_archives(server, images)
+    download("imagenet64", tmp_path, home=home, parts=("test",))
+    assert [path for path, _ in server.asked] == ["/2.zip"] and not (tmp_path / "train.npy").exists()
+    assert np.array_equal(np.load(tmp_path / "test.npy"), images[7:]) and find_download_defects(tmp_path) == []
+    download("imagenet64", tmp_path, home=home, parts=("validation",))
+    assert [path for path, _ in server.asked] == ["/2.zip", "/0.zip", "/1.zip"]
+    assert np.array_equal(np.load(tmp_path / "validation.npy"), images[5:7])
+    (tmp_path / "test.npy").write_bytes(b"")
+    assert len(find_download_defects(tmp_path)) == 1
 
 
 def test_archives_that_hold_something_else_are_named(server: Server, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -22,7 +22,7 @@ from vqkit.recipes import RECIPES
 if TYPE_CHECKING:
     from vqkit.data import DataSummary
 
-HELP = """usage: vqkit data download NAME [--to FOLDER]
+HELP = """usage: vqkit data download NAME [--to FOLDER] [--parts train validation test]
        vqkit data prepare WHAT [--to FOLDER] [OPTIONS]
        vqkit data check WHAT [OPTIONS]
 
@@ -47,13 +47,16 @@ vqkit data prepare WHAT --help shows every option.
 @dataclass(frozen=True)
 class DownloadOptions:
     """Fetch a published data set from its home: enwik8, pg19 or imagenet64. What was cut off is gone on with; all is checked.
-    $ vqkit data download enwik8 --to data/enwik8
+    $ vqkit data download enwik8
+    $ vqkit data download pg19 --parts validation
     """
 
     name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
     """Which one."""
     to: Path | None = None
     """Folder to put it in. None = data/NAME."""
+    parts: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
+    """Which parts. The recipe pg19-tiny needs validation alone, imagenet64-tiny test alone; enwik8 is one file."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,20 @@ def _download(words: Sequence[str]) -> int:
 
     folder = options.to or Path("data") / options.name
     with DataView() as view:
-        config = download(options.name, folder, on_event=view)
-    elsewhere = "" if options.to is None else f" --data.path {config.path}"
-    print(f"{options.name} is in {folder}\n\nwhat next\n  pack it  vqkit data prepare {options.name}{elsewhere}")
+        config = download(options.name, folder, parts=options.parts, on_event=view)
+    print(f"{options.name} is in {folder}\n\nwhat next\n{_after_download(options, config.path)}")
     return 0
+
+
+def _after_download(options: DownloadOptions, path: str) -> str:
+    lines = [f"  check it later  vqkit data check {Path(options.to or Path('data') / options.name)}"]
+    tiny = RECIPES[f"{options.name}-tiny"]().data.path
+    if options.to is None and Path(tiny).exists():
+        lines.append(f"  on a laptop     vqkit train {options.name}-tiny")
+    if len(set(options.parts)) == 3:
+        elsewhere = "" if options.to is None else f" --data.path {path}"
+        lines.append(f"  pack it         vqkit data prepare {options.name}{elsewhere}")
+    return "\n".join(lines)
 
 
 def _prepare(words: Sequence[str]) -> int:

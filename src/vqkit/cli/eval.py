@@ -87,8 +87,9 @@ def asked_ways(options: EvalOptions, config: RunConfig, *, several: bool) -> lis
 
 def conventions(split: Split, config: RunConfig) -> str:
     """How the figures are meant."""
+    lanes = config.train.eval_batch_size
     lines = [
-        f"carry: the state runs through the split, read as {config.train.eval_batch_size} lanes side by side",
+        f"carry: the state runs through the split{f', read as {lanes} lanes side by side' if lanes > 1 else ''}",
         f"sequence: every {config.data.sequence_len:,} tokens are read from a fresh state, as the published runs do",
         "isolate: documents do not see those before them; ignore: they do, as in the published runs",
         f"the run itself was trained with {config.data.segments} and validated with {config.train.eval_context}",

@@ -13,6 +13,7 @@ from vqkit.cli.errors import UsageError
 from vqkit.cli.options import near_miss, parse, value_of
 from vqkit.config import differences, from_json, overlay, read_toml
 from vqkit.data.config import DataConfig
+from vqkit.data.published import PUBLISHED
 from vqkit.models.config import ModelConfig
 from vqkit.recipes import RECIPES
 from vqkit.train.config import RunConfig, TrainConfig
@@ -82,6 +83,7 @@ def main(words: Sequence[str]) -> int:
     else:
         run_dir, config = gone_on_with(words)
 
+    _check_published(config, run_dir)
     from vqkit.cli.report import train_and_report
 
     return train_and_report(config, run_dir)
@@ -222,6 +224,15 @@ def _with_warmup_of(run_dir: Path, train: TrainConfig, base: TrainConfig) -> Tra
                 file=sys.stderr,
             )
         return train
+
+
+def _check_published(config: RunConfig, run_dir: Path) -> None:
+    """That data which can be fetched are there, or their run has them. Raises FileNotFoundError that says how to fetch them."""
+    name, path = config.recipe.partition("-")[0], Path(config.data.path)
+    if name not in PUBLISHED or path.exists() or (run_dir / "data").exists():
+        return
+    parts = {"pg19-tiny": " --parts validation", "imagenet64-tiny": " --parts test"}.get(config.recipe, "")
+    raise FileNotFoundError(f"{path} does not exist: vqkit data download {name}{parts} fetches it; --data.path names another place")
 
 
 def _model_of(path: str) -> ModelConfig:

@@ -14,9 +14,10 @@ import shutil
 import time
 import urllib.parse
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ from vqkit.data.config import DataConfig
 from vqkit.data.download import PIECE, Emit, Unreachable, fetch, fetch_text, file_digest, find_defect
 from vqkit.data.events import Note
 from vqkit.data.published import HOMES, PUBLISHED, Bucket, Home, ImageArchives, RemoteFile, ZippedFile
+from vqkit.data.source import SPLITS
 from vqkit.files import sync_folder, temporary_name, write_text_atomic
 
 FETCHED_FILE = "fetched.jsonl"
@@ -38,28 +40,35 @@ def download(
     name: str,
     folder: str | os.PathLike[str],
     *,
+    parts: Collection[str] = SPLITS,
     home: Home | None = None,
     on_event: Emit | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> DataConfig:
     """Fetch the data `name` into `folder`, unpacked; returns how they are read. What is there already is not fetched again.
 
-    Raises ValueError for an unknown name or a file that is not what it must be, and OSError for a server that cannot be reached,
+    `parts` are those of train, validation and test that are wanted, where they lie apart: of images training and validation come together.
+    Raises ValueError for an unknown name or part, or a file that is not what it must be, and OSError for a server that cannot be reached,
     saying which file to put where.
     """
     if name not in PUBLISHED:
         raise ValueError(f"name = {name!r}: must be one of {', '.join(PUBLISHED)}")
+    if not parts or not set(parts) <= set(SPLITS):
+        raise ValueError(f"parts = {sorted(parts)}: must be some of {', '.join(SPLITS)}")
     folder, emit = Path(folder), on_event or (lambda event: None)
-    folder.mkdir(parents=True, exist_ok=True)
     home = home or HOMES[name]
+    if isinstance(home, ZippedFile) and set(parts) != set(SPLITS):
+        raise ValueError(f"parts = {sorted(parts)}: {name} is one file, of which no part can be fetched alone")
+    folder.mkdir(parents=True, exist_ok=True)
     match home:
         case ZippedFile():
             _zipped_file(home, folder, emit, wait)
             return PUBLISHED[name](str(folder / home.member))
         case Bucket():
-            _bucket(home, folder, emit, wait)
+            prefixes = tuple(entry for entry in home.prefixes if entry[0].rstrip("/") in parts)
+            _bucket(replace(home, prefixes=prefixes), folder, emit, wait)
         case ImageArchives():
-            _images(home, folder, emit, wait)
+            _images(home, folder, parts, emit, wait)
     return PUBLISHED[name](str(folder))
 
 
@@ -97,15 +106,16 @@ def _zipped_file(home: ZippedFile, folder: Path, emit: Emit, wait: Callable[[flo
 
 
 def _bucket(home: Bucket, folder: Path, emit: Emit, wait: Callable[[float], None]) -> None:
+    own = tuple(prefix for prefix, _ in home.prefixes)
     emit(Note(f"asking for the list of files at {home.listing}"))
     try:
         files = list(_listed(home, wait))
     except Unreachable as error:
-        files = _fetched(folder)
+        files = [file for file in _fetched(folder) if file.name.startswith(own)]
         if not files:
             places = " and ".join(f"{number:,} files at {folder / prefix}" for prefix, number in home.prefixes)
             raise Unreachable(f"{error}; fetch {home.objects} elsewhere and put its {places}") from error
-    _write_down(folder, files)
+    _write_down(folder, [*(file for file in _fetched(folder) if not file.name.startswith(own)), *files])
     missing = [file for file in files if not (folder / file.name).exists() or (folder / file.name).stat().st_size != file.size]
     emit(Note(f"{len(files) - len(missing):,} of {len(files):,} files are there"))
     with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -145,23 +155,29 @@ def _object(home: Bucket, prefix: str, item: dict[str, Any]) -> RemoteFile:
     return RemoteFile(item["name"], home.objects + urllib.parse.quote(item["name"]), int(item["size"]), f"md5:{digest}")
 
 
-def _images(home: ImageArchives, folder: Path, emit: Emit, wait: Callable[[float], None]) -> None:
-    done = {entry.name for entry in _fetched(folder)}
-    targets = [folder / f"{name}.npy" for name in ("train", "validation", "test")]
-    if done == {path.name for path in targets} and all(path.exists() for path in targets):
-        return
-    archives = (*home.train, home.test)
+def _images(home: ImageArchives, folder: Path, parts: Collection[str], emit: Emit, wait: Callable[[float], None]) -> None:
+    done = _fetched(folder)
+    whole = {entry.name for entry in done if (folder / entry.name).exists()}
+    groups = [(home.train, ("train.npy", "validation.npy"), home.train_images), ((home.test,), ("test.npy",), None)]
+    wanted = [
+        (archives, names, limit)
+        for archives, names, limit in groups
+        if not set(names) <= whole and any(name.removesuffix(".npy") in parts for name in names)
+    ]
+    needed = [archive for archives, _, _ in wanted for archive in archives]
     try:
-        for archive in archives:
+        for archive in needed:
             fetch(archive, folder / archive.name, on_event=emit, wait=wait)
     except Unreachable as error:
-        missing = ", ".join(f"{a.url} at {folder / a.name}" for a in archives if not (folder / a.name).exists())
+        missing = ", ".join(f"{a.url} at {folder / a.name}" for a in needed if not (folder / a.name).exists())
         raise Unreachable(f"{error}; an account may be needed ({home.account}). To put here: {missing}") from error
-    training = (block for archive in home.train for block in _blocks(folder / archive.name, home.side, emit))
-    _write_arrays(targets[:2], training, home, limit=home.train_images)
-    _write_arrays(targets[2:], _blocks(folder / home.test.name, home.side, emit), home, limit=None)
-    emit(Note("hashing the arrays"))
-    _write_down(folder, [RemoteFile(path.name, "", path.stat().st_size, file_digest(path)) for path in targets])
+    for archives, names, limit in wanted:
+        blocks = (block for archive in archives for block in _blocks(folder / archive.name, home.side, emit))
+        _write_arrays([folder / name for name in names], blocks, home, limit)
+        emit(Note(f"hashing {' and '.join(names)}"))
+        made = [RemoteFile(name, "", (folder / name).stat().st_size, file_digest(folder / name)) for name in names]
+        done = [*(entry for entry in done if entry.name not in names), *made]
+        _write_down(folder, done)
 
 
 def _write_arrays(targets: list[Path], blocks: Iterator[np.ndarray], home: ImageArchives, limit: int | None) -> None:

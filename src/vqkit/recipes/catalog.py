@@ -46,7 +46,7 @@ DATA = {
     "tokens": "your ids",
     "enwik8-tiny": "enwik8",
     "pg19-tiny": "pg19 (validation books, as bytes)",
-    "imagenet64-tiny": "imagenet64 (validation images)",
+    "imagenet64-tiny": "imagenet64 (test images)",
     **{f"{name}{variant}": name for name in ("enwik8", "pg19", "imagenet64") for variant in ("-small", "")},
 }
 """What a recipe reads; enwik8, pg19 and imagenet64 are fetched by `vqkit data download`."""
