@@ -68,6 +68,10 @@ EXCEPTIONS = [
     Exempt("quantize_rate=0*", "training_returns_one_codebook", _IN_TRAINING),
     Exempt("quantize_rate=0*", "micro_batches_are_one_batch", _NOISE),
     Exempt("quantize_rate=0*", "many_processes_are_one", _NOISE),
+    Exempt("BinaryMapper", "order_does_not_matter", _DRAWN),
+    Exempt("BinaryMapper", "training_returns_one_codebook", _IN_TRAINING),
+    Exempt("BinaryMapper", "micro_batches_are_one_batch", _DRAWN),
+    Exempt("BinaryMapper", "many_processes_are_one", _DRAWN),
     Exempt("LFQ(*Diversity*", "micro_batches_are_one_batch", _SPREAD),
     Exempt("LFQ(*Diversity*", "many_processes_are_one", _SPREAD),
 ]
@@ -80,6 +84,7 @@ NOT_VARIED: dict[tuple[str, ...], str] = {
     ("VectorQuantize", "device"): _DEVICE,
     ("Residual", "device"): _DEVICE,
     ("ResidualVQ", "device"): _DEVICE,
+    ("BinaryMapper", "device"): _DEVICE,
     ("FSP", "device"): _DEVICE,
     ("FSQ", "device"): _DEVICE,
     ("LFQ", "device"): _DEVICE,

@@ -22,6 +22,7 @@ from vqkit.quantizers import (
     MLP,
     Affine,
     BeamSearch,
+    BinaryMapper,
     ClipEMA,
     CodebookConfig,
     Commitment,
@@ -30,6 +31,7 @@ from vqkit.quantizers import (
     DiVeQ,
     Diversity,
     Entropy,
+    FreeBits,
     Frozen,
     Gradient,
     Grouped,
@@ -162,9 +164,15 @@ class Case:
     def some_mask(self, batch: int = BATCH, *, seed: int = 3) -> Tensor:
         return torch.rand(self.mask_shape(batch), generator=torch.Generator().manual_seed(seed)) < 0.6
 
-    def spread(self, mask: Tensor) -> Tensor:
-        """One value a position -> one value an entry of the input."""
-        return self.unrows(mask.unsqueeze(-1).expand(*mask.shape, self.width))
+    def spread(self, mask: Tensor, like: Tensor | None = None) -> Tensor:
+        """One value a position -> one value an entry of the input, or of an output `like` this."""
+        width = self.width if like is None else self.rows(like).shape[-1]
+        return self.unrows(mask.unsqueeze(-1).expand(*mask.shape, width))
+
+    def output_shape(self, module: Any, x: Tensor) -> torch.Size:
+        """Of what the module makes of x."""
+        width = self.width if self.in_heads else module.out_dim
+        return self.unrows(self.rows(x)[..., :1].expand(*self.rows(x).shape[:-1], width)).shape
 
     def index_rows(self, indices: Tensor) -> Tensor:
         """Indices with their positions first: [B, *positions, ...]."""
@@ -176,7 +184,7 @@ class Case:
 
     def reorder(self, x: Tensor, order: Tensor) -> Tensor:
         rows = self.rows(x)
-        return self.unrows(rows.reshape(-1, self.width)[order].reshape(rows.shape))
+        return self.unrows(rows.reshape(-1, rows.shape[-1])[order].reshape(rows.shape))
 
     def reorder_indices(self, indices: Tensor, order: Tensor) -> Tensor:
         rows = self.index_rows(indices)
@@ -433,6 +441,14 @@ _SCALAR = [
             "quantize_rate": 0.5,
             "moments": Moments(mean=0.2, variance=0.1, skewness=0.06, kurtosis=0.05, targets=(0.1, 2.0, 0.1, 2.0)),
         },
+    ),
+    Case(BinaryMapper, {"bits": 4, "dim": DIM}, represents=True),
+    Case(BinaryMapper, {"bits": 3, "free_bits": None}),
+    Case(
+        BinaryMapper,
+        {"bits": 2, "heads": 2, "free_bits": FreeBits(weight=0.5, threshold=0.1), "layout": "first", "commit": "manual"},
+        (3, 4),
+        "image",
     ),
     Case(Residual, {"layers": fine_after_coarse, "dim": DIM, "quantize_dropout": QuantizeDropout(seed=5)}),
     Case(Residual, {"layers": halving_bits, "beam": BeamSearch(size=3)}),

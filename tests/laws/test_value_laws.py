@@ -45,7 +45,7 @@ def test_decode_of_encode_is_the_output(case):
 def test_shapes_are_told(case):
     module, x = started(case).eval(), case.input()
     output = call(module, x)
-    assert output.quantized.shape == x.shape
+    assert output.quantized.shape == case.output_shape(module, x)
     assert output.loss.shape == ()
     assert output.indices.dtype == torch.int64
     assert output.indices.shape == (BATCH, *case.positions, *module.code_shape)
@@ -54,7 +54,7 @@ def test_shapes_are_told(case):
     assert module.bits_per_vector == pytest.approx(sum(map(math.log2, sizes)))
     assert set(sizes) == {book.size for book in module.codebooks()}
     dropped = module.decode(torch.full_like(output.indices, -1))
-    assert dropped.shape == x.shape and not dropped.any()
+    assert dropped.shape == output.quantized.shape and not dropped.any()
 
 
 @law
@@ -71,20 +71,29 @@ def test_masked_vectors_influence_nothing(case):
     results = []
     for garbage, module in zip((0.0, 1e4, torch.nan, torch.inf), twins(trained(case), 4), strict=True):
         x = case.input().masked_fill(~keep, garbage)
-        (quantized, indices, loss), gradient, parameters, state = step_on_kept(module, x, mask, keep)
-        results.append((quantized.where(keep, 0.0), case.kept(indices, mask), loss, gradient.where(keep, 0.0), parameters, state))
+        (quantized, indices, loss), gradient, parameters, state = step_on_kept(case, module, x, mask)
+        results.append(
+            (
+                quantized.where(case.spread(mask, quantized), 0.0),
+                case.kept(indices, mask),
+                loss,
+                gradient.where(keep, 0.0),
+                parameters,
+                state,
+            )
+        )
         assert loss.isfinite()
     for other in results[1:]:
         assert_same(other, results[0])
 
 
-def step_on_kept(module, x, mask, keep):
+def step_on_kept(case, module, x, mask):
     """As `step`, with an objective that sees the kept outputs alone."""
     torch.manual_seed(7)
     module.zero_grad()
     x = x.detach().clone().requires_grad_()
     output = call(module, x, mask)
-    backward_(output._replace(quantized=output.quantized.where(keep, 0.0)))
+    backward_(output._replace(quantized=output.quantized.where(case.spread(mask, output.quantized), 0.0)))
     return tuple(output), gradient_of(x), gradients(module), committed(module)
 
 
@@ -202,10 +211,10 @@ def test_vectors_that_are_not_finite_enter_nothing(case):
     bad = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(3, case.mask_shape())]
     x = case.input().where(keep, case.spread(bad))
     (quantized, indices, loss), gradient, parameters, after = step(spoiled, x)
-    step_on_kept(clean, x, keep_all, keep)
+    step_on_kept(case, clean, x, keep_all)
     assert (case.kept(indices, ~keep_all) == -1).all()
     assert (case.kept(indices, keep_all).reshape(int(keep_all.sum()), -1)[:, 0] >= 0).all()  # later layers may be dropped
-    assert not quantized.masked_select(~keep).any() and quantized.isfinite().all()
+    assert not quantized.masked_select(~case.spread(keep_all, quantized)).any() and quantized.isfinite().all()
     assert loss.isfinite() and gradient.isfinite().all() and not gradient.masked_select(~keep).any()
     assert all(g.isfinite().all() for g in parameters.values())
     assert all(t.isfinite().all() for t in after.values() if t.is_floating_point())
@@ -219,7 +228,7 @@ def test_nothing_to_quantize_works(case):
             module = trained(case).train(training)
             x = case.input(batch=batch).requires_grad_()
             output = call(module, x, mask)
-            assert output.quantized.shape == x.shape and output.loss.isfinite()
+            assert output.quantized.shape == case.output_shape(module, x) and output.loss.isfinite()
             backward_(output)
             assert x.grad is None or x.grad.isfinite().all()
             assert all(g.isfinite().all() for g in gradients(module).values())

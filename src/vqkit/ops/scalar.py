@@ -128,13 +128,13 @@ def mean_bit_distribution(logits: Tensor, share: Tensor) -> Tensor:
     The first bit is the lowest. One product of N x 2^(b/2) with N x 2^(b/2) numbers: no N x 2^b matrix. Differentiable.
     """
     low = logits.shape[-1] // 2
-    first, second = _product_distribution(logits[..., :low]), _product_distribution(logits[..., low:])
+    first, second = product_distribution(logits[..., :low]), product_distribution(logits[..., low:])
     with without_autocast(logits.device.type):
         return ((second * share.unsqueeze(-1)).mT @ first).flatten(1)
 
 
-def _product_distribution(logits: Tensor) -> Tensor:
-    """[..., b] -> [..., 2^b]."""
+def product_distribution(logits: Tensor) -> Tensor:
+    """The probabilities [..., 2^b] of all codes of independent bits of log odds [..., b]; the first bit is the lowest. Differentiable."""
     found = torch.ones_like(logits[..., :1]) if logits.shape[-1] else logits.new_ones(*logits.shape[:-1], 1)
     one, zero = torch.sigmoid(logits), torch.sigmoid(-logits)
     for bit in range(logits.shape[-1]):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.base import Quantized as Quantized
     from vqkit.quantizers.base import Quantizer as Quantizer
     from vqkit.quantizers.base import QuantizerOutput as QuantizerOutput
+    from vqkit.quantizers.binary_mapper import BinaryMapper as BinaryMapper
     from vqkit.quantizers.codebook import Codebook as Codebook
     from vqkit.quantizers.commit import add_statistics_ as add_statistics_
     from vqkit.quantizers.commit import attach as attach
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import DiVeQ as DiVeQ
     from vqkit.quantizers.config import Diversity as Diversity
     from vqkit.quantizers.config import Entropy as Entropy
+    from vqkit.quantizers.config import FreeBits as FreeBits
     from vqkit.quantizers.config import Frozen as Frozen
     from vqkit.quantizers.config import Gradient as Gradient
     from vqkit.quantizers.config import Gumbel as Gumbel
@@ -64,6 +66,7 @@ __all__ = [
     "MLP",
     "Affine",
     "BeamSearch",
+    "BinaryMapper",
     "ClipEMA",
     "Codebook",
     "CodebookConfig",
@@ -73,6 +76,7 @@ __all__ = [
     "DiVeQ",
     "Diversity",
     "Entropy",
+    "FreeBits",
     "Frozen",
     "Gradient",
     "Grouped",
@@ -111,6 +115,7 @@ __all__ = [
 _MODULES = {
     "Affine": "config",
     "BeamSearch": "config",
+    "BinaryMapper": "binary_mapper",
     "ClipEMA": "config",
     "Codebook": "codebook",
     "CodebookConfig": "config",
@@ -124,6 +129,7 @@ _MODULES = {
     "FSP": "fsp",
     "FSQ": "fsq",
     "LFQ": "lfq",
+    "FreeBits": "config",
     "Frozen": "config",
     "Gradient": "config",
     "Grouped": "grouped",

@@ -49,7 +49,7 @@ class Quantizer(Committing):
     """
 
     dim: int
-    """The width of the vectors that it takes and gives."""
+    """The width of the vectors that it takes."""
     reducer: Reducer | None = None
     _synchronized = False
 
@@ -87,6 +87,11 @@ class Quantizer(Committing):
         """The weight of each loss that `quantize` returns, by name."""
 
     # What all have
+
+    @property
+    def out_dim(self) -> int:
+        """The width of the vectors that it gives: `dim`, unless a subclass says another."""
+        return self.dim
 
     @property
     def bits_per_vector(self) -> float:

@@ -388,6 +388,18 @@ class Moments:
             _check(self, "targets", len(self.targets) == 4 and all(map(math.isfinite, self.targets)), "None or four finite numbers")
 
 
+@dataclass(frozen=True)
+class FreeBits:
+    """What the Kullback-Leibler divergence of a vector's bits from fair coins, in nats, has above a threshold (Kingma et al., 2016)."""
+
+    weight: float = 1.0
+    threshold: float = math.log(2.0)
+    """In nats; log 2 is one bit."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "weight", "threshold")
+
+
 Loss = Commitment | CrossEntropyCommitment | Orthogonality | Diversity
 
 

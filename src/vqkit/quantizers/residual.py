@@ -715,6 +715,8 @@ def check_parts(name: str, parts: Sequence[Any], alike: Sequence[str]) -> None:
             own, first = getattr(part, attribute), getattr(parts[0], attribute)
             if own != first:
                 raise ValueError(f"{name}[{number}].{attribute} = {own}: must be {first}, as that of the first")
+        if part.out_dim != part.dim:
+            raise ValueError(f"{name}[{number}] gives vectors of width {part.out_dim}: must be {part.dim}, the width that it takes")
         if getattr(part, "layout", "last") != "last":
             raise ValueError(f'{name}[{number}].layout = {part.layout!r}: must be "last"; the layout is that of the whole')
 
