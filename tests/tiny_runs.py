@@ -1,5 +1,6 @@
 """Training runs that take a fraction of a second: a configuration, its data, what a run leaves, and a run that a test may kill."""
 
+import json
 import os
 import random
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from vqkit.data import DataConfig
 from vqkit.models.config import ModelConfig
 from vqkit.quantizers.config import CodebookConfig
+from vqkit.train.checkpoint import SHARDS_FOLDER, read_shards_
 from vqkit.train.config import RunConfig, TrainConfig
 
 STEPS = 24
@@ -77,13 +79,25 @@ def traces(run_dir: Path) -> dict[str, bytes]:
     found = {}
     for path in paths:
         name = path.relative_to(run_dir).as_posix()
-        if path.suffix == ".safetensors":
+        if path.parent.name == SHARDS_FOLDER:
+            continue
+        if path.name == SHARDS_FOLDER:
+            found |= {f"{name} {key}": tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for key, tensor in _shards(path).items()}
+        elif path.suffix == ".safetensors":
             # The order of the metadata in the head of such a file is chance; so are the hashes of whole files.
             for key, tensor in safetensors.torch.load(path.read_bytes()).items():
                 found[f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}"] = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         elif path.is_file() and path.name != "manifest.json":
             found[name] = path.read_bytes()
     return found
+
+
+def _shards(folder: Path) -> dict[str, torch.Tensor]:
+    """The whole tensors that several processes wrote as shards."""
+    entries = json.loads((folder.parent / "training.json").read_text())["shards"]
+    tensors = {name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"])) for name, entry in entries.items()}
+    read_shards_(tensors, folder)
+    return tensors
 
 
 def differing(run_dir: Path, other: Path) -> list[str]:

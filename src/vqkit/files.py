@@ -6,8 +6,10 @@ that starts with a dot and ends in `TEMPORARY_SUFFIX`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -21,20 +23,32 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> None:
     """Put `data` at `path`, replacing the file of that name in one step.
 
-    Raises OSError (no such folder, disk full, ...); the file at `path` is then what it was and nothing is left beside it.
+    Raises OSError that names `path` (no such folder, disk full, ...); the file there is then what it was and nothing is left beside it.
     """
     path = Path(path)
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError raised within that names no file, as that of a full disk does, or a temporary one, is raised again with `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not (error.filename is None or str(error.filename).endswith(TEMPORARY_SUFFIX)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def temporary_name(path: str | os.PathLike[str]) -> Path:

@@ -1,45 +1,30 @@
 """A run that is killed, wherever and whenever, and started again ends as one that never was: bit for bit, every file of it."""
 
-import multiprocessing
 import random
 import signal
-import time
 
 import pytest
 
-from tiny_runs import STEPS, differing, tiny_config, train_in_process, write_texts
+from killed_runs import Launcher, half_written, kill_at_random
+from tiny_runs import STEPS, differing, tiny_config, write_texts
 from vqkit.train.faults import FAULT_POINTS
 from vqkit.train.metrics import read_lines
 
-KILLS = 20
+KILLS = 16
 
 
 class Runs:
-    """Starts runs in processes forked from a warm one, so that each costs what its steps cost."""
+    """Runs of one configuration, and one of them that was left alone."""
 
     def __init__(self, folder):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pytest", "torch._dynamo", "vqkit.train.loop", "vqkit.models.weights", "vqkit.ops.kmeans"])
-        self.config = tiny_config(write_texts(folder / "texts"))
-        self.start(str).join()  # the server that all are forked from is up and warm now
+        self.launch, self.config = Launcher(), tiny_config(write_texts(folder / "texts"))
         self.unbroken = folder / "unbroken"
-        began = time.perf_counter()
         assert self.execute(self.unbroken) == 0
-        self.seconds = time.perf_counter() - began
 
-    def execute(self, run_dir, *, fault=None, seconds=None):
-        """Run until the end, the fault, or a SIGKILL after some seconds; returns the exit code, -9 for a killed process."""
-        process = self.start(train_in_process, self.config, run_dir, fault)
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        return process.exitcode
-
-    def start(self, target, *args):
-        process = self.context.Process(target=target, args=args)
-        process.start()
-        return process
+    def execute(self, run_dir, *, fault=None):
+        """Run until the end or the fault; returns the exit code, -9 for a killed process."""
+        (code,) = self.launch(self.config, run_dir, fault=fault)
+        return code
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +49,7 @@ def test_killed_at_a_named_point(runs, tmp_path, fault):
     assert differing(run_dir, runs.unbroken) != []
     assert runs.execute(run_dir) == 0
     assert differing(run_dir, runs.unbroken) == []
-    assert leftovers(run_dir) == []
+    assert half_written(run_dir) == []
 
 
 def test_killed_at_every_checkpoint_in_turn(runs, tmp_path):
@@ -77,24 +62,7 @@ def test_killed_at_every_checkpoint_in_turn(runs, tmp_path):
 
 def test_killed_at_random_instants(runs, tmp_path):
     seed = random.SystemRandom().randrange(2**32)
-    print(f"kills drawn with seed {seed}")
-    draw = random.Random(seed)
-    kills = number = 0
-    while kills < KILLS:
-        run_dir = tmp_path / f"run{number}"
-        number += 1
-        assert number <= 5 * KILLS, f"{kills} kills only: processes end before they are killed"
-        for _ in range(4):
-            code = runs.execute(run_dir, seconds=draw.uniform(0.0, runs.seconds))
-            assert code in (0, -signal.SIGKILL), f"seed {seed}"
-            if code == 0:
-                break
-            kills += 1
-        assert runs.execute(run_dir) == 0, f"seed {seed}"
-        assert differing(run_dir, runs.unbroken) == [], f"seed {seed}"
-        assert leftovers(run_dir) == [], f"seed {seed}"
-    print(f"{kills} kills in {number} runs")
-
-
-def leftovers(run_dir):
-    return [path.name for path in run_dir.rglob(".*")]
+    print(f"python tests/train/kill_many.py --count {KILLS} --seed {seed}")
+    toll = kill_at_random(runs.launch, runs.config, tmp_path, KILLS, seed)
+    assert toll.differing == [], f"seed {seed}"
+    assert toll.kills >= KILLS

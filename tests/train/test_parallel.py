@@ -1,60 +1,24 @@
 """One run on several processes: DDP, FSDP2 and one process end alike; killed, it resumes bit for bit; on another number of them, alike."""
 
-import multiprocessing
-import os
+import random
 import signal
-import socket
 from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
-from tiny_runs import differing, tiny_config, train_in_process, with_codebook, write_texts
+from killed_runs import Launcher, kill_at_random
+from tiny_runs import differing, tiny_config, with_codebook, write_texts
 from vqkit.train.loop import train
 from vqkit.train.metrics import read_lines
 
-WORLD = 2
-
-
-def on_rank(rank, port, config, run_dir, fault):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    train_in_process(config, run_dir, fault)
-
-
-class Launcher:
-    """What torchrun does, from a warm process."""
-
-    def __init__(self):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pytest", "torch._dynamo", "vqkit.train.loop", "vqkit.models.weights", "vqkit.ops.kmeans"])
-
-    def __call__(self, config, run_dir, *, fault=None):
-        """Exit codes of all processes."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = [self.context.Process(target=on_rank, args=(rank, port, config, run_dir, fault)) for rank in range(WORLD)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        for process in processes:
-            if process.is_alive():  # it waits for one that is no more
-                process.kill()
-                process.join()
-        return [process.exitcode for process in processes]
+KILLS = 4
 
 
 @pytest.fixture(scope="module")
 def launch():
-    return Launcher()
+    return Launcher(ranks=2)
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +71,19 @@ def test_two_processes_end_where_one_does(launch, plain, alone, tmp_path, parall
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_killed_processes_resume_bit_for_bit(launch, texts, tmp_path, parallel):
-    """With k-means start and expiry of dead codes on: draws of every process, in the middle of a sequence."""
+    """With k-means start and expiry of dead codes on: draws of every process, in the middle of a sequence. At named points and any time."""
     config = sharded(tiny_config(texts, steps=12), parallel)
-    assert launch(config, tmp_path / "unbroken") == [0, 0]
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    toll = kill_at_random(launch, config, tmp_path, KILLS, seed)
+    assert (toll.differing, toll.hung) == ([], 0), f"seed {seed}"
+    assert toll.kills >= KILLS
     for fault in ("after_step:8", "before_rename:2"):
         run_dir = tmp_path / fault
         assert -signal.SIGKILL in launch(config, run_dir, fault=fault)
-        assert differing(run_dir, tmp_path / "unbroken") != []
+        assert differing(run_dir, tmp_path / "undisturbed") != []
         assert launch(config, run_dir) == [0, 0]
-        assert [name for name in differing(run_dir, tmp_path / "unbroken") if "optimizer/" not in name] == []
+        assert differing(run_dir, tmp_path / "undisturbed") == []
 
 
 def test_a_run_goes_on_with_another_number_of_processes(launch, plain, alone, tmp_path):
@@ -123,14 +91,8 @@ def test_a_run_goes_on_with_another_number_of_processes(launch, plain, alone, tm
     run_dir = tmp_path / "run"
     for steps, parallel, processes in ((3, "fsdp", 2), (6, "ddp", 2), (9, "ddp", 1), (12, "fsdp", 2)):
         # The steps of the schedule stay: only how many are done changes, by a fault right after the checkpoint of `steps`.
-        config, fault = sharded(plain, parallel), None if steps == 12 else "before_prune:1"
-        if processes == 2:
-            codes = launch(config, run_dir, fault=fault)
-        else:
-            process = launch.context.Process(target=train_in_process, args=(config, run_dir, fault))
-            process.start()
-            process.join()
-            codes = [process.exitcode]
+        fault = None if steps == 12 else "before_prune:1"
+        codes = launch(sharded(plain, parallel), run_dir, ranks=processes, fault=fault)
         assert codes == [0, 0] if fault is None else -signal.SIGKILL in codes
         assert max(path.name for path in (run_dir / "checkpoints").glob("step_*")) == f"step_{steps:08d}"
     assert_alike(run_dir, alone)

@@ -38,6 +38,10 @@ def train_and_report(config: RunConfig, run_dir: Path) -> int:
     except KeyboardInterrupt as stop:
         stop.args = (_where_it_stands(run_dir),)
         raise
+    except OSError as error:  # the disk is full, say
+        if error.strerror is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {_where_it_stands(run_dir)}", error.filename) from error
     if not is_first_process():
         return 0
     print(f"trained: {result.step:,} steps, {view.steps_done:,} of them now, in {duration(view.seconds)}", flush=True)

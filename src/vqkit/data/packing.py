@@ -48,7 +48,7 @@ from vqkit.data.stored import (
     read_summary,
 )
 from vqkit.data.tokenizer import ByteTokenizer
-from vqkit.files import sync_folder, temporary_name
+from vqkit.files import naming, sync_folder, temporary_name
 
 SHARD_BYTES = 1 << 30
 RACE = 2_000_000_000
@@ -84,9 +84,10 @@ def pack(config: DataConfig, folder: str | os.PathLike[str], *, on_event: Emit |
     temporary = temporary_name(folder)
     temporary.mkdir(parents=True)
     try:
-        summary = _take_over(config, temporary) if is_packed(config.path) else _write(temporary, config, emit)
-        _check_lengths(config, summary)
-        _sync(temporary)
+        with naming(folder):
+            summary = _take_over(config, temporary) if is_packed(config.path) else _write(temporary, config, emit)
+            _check_lengths(config, summary)
+            _sync(temporary)
         try:
             os.replace(temporary, folder)
         except OSError:

@@ -10,9 +10,11 @@ keeps for itself (the carried state of its rows, its random generators) is a fil
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from vqkit.dist import LocalReducer
 from vqkit.files import TEMPORARY_SUFFIX, sync_folder, temporary_name, write_bytes_atomic, write_text_atomic
@@ -123,7 +126,7 @@ def _write_parts(training: Training, folder: Path) -> None:
     _write_tensors(folder / _own_file(processes.rank), _own_tensors(training))
     remembered = training.optimizer.state_tensors()
     if training.is_sharded:
-        distributed_checkpoint.save(dict(remembered), checkpoint_id=folder / SHARDS_FOLDER)
+        _write_shards(remembered, folder / SHARDS_FOLDER)
     if processes.is_first:
         whole = {} if training.is_sharded else {f"optimizer.{name}": tensor for name, tensor in remembered.items()}
         _write_tensors(folder / TENSORS_FILE, whole | training.interval.state_tensors())
@@ -151,7 +154,7 @@ def load_checkpoint(path: Path, config: RunConfig, processes: Processes) -> tupl
     remembered = _below("optimizer.", tensors)
     if shards := values["shards"]:
         remembered = {name: _empty(name, entry, parameters) for name, entry in shards.items()}
-        distributed_checkpoint.load(remembered, checkpoint_id=path / SHARDS_FOLDER)
+        read_shards_(remembered, path / SHARDS_FOLDER)
     else:
         remembered = {name: _placed(name, tensor, parameters) for name, tensor in remembered.items()}
     training.optimizer.load_state_tensors_(remembered)
@@ -160,6 +163,29 @@ def load_checkpoint(path: Path, config: RunConfig, processes: Processes) -> tupl
     else:
         seed_generators(config.train.seed, training.step, processes.rank)
     return training, tuple(_differing(values, processes))
+
+
+def read_shards_(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fill `tensors`, of which each process may hold but a part, from the shards in `folder`. Raises ValueError where they do not fit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads what several wrote
+        try:
+            distributed_checkpoint.load(tensors, checkpoint_id=folder)
+        except CheckpointException as error:  # no Exception, and a list of what failed where
+            raise ValueError(f"{folder}: the shards cannot be read: {_first_failure(error)}") from error
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        distributed_checkpoint.save(dict(tensors), checkpoint_id=folder)
+    except CheckpointException as error:
+        failure = _first_failure(error)
+        number, words = getattr(failure, "errno", None) or errno.EIO, getattr(failure, "strerror", None) or str(failure)
+        raise OSError(number, words, str(folder)) from error
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
 
 
 def seed_generators(seed: int, step: int, rank: int) -> None:

@@ -195,9 +195,10 @@ class _Run:
         )
 
     def close(self) -> None:
-        for file in (self.metrics, self.timings, self.tensorboard):
-            if file is not None:
-                file.close()
+        with contextlib.ExitStack() as stack:  # each, whatever becomes of the others
+            for file in (self.metrics, self.timings, self.tensorboard):
+                if file is not None:
+                    stack.callback(file.close)
 
     def _start(self, summary: DataSummary) -> Training:
         config = self.config

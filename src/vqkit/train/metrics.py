@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkit.files import write_bytes_atomic
+from vqkit.files import naming, write_bytes_atomic
 from vqkit.train.code_use import code_use
 from vqkit.train.step import StepResult
 from vqkit.train.units import LossUnit
@@ -81,16 +81,19 @@ class JsonLines:
     """A file of JSON objects, one a line, that grows at its end."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line at once. Raises ValueError for a number that is not finite."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one line at once. Raises ValueError for a number that is not finite, OSError with the name of the file."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        with naming(self._path):
+            while line:  # a disk that fills up takes a part first
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

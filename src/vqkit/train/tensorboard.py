@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vqkit.files import naming
+
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -14,20 +16,23 @@ class TensorBoard:
     """Writes scalars below `folder`. Events after `step` that an earlier process wrote are purged from what TensorBoard shows."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._writer = None
+        self._folder, self._writer = folder, None
         if find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            with naming(folder):
+                self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """The numbers of one line of metrics.jsonl, as KIND/NAME."""
         if self._writer is None:
             return
-        for name, value in record.items():
-            if name not in ("step", "kind") and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        with naming(self._folder):
+            for name, value in record.items():
+                if name not in ("step", "kind") and isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._folder):
+                self._writer.close()

@@ -1,0 +1,159 @@
+"""Runs in processes of their own, one or several ranks, killed at random instants and started again until they are done.
+
+A kill is SIGKILL from outside, of one rank or of all. Half of them fall anywhere, the others while a checkpoint is being written. When one
+rank is killed the others are asked to end, as torchrun does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tiny_runs import differing, train_in_process
+from vqkit.train.config import RunConfig
+
+GRACE = 30.0
+"""Seconds after which a rank that was asked to end counts as hanging; those of torchrun."""
+ATTEMPTS = 4
+"""Kills of one run at most, before it is let through to its end."""
+
+
+class Launcher:
+    """Starts the ranks of a run from a warm process, so that each costs what its steps cost."""
+
+    def __init__(self, ranks: int = 1) -> None:
+        self.ranks = ranks
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["pytest", "torch._dynamo", "vqkit.train.loop", "vqkit.models.weights", "vqkit.ops.kmeans"])
+        warm = self._context.Process(target=str)  # the server that all are forked from is up and warm after it
+        warm.start()
+        warm.join()
+
+    def __call__(self, config: RunConfig, run_dir: Path, *, ranks: int | None = None, fault: str | None = None) -> list[int | None]:
+        """Run to the end, or to the fault; exit codes of all ranks, -9 of a killed one."""
+        return end(self.start(config, run_dir, ranks=ranks, fault=fault))
+
+    def start(self, config: RunConfig, run_dir: Path, *, ranks: int | None = None, fault: str | None = None) -> list[BaseProcess]:
+        """Start all ranks and return them."""
+        ranks = ranks or self.ranks
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes: list[BaseProcess] = [
+            self._context.Process(target=_on_rank, args=(rank, ranks, port, config, run_dir, fault)) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        return processes
+
+
+def _on_rank(rank: int, ranks: int, port: int, config: RunConfig, run_dir: Path, fault: str | None) -> None:
+    if ranks > 1:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        os.environ |= dict(zip(names, map(str, (rank, rank, ranks, "127.0.0.1", port)), strict=True))
+    # What survivors of a killed rank complain of is expected, and of use only where a test fails.
+    os.dup2(os.open(errors_of(run_dir), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    train_in_process(config, run_dir, fault)
+
+
+def errors_of(run_dir: Path) -> Path:
+    """What the ranks of a run said on standard error."""
+    return run_dir.with_name(f"{run_dir.name}.errors")
+
+
+def end(processes: list[BaseProcess]) -> list[int | None]:
+    """Wait until all have ended; once one failed, the others are asked to, and killed after `GRACE`: 137 stands for those that hung."""
+    while all(process.exitcode is None for process in processes) or not any(process.exitcode for process in processes):
+        if all(process.exitcode == 0 for process in processes):
+            return [0] * len(processes)
+        multiprocessing.connection.wait([process.sentinel for process in processes if process.exitcode is None])
+    for process in processes:
+        if process.exitcode is None:
+            process.terminate()
+    limit, codes = time.monotonic() + GRACE, []
+    for process in processes:
+        process.join(max(limit - time.monotonic(), 0.0))
+        hangs = process.exitcode is None
+        if hangs:
+            process.kill()
+            process.join()
+        codes.append(137 if hangs else process.exitcode)
+    return codes
+
+
+@dataclass
+class Toll:
+    """What was done to runs."""
+
+    kills: int = 0
+    while_writing: int = 0
+    """Of the kills, those that fell while something was half-written."""
+    of_one_rank: int = 0
+    runs: int = 0
+    hung: int = 0
+    """Ranks that did not end after another one had been killed."""
+    differing: list[str] = field(default_factory=list)
+    """Names of what is not as in the undisturbed run."""
+
+
+def kill_at_random(launch: Launcher, config: RunConfig, folder: Path, count: int, seed: int, on_run: Callable[[Toll], None] = id) -> Toll:
+    """Kill runs of `config` below `folder` until `count` kills have hit, each run up to `ATTEMPTS` times, and compare their ends.
+
+    Stops at the first run that ends otherwise than the undisturbed one, whose folder is left.
+    """
+    draw, toll = random.Random(seed), Toll()
+    undisturbed = folder / "undisturbed"
+    began = time.perf_counter()
+    assert not any(launch(config, undisturbed)), "the undisturbed run failed"
+    seconds = time.perf_counter() - began
+    while toll.kills < count and not toll.differing:
+        run_dir = folder / f"run_{toll.runs:05d}"
+        toll.runs += 1
+        assert toll.runs <= 5 * count, f"{toll.kills} kills only: runs end before they are killed"
+        for _ in range(ATTEMPTS):
+            codes, writing = _killed(launch.start(config, run_dir), run_dir, draw, seconds)
+            toll.hung += codes.count(137)
+            if -signal.SIGKILL not in codes:
+                break
+            toll.kills += 1
+            toll.of_one_rank += len(codes) > 1 and codes.count(-signal.SIGKILL) == 1
+            toll.while_writing += writing
+        codes = launch(config, run_dir)
+        toll.differing = (
+            [f"exit codes {codes}, see {errors_of(run_dir)}"] if any(codes) else [*differing(run_dir, undisturbed), *half_written(run_dir)]
+        )
+        on_run(toll)
+    return toll
+
+
+def half_written(run_dir: Path) -> list[str]:
+    """Files and folders of a run that never got their names."""
+    return [path.name for path in (*run_dir.glob(".*"), *(run_dir / "checkpoints").glob(".*"))]
+
+
+def _killed(processes: list[BaseProcess], run_dir: Path, draw: random.Random, seconds: float) -> tuple[list[int | None], bool]:
+    """Kill one rank or all, at an instant from now to when the run should have ended, or soon after a checkpoint was begun.
+
+    Returns the exit codes, and whether something was half-written then.
+    """
+    instant = draw.uniform(0.0, seconds)
+    writing, delay = draw.random() < 0.5, draw.uniform(0.0, 0.01)
+    victims = draw.choice([processes, *([process] for process in processes)])
+    limit = time.perf_counter() + instant
+    while time.perf_counter() < limit and any(process.exitcode is None for process in processes):
+        time.sleep(0.001)
+    while writing and not half_written(run_dir) and all(process.exitcode is None for process in processes):
+        time.sleep(0.0005)
+    time.sleep(delay if writing else 0.0)
+    found = bool(half_written(run_dir))
+    for process in victims:
+        process.kill()
+    return end(processes), found
