@@ -46,7 +46,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or not (error.filename is None or str(error.filename).endswith(TEMPORARY_SUFFIX)):
+        temporary = error.filename is not None and any(part.endswith(TEMPORARY_SUFFIX) for part in Path(os.fsdecode(error.filename)).parts)
+        if error.errno is None or not (error.filename is None or temporary):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

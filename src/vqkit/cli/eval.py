@@ -54,12 +54,12 @@ def main(words: Sequence[str]) -> int:
     from vqkit.cli.report import code_table, content, headline, measure, measures
     from vqkit.cli.tables import table
     from vqkit.data import Split
-    from vqkit.models.weights import find_weights, load_weights
+    from vqkit.models.weights import find_and_load_weights
     from vqkit.train.parallel import resolve_device
 
     device = resolve_device(options.device)
-    split, folder = Split(of_data / "data", options.split), find_weights(options.run)
-    model, model_config = load_weights(folder, device)
+    split = Split(of_data / "data", options.split)
+    folder, model, model_config = find_and_load_weights(options.run, device)
     if model_config.vocab_size < split.tokenizer.vocab_size:
         raise ValueError(f"{folder}: a vocabulary of {model_config.vocab_size} tokens; these data need {split.tokenizer.vocab_size}")
     note_broken_checkpoints(options.run)

@@ -33,10 +33,9 @@ class InspectOptions:
 def main(words: Sequence[str]) -> int:
     """Parse and run; returns the exit code."""
     options = parse(InspectOptions, words, prog="vqkit inspect")
-    from vqkit.models.weights import find_weights, load_weights
+    from vqkit.models.weights import find_and_load_weights
 
-    folder = find_weights(options.run)
-    model, config = load_weights(folder)
+    folder, model, config = find_and_load_weights(options.run)
     counts = [quantizer.count.detach() for quantizer in model.quantizers()]
     sections = {
         "configuration": _configuration(options.run, config),

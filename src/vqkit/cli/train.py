@@ -237,10 +237,10 @@ def _check_published(config: RunConfig, run_dir: Path) -> None:
 
 def _model_of(path: str) -> ModelConfig:
     """The configuration of the weights in a run, checkpoint or export folder. Raises UsageError."""
-    from vqkit.models.weights import find_weights, load_weights
+    from vqkit.models.weights import find_and_load_weights
 
     try:
-        return load_weights(find_weights(path))[1]
+        return find_and_load_weights(path)[2]
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"--init-from: {error}") from error
 

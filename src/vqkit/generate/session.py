@@ -18,7 +18,7 @@ from vqkit.data.tokenizer import TOKENIZER_FILE
 from vqkit.generate.engine import Generation, generate
 from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
-from vqkit.models.weights import find_weights, load_weights
+from vqkit.models.weights import find_and_load_weights
 
 TEXT = ("bytes", "sentencepiece")
 """Kinds of tokenizers whose items are bytes of text."""
@@ -113,8 +113,7 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu") -> LoadedModel:
     The tokenizer is that of the run's data, or one that lies beside the weights; a vocabulary of 259 needs none, being that of bytes.
     Raises FileNotFoundError or ValueError when there is no such thing at `path`, or what is there is damaged or no model of tokens.
     """
-    folder = find_weights(path)
-    model, config = load_weights(folder, device)
+    folder, model, config = find_and_load_weights(path, device)
     tokenizer = _tokenizer_of(Path(folder))
     if config.input != "tokens":
         raise ValueError(f'{folder}: model.input = "{config.input}": a tokenizer needs tokens; such a model is for use from Python')

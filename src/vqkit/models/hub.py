@@ -100,9 +100,9 @@ def model_card(model: TransformerVQ) -> str:
 
 
 def _load(folder: Path, device: str) -> TransformerVQ:
-    from vqkit.models.weights import find_weights, load_weights
+    from vqkit.models.weights import find_and_load_weights
 
-    return load_weights(find_weights(folder), device)[0].eval()
+    return find_and_load_weights(folder, device)[1].eval()
 
 
 def _may_be_repository(path: str | os.PathLike[str]) -> bool:

@@ -61,6 +61,17 @@ def load_weights(folder: AnyPath, device: torch.device | str = "cpu") -> tuple[T
     return model, config
 
 
+def find_and_load_weights(path: AnyPath, device: torch.device | str = "cpu") -> tuple[Path, TransformerVQ, ModelConfig]:
+    """`load_weights` of what `find_weights` finds; the newest of a run also where training goes on and prunes what was found meanwhile."""
+    while True:
+        folder = find_weights(path)
+        try:
+            return folder, *load_weights(folder, device)
+        except (OSError, RuntimeError, ValueError):  # safetensors has its own word for a file that is gone
+            if folder.exists() or folder == Path(path):
+                raise
+
+
 def find_weights(path: AnyPath) -> Path:
     """The folder to give to `load_weights`: the newest whole checkpoint of a run, or the checkpoint or export folder itself.
 
@@ -88,7 +99,11 @@ def find_weights(path: AnyPath) -> Path:
 
 def newest_whole_checkpoint(run: AnyPath) -> Path | None:
     """The folder RUN/checkpoints/step_XXXXXXXX of the highest step that is whole, or None."""
-    return next((folder for folder in reversed(_checkpoints(run)) if is_whole(folder)), None)
+    while True:
+        folders = _checkpoints(run)
+        whole = next((folder for folder in reversed(folders) if is_whole(folder)), None)
+        if whole is not None or _checkpoints(run) == folders:  # not all replaced by newer ones meanwhile
+            return whole
 
 
 def broken_checkpoints(run: AnyPath) -> list[tuple[Path, str]]:
@@ -117,7 +132,13 @@ def is_whole(folder: AnyPath) -> bool:
 
 def find_defect(folder: AnyPath) -> str | None:
     """What keeps a checkpoint folder from being whole, in words; None if it is."""
-    folder = Path(folder)
+    try:
+        return _find_defect(Path(folder))
+    except FileNotFoundError as error:  # pruned while it was looked at
+        return f"{Path(str(error.filename)).name} is missing"
+
+
+def _find_defect(folder: Path) -> str | None:
     try:
         entries = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
         listed = [(folder / name, entry["size"], entry["blake2b"]) for name, entry in entries.items()]
@@ -128,8 +149,8 @@ def find_defect(folder: AnyPath) -> str | None:
     for path, size, _ in listed:
         if not path.is_file():
             return f"{path.name} is missing"
-        if path.stat().st_size != size:
-            return f"{path.name} has {path.stat().st_size} bytes, expected {size}"
+        if (found := path.stat().st_size) != size:
+            return f"{path.name} has {found} bytes, expected {size}"
     for path, _, digest in listed:
         if _hash(path) != digest:
             return f"{path.name} has another hash than when it was written"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from vqkit.dist import LocalReducer
-from vqkit.files import TEMPORARY_SUFFIX, sync_folder, temporary_name, write_bytes_atomic, write_text_atomic
+from vqkit.files import TEMPORARY_SUFFIX, naming, sync_folder, temporary_name, write_bytes_atomic, write_text_atomic
 from vqkit.models import TransformerVQ
 from vqkit.models.transformer import ModelState
 from vqkit.models.weights import CHECKPOINTS_FOLDER, is_whole, load_weights, save_weights, write_manifest
@@ -99,17 +99,18 @@ def save_checkpoint(training: Training, run_dir: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     temporary = Path(processes.from_first(str(temporary_name(path))))
     try:
-        _write_parts(training, temporary)
-        processes.wait()
-        if processes.is_first:
-            fault_point("after_checkpoint_write")
-            write_manifest(temporary)
-            if path.exists():  # damaged, or this function had left it
-                _discard(path)
-            fault_point("before_rename")
-            os.rename(temporary, path)
-            sync_folder(path.parent)
-        processes.wait()
+        with naming(path):
+            _write_parts(training, temporary)
+            processes.wait()
+            if processes.is_first:
+                fault_point("after_checkpoint_write")
+                write_manifest(temporary)
+                if path.exists():  # damaged, or this function had left it
+                    _discard(path)
+                fault_point("before_rename")
+                os.rename(temporary, path)
+                sync_folder(path.parent)
+            processes.wait()
     finally:
         if processes.is_first:
             shutil.rmtree(temporary, ignore_errors=True)

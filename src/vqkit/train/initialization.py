@@ -10,7 +10,7 @@ from vqkit.data import Batch
 from vqkit.dist import Reducer
 from vqkit.models import TransformerVQ
 from vqkit.models.attention import AttentionUnit
-from vqkit.models.weights import find_weights, load_weights
+from vqkit.models.weights import find_and_load_weights
 from vqkit.quantizers.learnable import LearnableVQ
 from vqkit.train.config import RunConfig
 
@@ -29,7 +29,7 @@ def starting_model(config: RunConfig) -> TransformerVQ:
     model = TransformerVQ(config.model)
     if config.init_from is None:
         return model
-    source, found = load_weights(find_weights(config.init_from))
+    _, source, found = find_and_load_weights(config.init_from)
     refused = [difference for difference in differences(found, config.model) if difference.path not in OF_TRAINING]
     if refused:
         fields = ", ".join(f"model.{path} is {old!r} there and {new!r} here" for path, old, new in refused)
