@@ -365,6 +365,7 @@ _RESIDUAL = [
     _rvq(implicit=MLP(hidden=12, depth=1), represents=True),
     _rvq(implicit=MLP(hidden=12), beam=BeamSearch(size=2)),
     _rvq(implicit=MLP(hidden=12), shared_codebook=True),
+    _rvq(implicit=MLP(hidden=12), condition_fraction=1.0),
     _rvq(implicit=MLP(hidden=12), assignment=Softmax(), losses=(Commitment(), CrossEntropyCommitment())),
     _rvq(implicit=MLP(hidden=12), assignment=Gumbel(estimator="reinmax"), init=KMeans()),
     _rvq(sync_update=0.2, update=Gradient()),

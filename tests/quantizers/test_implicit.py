@@ -400,6 +400,33 @@ def test_a_shared_base_belongs_to_its_owner():
         ImplicitVQ(DIM, CODES, MLP(4), table=owner.table, dead_codes=DeadCodes(1.0))
 
 
+class Shift(torch.nn.Module):
+    """A network of the user's own."""
+
+    hidden = DIM
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, codes, partial):
+        return codes + self.scale * partial
+
+
+def test_a_network_of_ones_own():
+    layer = ImplicitVQ(DIM, CODES, Shift())
+    x, partial = vectors(), vectors()
+    found = layer.quantize(x, partial=partial)
+    table = layer.codebook + 0.5 * partial.unsqueeze(-2)
+    nearest = (x.unsqueeze(-2) - table).square().sum(-1).argmin(-1)
+    assert torch.equal(found.indices, nearest)
+    torch.testing.assert_close(layer.decode(nearest, partial=partial), layer.codebook[nearest] + 0.5 * partial)
+    found.losses["commitment"].backward()
+    assert layer.network.scale.grad.abs() > 0
+    with pytest.raises(TypeError, match="network = 3"):
+        ImplicitVQ(DIM, CODES, 3)
+
+
 def test_per_call_options_that_mean_nothing_are_refused(layer):
     with pytest.raises(ValueError, match=r"temperature = 0\.5: must be None with assignment"):
         layer.quantize(vectors(), temperature=0.5)

@@ -151,6 +151,43 @@ def test_a_coarse_prefix_is_a_partial_sum(name):
     assert not module.decode(torch.full_like(indices, -1)).any()
 
 
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_what_takes_no_part_is_as_if_it_was_not_there(beam_size):
+    """The first layers alone are a quantizer of their own; the others learn nothing, lose nothing, and stay as they are."""
+    module, short = build(), build(num_quantizers=2)
+    for own, of_whole in zip(short.layers, module.layers, strict=False):
+        own.load_state_dict(of_whole.state_dict())
+    before = module.layers[2].table.sum.clone(), module.layers[2].table.count.clone()
+    for seed in range(2):
+        out, expected = (m(vectors(seed=seed), beam_size=beam_size, **own) for m, own in ((module, {"depth": 2}), (short, {})))
+        torch.testing.assert_close(out.quantized, expected.quantized)
+        torch.testing.assert_close(out.loss, expected.loss)
+        assert torch.equal(out.indices[..., :2], expected.indices)
+    torch.testing.assert_close(module.layers[1].codebook, short.layers[1].codebook)
+    module.eval()
+    assert torch.equal(module.layers[2].table.sum, before[0]) and torch.equal(module.layers[2].table.count, before[1])
+    encoded = module.encode(vectors(), depth=2, beam_size=beam_size)
+    assert torch.equal(encoded[..., :2], short.eval().encode(vectors(), beam_size=beam_size))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0, None])
+def test_the_gradient_of_the_condition_is_a_choice(fraction):
+    """Of later losses, through what the networks are told of earlier codes; without a gradient through the residual."""
+    module = build(num_quantizers=2, implicit=MLP(8, 1), condition_fraction=fraction, estimator="none")
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    loss = module.quantize(vectors()).losses["commitment/1"]
+    (found,) = torch.autograd.grad(loss, module.layers[0].table.weight, allow_unused=True)
+    if not fraction:
+        assert found is None
+        return
+    whole = copy.deepcopy(module)
+    whole.condition_fraction = 1.0
+    (expected,) = torch.autograd.grad(whole.quantize(vectors()).losses["commitment/1"], whole.layers[0].table.weight)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, fraction * expected)
+
+
 @pytest.mark.parametrize("name", ["plain", "shared", "implicit", "projected", "layers"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_depth_names_the_layers_that_take_part(name, depth):
@@ -991,6 +1028,7 @@ def test_misspelled_options_are_refused():
         (lambda m: m(vectors().long()), TypeError, "x is torch.int64"),
         (lambda m: m(vectors(), torch.ones(3, 9, dtype=torch.bool)), ValueError, "mask has shape"),
         (lambda m: m(vectors(), torch.ones(3, 10)), TypeError, "mask is torch.float32"),
+        (lambda m: build(condition_fraction=1.5), ValueError, "condition_fraction = 1.5"),
         (lambda m: m(vectors(), depth=0), ValueError, "depth = 0"),
         (lambda m: m(vectors(), depth=4), ValueError, "depth = 4"),
         (lambda m: m(vectors(), top_k=2), TypeError, "top_k: is no option"),

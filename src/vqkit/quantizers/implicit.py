@@ -45,6 +45,7 @@ from vqkit.quantizers.config import (
     Softmax,
     VQBridge,
     check_choice,
+    check_kind,
 )
 from vqkit.quantizers.layout import check_indices, position_mask, width_last
 
@@ -72,6 +73,9 @@ class _Given(NamedTuple):
 class ImplicitVQ(Quantizer):
     """A layer of `Residual` whose codes are those of a base codebook after a network that also sees the partial reconstruction.
 
+    `network` is an `MLP`, or a module that maps codes [..., D] and partial [..., D], whose leading axes broadcast, to [..., D], and says
+    as `hidden` how many numbers it holds at once for each.
+
     Codes and network learn by the optimizer of the model (with update=Frozen() the network alone), from the losses as in a
     `VectorQuantize` with update=Gradient(). Called on its own the partial reconstruction is zero. `table` is the codebook of another
     layer of the same `Residual`, to be shared: it belongs to that layer, and so do the choices about it. Arguments as for
@@ -86,7 +90,7 @@ class ImplicitVQ(Quantizer):
         self,
         dim: int,
         codebook_size: int,
-        network: MLP,
+        network: MLP | nn.Module,
         *,
         table: Codebook | None = None,
         assignment: Assignment = "nearest",
@@ -121,7 +125,10 @@ class ImplicitVQ(Quantizer):
         else:
             _check_table(table, codebook_size, dim, update, init, dead_codes, transform, affine)
             object.__setattr__(self, "table", table)  # no module of this one, so that it is stored once, with its owner
-        self.network = ConditionalCodes(dim, network.hidden, network.depth, device=device)
+        if not isinstance(network, nn.Module):
+            check_kind("network", network, MLP, nn.Module)
+            network = ConditionalCodes(dim, network.hidden, network.depth, device=device)
+        self.network = network
         self.commit = commit
 
     def extra_repr(self) -> str:
@@ -351,7 +358,7 @@ class _Codes:
     A softmax is that of minus the distances over a temperature. Tables [R, C, D] are made in chunks and again in the backward.
     """
 
-    def __init__(self, network: ConditionalCodes, base: Tensor, *, frozen: bool) -> None:
+    def __init__(self, network: nn.Module, base: Tensor, *, frozen: bool) -> None:
         self.network, self.frozen = network, frozen
         self.base = base.detach() if frozen else base
 
@@ -410,8 +417,8 @@ class _Codes:
         return [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
 
 
-def _chunk(network: ConditionalCodes, codebook: Tensor) -> int:
-    return max(1, _ELEMENTS // (len(codebook) * max(network.dim, network.hidden)))
+def _chunk(network: Any, codebook: Tensor) -> int:
+    return max(1, _ELEMENTS // (len(codebook) * max(codebook.shape[-1], network.hidden)))
 
 
 def _scores(x: Tensor, table: Tensor) -> Tensor:
@@ -485,7 +492,7 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_implicit(network: ConditionalCodes, x: Tensor, partial: Tensor, codebook: Tensor, num: int = 1) -> tuple[Tensor, Tensor]:
+def nearest_implicit(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int = 1) -> tuple[Tensor, Tensor]:
     """The `num` nearest of the codes that each vector has for itself: indices [N, P] int64, nearest first, and these codes [N, P, D].
 
     x, partial [N, D], codebook [C, D], all of the dtype of the arithmetic; P = min(num, C). Vectors that are not finite get index -1
@@ -498,7 +505,7 @@ def nearest_implicit(network: ConditionalCodes, x: Tensor, partial: Tensor, code
     return indices, codes
 
 
-def _nearest(network: ConditionalCodes, x: Tensor, partial: Tensor, codebook: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def _nearest(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int) -> tuple[Tensor, Tensor]:
     table = network(codebook, partial.unsqueeze(1))  # [N, C, D]
     error = (x.unsqueeze(1) - table).square().sum(-1)
     error = error.where(error == error, torch.inf)

@@ -59,7 +59,8 @@ class Residual(Quantizer):
     what the layers give it, which alone hands on the gradient of a softmax over codes. `sync_update` of the gradient of the output then
     also goes to the codes of all layers (Huh et al., 2023); with input_gradient=False nothing at all reaches the input.
     `gradient_fraction` of the gradient that later layers (their losses, or with "layers" their outputs) send back into what they are
-    left with goes on into the outputs of earlier layers, and so into their codes where these are differentiable.
+    left with goes on into the outputs of earlier layers, and so into their codes where these are differentiable; `condition_fraction`
+    (None: the same) of the gradient that implicit codebooks send into the partial reconstruction which they are told does so, too.
 
     Layers that wait for k-means start one after the other in the first eager training forward, each at what those before it leave; one
     that is shared, at what all its uses see. So they do by `initialize_`.
@@ -77,6 +78,7 @@ class Residual(Quantizer):
         dim: int | None = None,
         estimator: Estimator | Literal["layers"] = "straight_through",
         gradient_fraction: float = 0.0,
+        condition_fraction: float | None = None,
         sync_update: float = 0.0,
         input_gradient: bool = True,
         quantize_dropout: QuantizeDropout | None = None,
@@ -92,6 +94,7 @@ class Residual(Quantizer):
         layers = [*layers]
         check_parts("layers", layers, alike=("dim", "code_shape"))
         _check_choices(len(layers), estimator, gradient_fraction, sync_update, quantize_dropout, beam, masked)
+        _check_fraction("condition_fraction", gradient_fraction if condition_fraction is None else condition_fraction)
         if beam is not None:
             _check_beam(layers)
         check_layout(layout)
@@ -106,6 +109,7 @@ class Residual(Quantizer):
         self.project_in = nn.Linear(self.dim, self.inner_dim, device=device) if projected else nn.Identity()
         self.project_out = nn.Linear(self.inner_dim, self.dim, device=device) if projected else nn.Identity()
         self.estimator, self.gradient_fraction, self.sync_update = estimator, gradient_fraction, sync_update
+        self.condition_fraction = gradient_fraction if condition_fraction is None else condition_fraction
         self.input_gradient = input_gradient
         self.quantize_dropout, self.beam = quantize_dropout, beam
         self.layout, self.masked = layout, masked
@@ -172,10 +176,10 @@ class Residual(Quantizer):
     ) -> Quantized:
         """x [B, ..., D] or, with layout "first", [B, D, ...]; mask [P...] bool or lengths [B].
 
-        Only the first `depth` layers take part, if given, else all but those that quantize dropout cuts off. `beam_size` stands for that
-        of the configuration. `indices` [P..., Q, ...] are taken instead of the nearest codes; for `targets` of that shape the
-        cross-entropy is among the losses. Other options go to every layer, and all must know them: of `VectorQuantize`, `temperature` and
-        `weights` [P...]. The losses of layer i are named "NAME/i".
+        Only the first `depth` layers take part, if given (the others are not run: no loss, no step), else all but those that quantize
+        dropout cuts off. `beam_size` stands for that of the configuration. `indices` [P..., Q, ...] are taken instead of the nearest
+        codes; for `targets` of that shape the cross-entropy is among the losses. Other options go to every layer, and all must know
+        them: of `VectorQuantize`, `temperature` and `weights` [P...]. The losses of layer i are named "NAME/i".
         """
         rows = width_last(x, self.dim, self.layout)
         positions = rows.shape[:-1]
@@ -186,7 +190,7 @@ class Residual(Quantizer):
         check_options((*own, *options), self._options, type(self).__name__)
         if indices is not None and beam_size is not None:
             raise ValueError(f"beam_size = {beam_size}: must be None where indices are given, as nothing is searched")
-        used = self._used_layers(depth, x.device)
+        used = self._used_layers(depth)
         size = self._beam_size(beam_size)
         if not self.input_gradient:
             rows = rows.detach()
@@ -212,7 +216,7 @@ class Residual(Quantizer):
         """x -> indices [P..., Q, ...] int64 of all layers, or of the first `depth` with -1 behind; never dropped at random."""
         rows = width_last(x, self.dim, self.layout)
         counted = position_mask(rows.shape[:-1], mask, lengths)
-        used = self._used_layers(self.num_quantizers if depth is None else depth, x.device)
+        used = self._used_layers(self.num_quantizers if depth is None else depth)
         size = self._beam_size(beam_size)
         vectors, finite = self._project_in(rows, counted)
         if size > 1:
@@ -222,11 +226,13 @@ class Residual(Quantizer):
         found = []
         for number, layer in enumerate(self._each()):
             given = conditions(layer, partial)
-            kept = counted if used is None else _and(number < used, counted, rows.shape[:-1])
+            if isinstance(used, int) and number >= used:
+                break
+            kept = _and(number < used, counted, rows.shape[:-1]) if isinstance(used, Tensor) else counted
             found.append(layer.encode(residual, kept, **given))
             codes = layer.decode(found[-1], **given).to(residual.dtype)
             residual, partial = residual - codes, partial + codes
-        return torch.stack(found, dim=rows.dim() - 1)
+        return self._fill(torch.stack(found, dim=rows.dim() - 1))
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P..., L, ...] of the first L <= Q layers -> vectors of the layout and width of the input."""
@@ -313,12 +319,12 @@ class Residual(Quantizer):
 
     # Steps of `quantize`
 
-    def _used_layers(self, depth: int | None, device: torch.device) -> Tensor | None:
-        """How many layers take part, [] int64; None for all."""
+    def _used_layers(self, depth: int | None) -> Tensor | int | None:
+        """How many layers take part, as given or drawn, [] int64; None for all."""
         if depth is not None:
             if not 1 <= depth <= self.num_quantizers:
                 raise ValueError(f"depth = {depth}: must be from 1 to {self.num_quantizers}, the number of layers")
-            return None if depth == self.num_quantizers else torch.full((), depth, device=device)
+            return None if depth == self.num_quantizers else depth
         if self.clock is None or self.quantize_dropout is None or not self.training:
             return None
         return dropout_depth(self.quantize_dropout, self.clock.commits, self.num_quantizers)
@@ -347,7 +353,15 @@ class Residual(Quantizer):
         known = has_code(indices, codes.dim() - 1)
         return where_kept(known, _linear(self.project_out, codes))
 
-    def _search(self, vectors: Tensor, finite: Tensor, used: Tensor | None, size: int) -> Tensor:
+    def _fill(self, indices: Tensor) -> Tensor:
+        """Those of the first layers [P..., L, ...], with -1 for all others [P..., Q, ...]."""
+        axis = indices.dim() - len(self.code_shape)
+        missing = self.num_quantizers - indices.shape[axis]
+        if missing == 0:
+            return indices
+        return torch.cat([indices, indices.new_full((*indices.shape[:axis], missing, *self.code_shape[1:]), -1)], dim=axis)
+
+    def _search(self, vectors: Tensor, finite: Tensor, used: Tensor | int | None, size: int) -> Tensor:
         """The indices of the best paths, [P..., Q, ...]; those of vectors that are not finite mean nothing."""
         layers = list(self._each())
 
@@ -357,14 +371,15 @@ class Residual(Quantizer):
 
         weights = None if self.beam is None else self.beam.weights
         flat = vectors.detach().where(finite.unsqueeze(-1), 0.0).reshape(finite.numel(), self.inner_dim)
-        found = beam_search(flat, self.num_quantizers, propose, size, weights=weights, depth=used)
-        return found.reshape(*finite.shape, *self.code_shape)
+        number, drawn = (used, None) if isinstance(used, int) else (self.num_quantizers, used)
+        found = beam_search(flat, number, propose, size, weights=weights, depth=drawn)
+        return self._fill(found.reshape(*finite.shape, number, *self.code_shape[1:]))
 
     def _walk(
         self,
         vectors: Tensor,
         counted: Tensor | None,
-        used: Tensor | None,
+        used: Tensor | int | None,
         indices: Sequence[Tensor] | None,
         targets: Sequence[Tensor] | None,
         freeze_codebook: bool,
@@ -376,25 +391,28 @@ class Residual(Quantizer):
         outputs: list[Tensor] = []
         found: list[Quantized] = []
         for number, layer in enumerate(self._each()):
+            if isinstance(used, int) and number >= used:
+                break
             own = conditions(layer, partial)
             if indices is not None:
                 own["indices"] = indices[number]
             if targets is not None:
                 own["targets"] = targets[number]
-            mask = counted if used is None else _and(number < used, counted, vectors.shape[:-1])
+            mask = _and(number < used, counted, vectors.shape[:-1]) if isinstance(used, Tensor) else counted
             part = layer.quantize(residual, mask, freeze_codebook=freeze_codebook, **own, **options)
             output = where_kept(has_code(part.indices, vectors.dim() - 1), part.quantized)
             passed = _scale_gradient(output, self.gradient_fraction)
             residual = residual - passed
             if conditional:
-                partial = partial + passed
+                told = passed if self.condition_fraction == self.gradient_fraction else _scale_gradient(output, self.condition_fraction)
+                partial = partial + told
             outputs.append(output)
             found.append(part)
         return _Path(
             outputs,
-            torch.stack([part.indices for part in found], dim=vectors.dim() - 1),
+            self._fill(torch.stack([part.indices for part in found], dim=vectors.dim() - 1)),
             {numbered(name, i): loss for i, part in enumerate(found) for name, loss in part.losses.items()},
-            gather_statistics(self._slots, [part.statistics for part in found]),
+            gather_statistics(self._slots, [*(part.statistics for part in found), *[None] * (self.num_quantizers - len(found))]),
         )
 
     def _estimate(self, vectors: Tensor, finite: Tensor, path: _Path) -> Tensor:
@@ -429,6 +447,7 @@ class ResidualVQ(Residual):
         estimator: Estimator = "rotation",
         estimate: Literal["sum", "layers"] | None = None,
         gradient_fraction: float = 0.0,
+        condition_fraction: float | None = None,
         sync_update: float = 0.0,
         input_gradient: bool = True,
         quantize_dropout: QuantizeDropout | None = None,
@@ -462,6 +481,7 @@ class ResidualVQ(Residual):
             dim=dim,
             estimator="layers" if in_layers else estimator,
             gradient_fraction=gradient_fraction,
+            condition_fraction=condition_fraction,
             sync_update=0.0 if in_layers else sync_update,
             input_gradient=input_gradient,
             quantize_dropout=quantize_dropout,
@@ -735,8 +755,7 @@ def _check_choices(
     if sync_update > 0 and estimator == "layers":
         raise ValueError(f'sync_update = {sync_update}: must be 0 with estimator = "layers", which have their own')
     check_choice("masked", masked, ("zero", "input"))
-    if not 0.0 <= gradient_fraction <= 1.0:
-        raise ValueError(f"gradient_fraction = {gradient_fraction}: must be from 0 to 1")
+    _check_fraction("gradient_fraction", gradient_fraction)
     for name, value, kind in (("quantize_dropout", dropout, QuantizeDropout), ("beam", beam, BeamSearch)):
         if value is not None:
             check_kind(name, value, kind)
@@ -746,6 +765,11 @@ def _check_choices(
         raise ValueError(f"QuantizeDropout.cutoff_index = {dropout.cutoff_index}: must be below {num_quantizers}, the number of layers")
     if beam is not None and beam.weights is not None and len(beam.weights) != num_quantizers:
         raise ValueError(f"BeamSearch.weights has {len(beam.weights)} entries: must be {num_quantizers}, one a layer")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} = {value}: must be from 0 to 1")
 
 
 def _check_beam(layers: Iterable[Any]) -> None:
