@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint types unit wheel laws triton format bench-conventions bench-train bench-attention bench-quantizers bench-codebooks clean
+.PHONY: help demo test lint types unit wheel laws triton format bench-conventions bench-twin bench-train bench-attention bench-quantizers bench-codebooks clean
 
 help:
 	@echo "make demo         train on this machine's Python library, measure, sample (minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make wheel        build the wheel and use it from a folder of its own"
 	@echo "make format       let ruff write the format"
 	@echo "make bench-conventions  which conventions, forms and optimizers learn better"
+	@echo "make bench-twin   the quickstart's model beside the same with full attention, at equal steps and in equal time"
 	@echo "make bench-train  training speed against a bare matrix product"
 	@echo "make bench-attention  the attention alone, models and decoding against ordinary attention"
 	@echo "make bench-quantizers  the quantizers against the peer, faiss and a bare matrix product"
@@ -64,6 +65,9 @@ format: $(VENV)/.dev
 
 bench-conventions: $(VENV)/.train
 	$(BIN)/python benchmarks/compare_conventions.py $(ARGS)
+
+bench-twin: $(VENV)/.train
+	$(BIN)/python benchmarks/compare_twin.py $(ARGS)
 
 bench-train: $(VENV)/.train
 	$(BIN)/python benchmarks/bench_train.py
