@@ -278,7 +278,7 @@ def groups_of_scalars() -> list[nn.Module]:
     return [Residual([FSQ((4, 4)), FSQ((4, 4), scale=0.25)]), Residual([LFQ(3), LFQ(3, scale=0.5)])]
 
 
-_BUILT = {"transform", "layers", "parts"}  # modules are made anew for each case
+_BUILT = {"transform", "activation", "layers", "parts"}  # modules are made anew for each case
 _QUICK = EMA(decay=0.3)
 """Forgets so fast that codes die within a step."""
 _HEALTHY = DeadCodes(threshold=1.0)
@@ -412,6 +412,9 @@ _SCALAR = [
     Case(FSQ, {"levels": (4, 3), "heads": 2, "symmetric": True, "layout": "first"}, (3, 4), "image"),
     Case(FSQ, {"levels": (5, 4), "bound": "clamp", "scale": (0.5, 0.25), "masked": "input"}),
     Case(FSQ, {"levels": (4, 4), "dim": DIM, "symmetric": True, "noise_dropout": 0.5, "commit": "manual"}),
+    Case(FSQ, {"levels": (4, 5), "dim": DIM, "heads": 2, "bound": "centred_tanh", "rotation": True}),
+    Case(FSQ, {"levels": (4, 5), "bound": "centred_clamp"}),
+    Case(FSQ, {"levels": (4, 5), "bound": "clamp", "symmetric": True, "noise_dropout": 0.5, "noise_on": "codes"}),
     Case(LFQ, {"dim": DIM}, represents=True),
     Case(LFQ, {"dim": DIM, "codebook_size": 16, "heads": 2, "spherical": True, "scale": 2.0, "diversity_bits": 3}),
     Case(
@@ -425,6 +428,8 @@ _SCALAR = [
         },
     ),
     Case(LFQ, {"dim": DIM, "layout": "first", "masked": "input", "commit": "manual"}, (3, 4), "image"),
+    Case(LFQ, {"dim": DIM, "first_bit": "highest", "rotation": True, "activation": nn.Tanh, "probability_floor": 1e-5}),
+    Case(LFQ, {"dim": DIM, "loss_share": 0.5}),
     Case(LatentQuantize, {"levels": (5, 4, 3)}, represents=True),
     Case(LatentQuantize, {"levels": (4, 4), "dim": DIM, "heads": 2, "commitment": Commitment(weight=0.5, pull=2.0)}),
     Case(LatentQuantize, {"levels": (3, 2), "layout": "first", "masked": "input", "commit": "manual"}, (3, 4), "image"),
@@ -452,6 +457,7 @@ _SCALAR = [
         "image",
     ),
     Case(Residual, {"layers": fine_after_coarse, "dim": DIM, "quantize_dropout": QuantizeDropout(seed=5)}),
+    Case(Residual, {"layers": fine_after_coarse, "soft_clamp": (1.25, 1.25, 1.5)}),
     Case(Residual, {"layers": halving_bits, "beam": BeamSearch(size=3)}),
     Case(Grouped, {"parts": groups_of_scalars}),
 ]

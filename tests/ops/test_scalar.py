@@ -1,6 +1,7 @@
 """Scalars rounded to levels, and what factorises over them: against the published formulas and against all codes at once."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from vqkit.ops.scalar import (
     distribution_entropy,
     join_digits,
     level_codes,
+    level_digits,
     level_steps,
     mean_bit_distribution,
     round_to_levels,
@@ -43,10 +45,47 @@ def test_it_is_the_published_formula(levels):
     np.testing.assert_array_equal(join_digits(found.digits, levels).numpy(), indices)
 
 
+@pytest.mark.parametrize("bound", ["centred_tanh", "centred_clamp"])
+@pytest.mark.parametrize("levels", LEVELS, ids=str)
+def test_centred_bounds_have_zero_at_code_zero_and_the_formula_of_their_widths(levels, bound):
+    z = torch.randn(4096, len(levels), dtype=torch.float64) * 2
+    sizes = np.asarray(levels)
+    width, offset = (sizes - 1) * (1 + 1e-3) / 2, np.where(sizes % 2 == 1, 0.0, 0.5)
+    if bound == "centred_tanh":
+        steps = np.tanh(z.numpy() + np.arctanh(offset / width)) * width - offset
+    else:
+        steps = np.clip(z.numpy() + offset / width, -1, 1) * width - offset
+    found = round_to_levels(z, levels, bound=bound)
+    np.testing.assert_allclose(found.values.numpy(), steps / (sizes // 2), rtol=0, atol=1e-14)
+    np.testing.assert_array_equal(found.digits.numpy(), np.round(steps).astype(np.int64) + sizes // 2)
+    at_zero = round_to_levels(torch.zeros(1, len(levels), dtype=torch.float64), levels, bound=bound)
+    assert at_zero.values.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_digits_of_codes_are_those_that_made_them(symmetric):
+    levels = (2, 3, 8, 1000)
+    digits = torch.stack([torch.randint(0, number, (500,)) for number in levels], dim=-1)
+    codes = level_codes(digits, levels, torch.float32, symmetric=symmetric)
+    assert torch.equal(level_digits(codes, levels, symmetric=symmetric), digits)
+    assert level_digits(torch.full((1, 4), 9.0), levels, symmetric=symmetric).tolist() == [[1, 2, 7, 999]]
+
+
 def test_zero_has_code_zero():
     levels = (3, 4, 5, 8)
     digits = round_to_levels(torch.zeros(len(levels)), levels).digits
     assert not level_codes(digits, levels, torch.float32).any()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_small_probabilities_count_with_the_logarithm_of_the_floor(symmetric):
+    share = torch.tensor([0.5, 0.499, 1e-3, 0.0], dtype=torch.float64, requires_grad=True)
+    floor = 0.1 if symmetric else 0.0
+    logs = share.detach().clamp(min=floor or 1.0e-300).log()
+    found = distribution_entropy(share, floor)
+    torch.testing.assert_close(found.detach(), -(share.detach() * logs).sum())
+    (gradient,) = torch.autograd.grad(found, share)
+    assert gradient.isfinite().all() and gradient[2] == pytest.approx(-math.log(0.1) if symmetric else -math.log(1e-3) - 1)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from thread_ranks import in_ranks
-from vqkit.quantizers import FSQ, QuantizeDropout, Residual, VectorQuantize
+from vqkit.quantizers import FSQ, LFQ, QuantizeDropout, Residual, VectorQuantize
 
 
 @pytest.mark.parametrize("levels", [(8,) * 20, (2,) * 62, (5, 3, 4) * 9])
@@ -50,6 +50,9 @@ def test_no_codebook_is_made_unless_asked_for():
         ({"levels": (4,), "scale": 0.0}, ValueError, r"^scale = 0.0: must be positive"),
         ({"levels": (4, 4), "scale": (1.0,)}, ValueError, r"^scale has 1 entries: must be 2"),
         ({"levels": (4, 4), "scale": (1.0, math.nan)}, ValueError, r"^scale\[1\] = nan"),
+        ({"levels": (4, 2), "bound": "centred_tanh"}, ValueError, r'^bound = "centred_tanh": must be "tanh" or "clamp", or symmetric'),
+        ({"levels": (4,), "noise_on": "none"}, ValueError, r"^noise_on = 'none': must be one of 'scalars', 'codes'"),
+        ({"levels": (4,), "rotation": 1}, TypeError, r"^rotation = 1: must be bool"),
         ({"levels": (4, 4), "scale": "big"}, TypeError, r"^scale = 'big': must be a number"),
     ],
 )
@@ -186,3 +189,33 @@ def test_nearest_codes_come_in_order():
     assert torch.equal(quantizer.nearest(x, 1)[0], indices[:, :1])
     with pytest.raises(ValueError, match=r"^nearest needs one head"):
         FSQ((4,), heads=2).nearest(torch.randn(3, 2), 1)
+
+
+@pytest.mark.parametrize("of", [lambda **options: FSQ((4, 5, 3), heads=2, **options), lambda **options: LFQ(6, heads=2, **options)])
+def test_a_rotation_turns_the_axes_that_are_rounded(of):
+    plain, turned = of(), of(rotation=True)
+    matrix = turned.counts.rotation
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(3))
+    x = torch.randn(4, 50, 6)
+    rotate = lambda values, by: (values.unflatten(-1, (2, 3)) @ by).flatten(-2)  # noqa: E731
+    found, expected = turned.quantize(x), plain.quantize(rotate(x, matrix))
+    assert torch.equal(found.indices, expected.indices)
+    torch.testing.assert_close(found.quantized, rotate(expected.quantized, matrix.mT))
+    torch.testing.assert_close(turned.decode(found.indices), found.quantized)
+    torch.testing.assert_close(turned.decode_codes(found.indices), found.quantized)
+    assert found.losses.keys() == expected.losses.keys()
+    for name, loss in found.losses.items():
+        torch.testing.assert_close(loss, expected.losses[name])
+    restored = of(rotation=True)
+    restored.load_state_dict(turned.state_dict())
+    assert torch.equal(restored.encode(x), found.indices)
+
+
+def test_noise_moves_codes_by_half_of_their_range_at_most():
+    quantizer = FSQ((3, 5), symmetric=True, noise_dropout=0.25, noise_on="codes", scale=2.0)
+    x = torch.randn(4000, 2)
+    quantized, indices, _ = quantizer(x)
+    moved = quantized - quantizer.decode(indices)
+    assert 0.12 < (moved != 0).double().mean() < 0.2  # of the codes where the range ends half cannot move
+    assert moved.abs().max() <= 1.0 + 1e-6 and quantized.abs().max() <= 2.0
+    assert not (quantizer.eval()(x).quantized - quantizer.decode(indices)).any()

@@ -178,3 +178,52 @@ def test_many_bits_work_in_groups_or_without_diversity():
         x = torch.randn(10, quantizer.dim)
         quantized, indices, loss = quantizer(x)
         assert loss.isfinite() and torch.equal(quantizer.decode(indices), quantized)
+
+
+def test_the_first_scalar_may_be_the_highest_bit():
+    quantizer = LFQ(5, first_bit="highest").eval()
+    x = torch.randn(40, 5)
+    indices = quantizer.encode(x)
+    assert indices.tolist() == [sum(2 ** (4 - i) for i in range(5) if row[i] > 0) for row in x.tolist()]
+    assert torch.equal(quantizer.decode(indices), torch.where(x > 0, 1.0, -1.0))
+    assert torch.equal(quantizer.digits(indices), (x > 0).to(torch.int64))
+    assert torch.equal(quantizer.nearest(x, 3)[0][:, 0], indices)
+
+
+def test_the_gradient_goes_through_the_activation_in_training():
+    quantizer = LFQ(4, losses=(), activation=torch.nn.Tanh())
+    x = torch.randn(6, 4, requires_grad=True)
+    for expected in (1 - x.detach().tanh() ** 2, torch.ones(6, 4)):
+        out = quantizer(x).quantized
+        assert torch.equal(out, torch.where(x > 0, 1.0, -1.0))
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], expected)
+        quantizer.eval()
+
+
+def test_a_call_may_set_the_temperature_and_what_the_losses_see():
+    x, mask = torch.randn(3, 10, 4), torch.rand(3, 10) < 0.6
+    hot = LFQ(4, losses=(Commitment(), Entropy(temperature=2.0), Diversity(temperature=2.0)))
+    cold = LFQ(4, losses=(Commitment(), Entropy(), Diversity()))
+    found, expected = cold.quantize(x, temperature=2.0, loss_mask=mask), hot.quantize(x, mask)
+    torch.testing.assert_close(found.losses, expected.losses)
+    assert torch.equal(found.indices, hot.encode(x)) and (expected.indices[~mask] == -1).all()
+    with pytest.raises(ValueError, match=r"^temperature = 0.0: must be positive and finite"):
+        cold.quantize(x, temperature=0.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_entropies_of_a_share_of_the_vectors(masked):
+    x = torch.randn(2, 40, 4)
+    mask = torch.rand(2, 40) < 0.5 if masked else torch.ones(2, 40, dtype=torch.bool)
+    quantizer = LFQ(4, losses=(Commitment(), *BOTH), loss_share=0.25)
+    seen = quantizer._draw_share(mask.unsqueeze(-1).expand(2, 40, 1)).squeeze(-1)
+    assert seen.sum() == int(0.25 * mask.sum()) and not (seen & ~mask).any()
+    torch.manual_seed(3)
+    found = quantizer.quantize(x, mask).losses
+    torch.manual_seed(3)
+    seen = quantizer._draw_share(mask.unsqueeze(-1)).squeeze(-1)
+    whole = LFQ(4, losses=(Commitment(), *BOTH))
+    expected = {**whole.quantize(x, seen).losses, "commitment": whole.quantize(x, mask).losses["commitment"]}
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(quantizer.eval().quantize(x, mask).losses, whole.quantize(x, mask).losses)
+    assert LFQ(4, loss_share=0.1)._draw_share(torch.ones(1, 2, 1, dtype=torch.bool)).sum() == 1

@@ -12,6 +12,7 @@ from vqkit.dist import LocalReducer
 from vqkit.ops.codebook import merge_statistics
 from vqkit.quantizers import (
     EMA,
+    FSQ,
     MLP,
     BeamSearch,
     Commitment,
@@ -1096,3 +1097,15 @@ def test_choices_of_another_kind_are_named(options, error, match):
 def test_layers_are_a_sequence():
     with pytest.raises(TypeError, match="layers is a VectorQuantize: must be a sequence of quantizers"):
         Residual(VectorQuantize(8, 16))
+
+
+def test_layers_see_what_is_softly_clamped():
+    limit = torch.tensor([1.5, 0.5])
+    layers = [FSQ((5, 5), scale=0.25**i, bound="clamp") for i in range(2)]
+    plain, clamped = Residual(layers), Residual(layers, soft_clamp=(1.5, 0.5))
+    x = torch.randn(3, 4, 2, requires_grad=True)
+    found, expected = clamped(x), plain((x / limit).tanh() * limit)
+    assert torch.equal(found.indices, expected.indices)
+    torch.testing.assert_close(*(torch.autograd.grad(out.quantized.sum(), x)[0] for out in (found, expected)))
+    with pytest.raises(ValueError, match=r"^soft_clamp\[1\] = -1: must be positive"):
+        Residual(layers, soft_clamp=(1.0, -1))

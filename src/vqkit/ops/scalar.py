@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vqkit.ops.precision import without_autocast
 
-Bound = Literal["tanh", "clamp"]
+Bound = Literal["tanh", "clamp", "centred_tanh", "centred_clamp"]
 _EPS = 1e-3  # keeps the outermost scalars of FSQ off the ties of rounding
 
 
@@ -63,16 +63,22 @@ def round_to_levels(x: Tensor, levels: Sequence[int], *, symmetric: bool = False
     there, tanh(x + shift) * (L - 1) (1 - eps) / 2 - offset, where an even L has offset = 1/2 and shift = tan(offset / ((L - 1)
     (1 - eps) / 2)), so that x = 0 has code 0. Of two levels that shift has no meaning; they part at 0 here (shift = 0).
 
-    `symmetric` (Parker et al., 2024, section 3.2): codes 2 k / (L - 1) - 1 for k = 0 ... L - 1, the nearest one to tanh(x). With bound
-    "clamp" scalars between the outermost codes stand for themselves, and are rounded to the nearest.
+    The "centred" bounds have (1 + eps) in place of (1 - eps) and shift = atanh(offset / width), or with "centred_clamp", which bounds
+    x + shift to -1 ... 1, shift = offset / width: x = 0 stands exactly on code 0, and the outermost codes have a little more room. They
+    have no meaning for two levels.
+
+    `symmetric` (Parker et al., 2024, section 3.2): codes 2 k / (L - 1) - 1 for k = 0 ... L - 1, the nearest one to tanh(x), whether or not
+    centred. With bound "clamp" scalars between the outermost codes stand for themselves, and are rounded to the nearest.
     """
-    squash = torch.tanh if bound == "tanh" else None
+    squash = torch.tanh if bound in ("tanh", "centred_tanh") else None
     if symmetric:
         top = _each([number - 1 for number in levels], x)
         values = squash(x) if squash else x.clamp(-1.0, 1.0)
         return Rounded(values, torch.floor(top * (values.detach() + 1.0) / 2.0 + 0.5).to(torch.int64))
     half = _each([number // 2 for number in levels], x)
-    if squash:
+    if bound.startswith("centred"):
+        steps = _centred_steps(x, levels, bound)
+    elif squash:
         widths = [(number - 1) * (1 - _EPS) / 2 for number in levels]
         offsets = [0.0 if number % 2 else 0.5 for number in levels]
         shifts = [math.tan(o / w) if number > 2 else 0.0 for o, w, number in zip(offsets, widths, levels, strict=True)]
@@ -80,6 +86,23 @@ def round_to_levels(x: Tensor, levels: Sequence[int], *, symmetric: bool = False
     else:
         steps = (x * half).clamp(_limit(x, [-(number // 2) for number in levels]), _limit(x, [(number - 1) // 2 for number in levels]))
     return Rounded(steps / half, (steps.detach().round() + half).to(torch.int64))
+
+
+def _centred_steps(x: Tensor, levels: Sequence[int], bound: Bound) -> Tensor:
+    widths = [(number - 1) * (1 + _EPS) / 2 for number in levels]
+    offsets = [0.0 if number % 2 else 0.5 for number in levels]
+    shifts = [offset / width for offset, width in zip(offsets, widths, strict=True)]
+    if bound == "centred_tanh":
+        bounded = torch.tanh(x + _each([math.atanh(shift) for shift in shifts], x))
+    else:
+        bounded = (x + _each(shifts, x)).clamp(-1.0, 1.0)
+    return bounded * _each(widths, x) - _each(offsets, x)
+
+
+def level_digits(codes: Tensor, levels: Sequence[int], *, symmetric: bool = False) -> Tensor:
+    """The digits [..., d] int64 of codes as `level_codes` makes them: the nearest level of each scalar."""
+    half = _each([(number - 1) / 2 if symmetric else number // 2 for number in levels], codes)
+    return torch.minimum((codes.detach() * half + half).round().clamp(min=0), _limit(codes, [n - 1 for n in levels])).to(torch.int64)
 
 
 def level_codes(digits: Tensor, levels: Sequence[int], dtype: torch.dtype, *, symmetric: bool = False) -> Tensor:
@@ -142,6 +165,10 @@ def product_distribution(logits: Tensor) -> Tensor:
     return found
 
 
-def distribution_entropy(distribution: Tensor) -> Tensor:
-    """[..., C] -> [...], in nats; its gradient is finite also where a code has no probability."""
-    return -torch.xlogy(distribution, distribution.clamp(min=torch.finfo(distribution.dtype).tiny)).sum(-1)
+def distribution_entropy(distribution: Tensor, floor: float = 0.0) -> Tensor:
+    """[..., C] -> [...], in nats; its gradient is finite also where a code has no probability.
+
+    The logarithm is that of `floor` for smaller probabilities.
+    """
+    least = max(floor, torch.finfo(distribution.dtype).tiny)
+    return -torch.xlogy(distribution, distribution.clamp(min=least)).sum(-1)

@@ -43,6 +43,20 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} = {value!r}: must be a number")
 
 
+def check_positive(name: str, value: float | Sequence[float], width: int) -> float | tuple[float, ...]:
+    """One positive number, or one a scalar. Raises ValueError, or TypeError for what is no number."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = tuple(value) if several else (value,)
+    for place, entry in enumerate(values):
+        own = f"{name}[{place}]" if several else name
+        check_number(own, entry)
+        if not 0 < entry < math.inf:
+            raise ValueError(f"{own} = {entry}: must be positive and finite")
+    if several and len(values) != width:
+        raise ValueError(f"{name} has {len(values)} entries: must be {width}, one a scalar")
+    return tuple(map(float, values)) if several else float(values[0])
+
+
 def _check(owner: object, name: str, right: bool, what: str) -> None:
     if not right:
         raise ValueError(f"{type(owner).__name__}.{name} = {getattr(owner, name)!r}: must be {what}")

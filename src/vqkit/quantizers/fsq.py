@@ -5,7 +5,6 @@ Shapes: P... positions of the input, H heads, d scalars of a head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.scalar import Bound, Rounded, level_codes, level_steps, round_to_levels
 from vqkit.quantizers.base import changed
-from vqkit.quantizers.config import Commit, check_choice, check_number
+from vqkit.quantizers.config import Commit, check_choice, check_number, check_positive
 from vqkit.quantizers.layout import Layout
 from vqkit.quantizers.scalar import ScalarQuantizer
 
@@ -25,7 +24,9 @@ class FSQ(ScalarQuantizer):
 
     The codes are those of the paper, from about -1 to 1, see `round_to_levels`; with `symmetric` those of Parker et al. (2024), from -1
     to 1 for even levels, too. The output has the gradient of the bounded scalars. `noise_dropout` of the scalars are in training not
-    rounded but moved by uniform noise as wide as a step (Parker et al.); indices do not show it. Where heads * len(levels) is not `dim`
+    rounded but moved by uniform noise as wide as a step (Parker et al.); with noise_on="codes" they are rounded and then moved by
+    noise of width 1, within -1 ... 1. Indices do not show it. With `rotation` scalars are those in axes that an orthogonal matrix, drawn
+    once, turns. Where heads * len(levels) is not `dim`
     (None: it is), linear projections stand before and behind.
 
     `scale`, one number or one a scalar, is what the codes are multiplied by, and the scalars divided by: a later layer of a `Residual`
@@ -47,29 +48,37 @@ class FSQ(ScalarQuantizer):
         bound: Bound = "tanh",
         scale: float | Sequence[float] = 1.0,
         noise_dropout: float = 0.0,
+        noise_on: Literal["scalars", "codes"] = "scalars",
+        rotation: bool = False,
         layout: Layout = "last",
         masked: Literal["zero", "input"] = "zero",
         commit: Commit = "auto",
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(levels, dim, heads, layout=layout, masked=masked, device=device)
+        super().__init__(levels, dim, heads, rotation=rotation, layout=layout, masked=masked, device=device)
         check_choice("bound", bound, get_args(Bound))
         check_number("noise_dropout", noise_dropout)
         if not 0.0 <= noise_dropout <= 1.0:
             raise ValueError(f"noise_dropout = {noise_dropout}: must be from 0 to 1")
-        self.symmetric, self.bound, self.noise_dropout = symmetric, bound, noise_dropout
-        self.scale = check_scale(scale, self.width)
+        check_choice("noise_on", noise_on, ("scalars", "codes"))
+        if bound.startswith("centred") and 2 in self.levels and not symmetric:
+            raise ValueError(
+                f'bound = "{bound}": must be "tanh" or "clamp", or symmetric = True, for levels = {self.levels} with 2 among them'
+            )
+        self.symmetric, self.bound, self.noise_dropout, self.noise_on = symmetric, bound, noise_dropout, noise_on
+        self.scale = check_positive("scale", scale, self.width)
         self.commit = commit
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + changed(self, symmetric=False, bound="tanh", scale=1.0, noise_dropout=0.0)
+        rounding = changed(self, symmetric=False, bound="tanh", scale=1.0, noise_dropout=0.0, noise_on="scalars")
+        return super().extra_repr() + rounding
 
     def _scale(self, like: Tensor) -> Tensor | float:
         return self.scale if isinstance(self.scale, float) else torch.tensor(self.scale, dtype=like.dtype, device=like.device)
 
     def _round(self, vectors: Tensor) -> Rounded:
         scale = self._scale(vectors)
-        values, digits = round_to_levels(vectors / scale, self.levels, symmetric=self.symmetric, bound=self.bound)
+        values, digits = round_to_levels(self._turn(vectors) / scale, self.levels, symmetric=self.symmetric, bound=self.bound)
         return Rounded(values * scale, digits)
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,20 +89,15 @@ class FSQ(ScalarQuantizer):
         output = straight_through(values, codes)
         if not self.training or self.noise_dropout == 0.0:
             return output
+        if self.noise_on == "codes":
+            return self._blur(output)
         step = level_steps(self.levels, values, symmetric=self.symmetric)
         moved = values + (torch.rand_like(values) - 0.5) * step * self._scale(values)
         return torch.where(torch.rand_like(values) < self.noise_dropout, moved, output)
 
-
-def check_scale(scale: float | Sequence[float], width: int) -> float | tuple[float, ...]:
-    """One positive number, or one a scalar. Raises ValueError, or TypeError for what is no number."""
-    several = isinstance(scale, Sequence) and not isinstance(scale, str)
-    values = tuple(scale) if several else (scale,)
-    for place, value in enumerate(values):
-        name = f"scale[{place}]" if several else "scale"
-        check_number(name, value)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} = {value}: must be positive and finite")
-    if several and len(values) != width:
-        raise ValueError(f"scale has {len(values)} entries: must be {width}, one a scalar")
-    return tuple(map(float, values)) if several else float(values[0])
+    def _blur(self, codes: Tensor) -> Tensor:
+        """Some codes moved by up to half of the scale, within the range of codes."""
+        scale = self._scale(codes)
+        chosen = torch.empty_like(codes).bernoulli_(self.noise_dropout).bool()
+        moved = codes / scale + (torch.rand_like(codes) - 0.5)
+        return torch.where(chosen, moved, codes / scale).clamp(-1.0, 1.0) * scale

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqkit.ops.codebook import directions
 from vqkit.ops.losses import mean_commitment_loss
 from vqkit.ops.scalar import Rounded, bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
-from vqkit.quantizers.base import changed
+from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.commit import sum_in_forward
-from vqkit.quantizers.config import Commit, Commitment, Diversity, Entropy, check_choice, check_count, check_number
-from vqkit.quantizers.layout import Layout
+from vqkit.quantizers.config import Commit, Commitment, Diversity, Entropy, check_choice, check_count, check_kind, check_number
+from vqkit.quantizers.layout import Layout, position_mask
 from vqkit.quantizers.scalar import ScalarQuantizer
 
 _MOST_BITS = 24
@@ -33,16 +33,20 @@ _LOSS_NAMES: dict[type, str] = {Commitment: "commitment", Entropy: "entropy", Di
 class LFQ(ScalarQuantizer):
     """`codebook_size` = 2^b codes {-scale, scale}^b for each of `heads` vectors of width b; None: b = dim / heads.
 
-    A scalar above 0 is bit 1; the first scalar is the lowest bit of an index. Where heads * b is not `dim`, linear projections stand
-    before and behind. With `spherical` vectors are brought to length `scale`, and so are the codes: {-1, 1}^b scale / sqrt(b).
-    `soft_clamp` keeps scalars within that value, by a tanh. The output has the gradient of the scalars as they are after all this.
+    A scalar above 0 is bit 1; the first scalar is the lowest bit of an index, or with first_bit="highest" the highest. Where heads * b
+    is not `dim`, linear projections stand before and behind. With `spherical` vectors are brought to length `scale`, and so are the codes:
+    {-1, 1}^b scale / sqrt(b). `soft_clamp` keeps scalars within that value, by a tanh. With `rotation` they are then taken in axes that
+    an orthogonal matrix, drawn once, turns. The output has the gradient of the scalars as they are after all this, in training through
+    `activation`, if there is one.
 
     Losses are of `Commitment`, `Entropy` and `Diversity`, at most one of each; here the softmax is that of minus the squared distances
     over the temperature. Yu et al. have `Entropy` and `Diversity` of equal weight: vectors are to be sure of their code, and the batch
     to use all. The distribution of the batch is exact for up to 24 bits; `diversity_bits` takes so many bits at a time instead and adds
     up their entropies, an upper bound that is exact where these groups are independent (1: as in BSQ). With diversity_over="ranks" the
     distribution is the mean over the vectors of all ranks, in training; `reducer` sums, all ranks must call alike, and the mean of the
-    gradients over ranks is that of one process on all vectors. Else it is that of this process.
+    gradients over ranks is that of one process on all vectors. Else it is that of this process. `probability_floor` stands for the
+    smaller probabilities of that distribution in the logarithm of its entropy. In training `loss_share` below 1 has `Entropy` and
+    `Diversity` see a random share of the vectors alone, at least one.
 
     Masked positions get index -1 and zeros, or with masked="input" themselves; vectors that are not finite get index -1, zeros, no loss
     and no gradient. Raises ValueError for a codebook size that is no power of two or that no index can name, and for choices that
@@ -58,34 +62,80 @@ class LFQ(ScalarQuantizer):
         scale: float = 1.0,
         spherical: bool = False,
         soft_clamp: float | None = None,
+        first_bit: Literal["lowest", "highest"] = "lowest",
+        rotation: bool = False,
+        activation: nn.Module | None = None,
         losses: Sequence[Commitment | Entropy | Diversity] = (Entropy(weight=0.1), Diversity(weight=0.1)),
         diversity_bits: int | None = None,
         diversity_over: Literal["process", "ranks"] = "process",
+        probability_floor: float = 0.0,
+        loss_share: float = 1.0,
         layout: Layout = "last",
         masked: Literal["zero", "input"] = "zero",
         commit: Commit = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         bits = _number_of_bits(dim, codebook_size, heads)
-        super().__init__((2,) * bits, dim, heads, layout=layout, masked=masked, device=device)
+        super().__init__((2,) * bits, dim, heads, rotation=rotation, layout=layout, masked=masked, device=device)
         for name, value in (("scale", scale), ("soft_clamp", soft_clamp)):
             if value is not None:
                 check_number(name, value)
                 if not 0 < value < math.inf:
                     raise ValueError(f"{name} = {value}: must be positive and finite")
         check_choice("diversity_over", diversity_over, ("process", "ranks"))
+        check_choice("first_bit", first_bit, ("lowest", "highest"))
+        if activation is not None:
+            check_kind("activation", activation, nn.Module)
+        for name, value in (("probability_floor", probability_floor), ("loss_share", loss_share)):
+            check_number(name, value)
+            if not 0 <= value <= 1 or (value == 0 and name == "loss_share"):
+                raise ValueError(f"{name} = {value}: must be {'from' if name == 'probability_floor' else 'above'} 0 and at most 1")
+        self.first_bit, self.activation, self.probability_floor, self.loss_share = first_bit, activation, probability_floor, loss_share
         self.scale, self.spherical, self.soft_clamp, self.losses = scale, spherical, soft_clamp, _check_losses(losses)
         self.diversity_bits, self.diversity_over = _check_diversity_bits(diversity_bits, bits, self.losses), diversity_over
         self.commit = commit
 
     def extra_repr(self) -> str:
         own = f"dim={self.dim}, codebook_size={self.codebook_size}, losses={self.losses}"
-        more = changed(self, heads=1, scale=1.0, spherical=False, soft_clamp=None, diversity_over="process")
+        more = changed(self, heads=1, scale=1.0, spherical=False, soft_clamp=None, first_bit="lowest", diversity_over="process")
+        more += changed(self, probability_floor=0.0, loss_share=1.0)
         return own + more + changed(self, layout="last", masked="zero", commit="auto")
 
     @property
     def loss_weights(self) -> dict[str, float]:
         return {_LOSS_NAMES[type(loss)]: loss.weight for loss in self.losses}
+
+    def quantize(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        freeze_codebook: bool = False,
+        indices: Tensor | None = None,
+        temperature: float | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Quantized:
+        """x, mask, lengths and indices as for `FSQ`.
+
+        `temperature` stands for that of `Entropy` and `Diversity`. Of the vectors that count the losses see those of `loss_mask`
+        [P...] bool alone.
+        """
+        if temperature is not None:
+            check_number("temperature", temperature)
+            if not 0 < temperature < math.inf:
+                raise ValueError(f"temperature = {temperature}: must be positive and finite")
+        return self._quantize(x, mask, lengths, freeze_codebook, indices, temperature=temperature, loss_mask=loss_mask)
+
+    def _join(self, digits: Tensor) -> Tensor:
+        return super()._join(digits.flip(-1) if self.first_bit == "highest" else digits)
+
+    def _split(self, indices: Tensor) -> Tensor:
+        digits = super()._split(indices)
+        return digits.flip(-1) if self.first_bit == "highest" else digits
+
+    def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
+        return super()._estimate(self.activation(values) if self.activation is not None and self.training else values, codes)
 
     @property
     def _step(self) -> float:
@@ -95,6 +145,7 @@ class LFQ(ScalarQuantizer):
     def _round(self, vectors: Tensor) -> Rounded:
         if self.soft_clamp is not None:
             vectors = self.soft_clamp * torch.tanh(vectors / self.soft_clamp)
+        vectors = self._turn(vectors)
         if self.spherical:
             vectors = self.scale * directions(vectors)
         return Rounded(vectors, (vectors.detach() > 0).to(torch.int64))
@@ -102,18 +153,42 @@ class LFQ(ScalarQuantizer):
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         return (digits.to(dtype) * 2.0 - 1.0) * self._step
 
-    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        return {_LOSS_NAMES[type(loss)]: self._loss(loss, values, codes, kept) for loss in self.losses}
+    def _losses(
+        self,
+        vectors: Tensor,
+        values: Tensor,
+        codes: Tensor,
+        kept: Tensor,
+        temperature: float | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        if loss_mask is not None:
+            kept = kept & position_mask(kept.shape[:-1], loss_mask, None).unsqueeze(-1)
+        seen = kept if self.loss_share == 1 or not self.training else self._draw_share(kept)
+        found = {}
+        for loss in self.losses:
+            if isinstance(loss, Commitment):
+                found[_LOSS_NAMES[Commitment]] = mean_commitment_loss(values, codes, kept)
+            else:
+                logits = bit_logits(values, self._step, loss.temperature if temperature is None else temperature)
+                found[_LOSS_NAMES[type(loss)]] = self._entropy(logits, seen) if isinstance(loss, Entropy) else self._diversity(logits, seen)
+        return found
 
-    def _loss(self, loss: Commitment | Entropy | Diversity, values: Tensor, codes: Tensor, kept: Tensor) -> Tensor:
-        if isinstance(loss, Commitment):
-            return mean_commitment_loss(values, codes, kept)
-        logits = bit_logits(values, self._step, loss.temperature)
-        if isinstance(loss, Entropy):
-            return bits_entropy(logits).where(kept, 0.0).sum() / kept.sum().clamp(min=1)
-        logits, share = logits.flatten(0, -3).transpose(0, 1), kept.flatten(0, -2).T.to(values.dtype)
+    def _draw_share(self, kept: Tensor) -> Tensor:
+        """A random share of the positions [P...] of kept [P..., H] that count."""
+        counted = kept.any(-1).reshape(-1)
+        order = torch.randn(counted.shape, device=kept.device).argsort()
+        place = order.where(counted, counted.numel()).argsort().argsort()
+        number = (counted.sum() * self.loss_share).to(torch.int64).clamp(min=1)
+        return kept & (place < number).view(kept.shape[:-1]).unsqueeze(-1)
+
+    def _entropy(self, logits: Tensor, seen: Tensor) -> Tensor:
+        return bits_entropy(logits).where(seen, 0.0).sum() / seen.sum().clamp(min=1)
+
+    def _diversity(self, logits: Tensor, seen: Tensor) -> Tensor:
+        logits, share = logits.flatten(0, -3).transpose(0, 1), seen.flatten(0, -2).T.to(logits.dtype)
         groups = logits.split(self.diversity_bits, dim=-1)
-        entropies = [distribution_entropy(self._mean_distribution(group, share)) for group in groups]
+        entropies = [distribution_entropy(self._mean_distribution(group, share), self.probability_floor) for group in groups]
         return -torch.stack(entropies).sum(0).mean()
 
     def _mean_distribution(self, logits: Tensor, share: Tensor) -> Tensor:

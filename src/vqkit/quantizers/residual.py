@@ -36,6 +36,7 @@ from vqkit.quantizers.config import (
     Softmax,
     check_choice,
     check_kind,
+    check_positive,
 )
 from vqkit.quantizers.implicit import ImplicitVQ, check_estimator, check_sync_update, conditions, pass_gradient
 from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, require, where_kept, width_back, width_last
@@ -65,6 +66,8 @@ class Residual(Quantizer):
     Layers that wait for k-means start one after the other in the first eager training forward, each at what those before it leave; one
     that is shared, at what all its uses see. So they do by `initialize_`.
 
+    `soft_clamp`, one number or one a scalar, keeps what the layers see within that value, by a tanh.
+
     `quantize_dropout` cuts the later layers off in training, `beam` looks for better paths than the greedy one; both may be set for a
     call. Masked vectors give zeros, or with masked="input" themselves.
 
@@ -81,6 +84,7 @@ class Residual(Quantizer):
         condition_fraction: float | None = None,
         sync_update: float = 0.0,
         input_gradient: bool = True,
+        soft_clamp: float | Sequence[float] | None = None,
         quantize_dropout: QuantizeDropout | None = None,
         beam: BeamSearch | None = None,
         layout: Layout = "last",
@@ -111,6 +115,7 @@ class Residual(Quantizer):
         self.estimator, self.gradient_fraction, self.sync_update = estimator, gradient_fraction, sync_update
         self.condition_fraction = gradient_fraction if condition_fraction is None else condition_fraction
         self.input_gradient = input_gradient
+        self.soft_clamp = None if soft_clamp is None else check_positive("soft_clamp", soft_clamp, self.inner_dim)
         self.quantize_dropout, self.beam = quantize_dropout, beam
         self.layout, self.masked = layout, masked
         self.clock = Committed(device=device) if quantize_dropout else None
@@ -118,7 +123,9 @@ class Residual(Quantizer):
 
     def extra_repr(self) -> str:
         own = f"dim={self.dim}, num_quantizers={self.num_quantizers}, estimator={self.estimator!r}"
-        layers = changed(self, quantize_dropout=None, beam=None, gradient_fraction=0.0, sync_update=0.0, input_gradient=True)
+        layers = changed(
+            self, quantize_dropout=None, beam=None, gradient_fraction=0.0, sync_update=0.0, input_gradient=True, soft_clamp=None
+        )
         return own + layers + changed(self, layout="last", masked="zero", commit="auto")
 
     @property
@@ -347,6 +354,9 @@ class Residual(Quantizer):
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         if isinstance(self.project_in, nn.Linear):
             finite = finite & finite_rows(vectors)
+        if self.soft_clamp is not None:
+            limit = torch.tensor(self.soft_clamp, dtype=vectors.dtype, device=vectors.device)
+            vectors = torch.tanh(vectors / limit) * limit
         return where_kept(finite, vectors, torch.nan), finite
 
     def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:

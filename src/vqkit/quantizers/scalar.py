@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from vqkit.ops.codebook import CodebookStatistics, assignment_stats, zero_statistics
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.nearest_code import nearest_codes
-from vqkit.ops.precision import finite_rows
+from vqkit.ops.precision import finite_rows, without_autocast
 from vqkit.ops.scalar import Rounded, join_digits, split_digits
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.committed import Counting
-from vqkit.quantizers.config import check_choice, check_count
+from vqkit.quantizers.config import check_choice, check_count, check_kind
 from vqkit.quantizers.layout import (
     Layout,
     check_indices,
@@ -45,8 +45,11 @@ _LISTED = 2**20
 class CodeCounts(Counting):
     """How often each of `size` codes was used; the codes are those that `codes_of` makes of indices [C]: [C, d].
 
-    There is no state but the number of commits.
+    There is no state but the number of commits and, for whom it serves, a rotation [d, d].
     """
+
+    rotation: Tensor | None
+    """Kept float32 or wider, as all state of codes."""
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class CodeCounts(Counting):
         super().__init__(size, pending, device=device)
         self.heads = heads
         self.codes_of = codes_of
+        self.register_buffer("rotation", None)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, size={self.size}"
@@ -102,7 +106,8 @@ class _Vectors(NamedTuple):
 class ScalarQuantizer(Quantizer):
     """The base of quantizers that round the scalars of `heads` vectors, the i-th to `levels[i]` levels.
 
-    Where heads * len(levels) is not dim, linear projections stand before and behind. A subclass writes `_round` and `_codes`, and may
+    Where heads * len(levels) is not dim, linear projections stand before and behind. With `rotation` vectors are rounded in axes that an
+    orthogonal matrix, drawn once, turns (a buffer). A subclass writes `_round` and `_codes`, and may
     write `_estimate` and `_losses`. Raises ValueError for levels below 2, for more codes than an int64 can name, and for other sizes
     that do not fit.
     """
@@ -113,6 +118,7 @@ class ScalarQuantizer(Quantizer):
         dim: int | None,
         heads: int,
         *,
+        rotation: bool = False,
         layout: Layout,
         masked: Literal["zero", "input"],
         device: torch.device | str | None,
@@ -131,16 +137,28 @@ class ScalarQuantizer(Quantizer):
         self.codebook_size = math.prod(self.levels)
         self.project_in = nn.Linear(self.dim, inner, device=device) if inner != self.dim else None
         self.project_out = nn.Linear(inner, self.dim, device=device) if inner != self.dim else None
+        check_kind("rotation", rotation, bool)
         self.counts = CodeCounts(heads, self.codebook_size, self.width, self._codes_of, device=device)
+        if rotation:
+            self.counts.rotation = _draw_rotation(self.width, device)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, levels={self.levels}" + changed(self, heads=1, layout="last", masked="zero", commit="auto")
 
-    # What a subclass writes
+    # What a subclass writes; where there is a rotation, `_round` turns the vectors
 
     @abstractmethod
     def _round(self, vectors: Tensor) -> Rounded:
         """vectors [..., H, d], finite -> the scalars among their codes, and the number of each one's level."""
+
+    def _turn(self, vectors: Tensor) -> Tensor:
+        """Vectors [..., d] in the axes in which scalars are rounded."""
+        return _times(vectors, self.counts.rotation)
+
+    def _turn_back(self, codes: Tensor) -> Tensor:
+        """The opposite of `_turn`."""
+        rotation = self.counts.rotation
+        return _times(codes, None if rotation is None else rotation.mT)
 
     @abstractmethod
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,6 +171,14 @@ class ScalarQuantizer(Quantizer):
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
         """Of vectors as they came, values and codes, all [P..., H, d]; kept [P..., H]."""
         return {}
+
+    def _join(self, digits: Tensor) -> Tensor:
+        """digits [..., d] -> the index [...] that they write."""
+        return join_digits(digits, self.levels)
+
+    def _split(self, indices: Tensor) -> Tensor:
+        """The opposite of `_join`; 0 for -1."""
+        return split_digits(indices, self.levels)
 
     # What every quantizer says of itself
 
@@ -191,20 +217,26 @@ class ScalarQuantizer(Quantizer):
 
         `indices` [P..., heads?] are taken instead of rounding; -1: none.
         """
+        return self._quantize(x, mask, lengths, freeze_codebook, indices)
+
+    def _quantize(
+        self, x: Tensor, mask: Tensor | None, lengths: Tensor | None, freeze_codebook: bool, indices: Tensor | None, **options: Any
+    ) -> Quantized:
+        """`options` are those of `_losses`."""
         given = self._read(x, mask, lengths)
         positions = given.rows.shape[:-1]
         if indices is not None:
             check_indices("indices", indices, self.codebook_size, torch.Size((*positions, *self.code_shape)))
         values, digits = self._round(given.vectors)
-        found = join_digits(digits, self.levels)
+        found = self._join(digits)
         kept = given.kept.unsqueeze(-1).expand(found.shape)
         if indices is not None:
             found = indices.to(torch.int64).reshape(found.shape)
-            digits, kept = split_digits(found, self.levels), kept & (found >= 0)
+            digits, kept = self._split(found), kept & (found >= 0)
         found = found.where(kept, -1)
         codes = self._codes(digits, values.dtype)
-        losses = self._losses(given.vectors, values, codes, kept)
-        output = where_kept(kept, self._estimate(values, codes))
+        losses = self._losses(given.vectors, values, codes, kept, **options)
+        output = where_kept(kept, self._turn_back(self._estimate(values, codes)))
         statistics = None
         if self.training and not freeze_codebook:
             statistics = self._statistics(given, values, found, codes, indices)
@@ -214,7 +246,7 @@ class ScalarQuantizer(Quantizer):
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64, [P...] or [P..., heads]; -1: masked or not finite."""
         given = self._read(x, mask, lengths)
-        found = join_digits(self._round(given.vectors).digits, self.levels).where(given.kept.unsqueeze(-1), -1)
+        found = self._join(self._round(given.vectors).digits).where(given.kept.unsqueeze(-1), -1)
         return found.reshape(*given.rows.shape[:-1], *self.code_shape)
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -230,7 +262,7 @@ class ScalarQuantizer(Quantizer):
     def digits(self, indices: Tensor) -> Tensor:
         """indices -> the level of each scalar, [..., d] int64, as a model with one small alphabet a scalar wants them; 0 for -1."""
         check_indices("indices", indices, self.codebook_size)
-        return split_digits(indices, self.levels)
+        return self._split(indices)
 
     @torch.no_grad()
     def nearest(self, x: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -248,9 +280,9 @@ class ScalarQuantizer(Quantizer):
         given = self._read(x, None, None)
         values, digits = self._round(given.vectors)
         if num == 1:
-            indices = join_digits(digits, self.levels)
+            indices = self._join(digits)
         else:
-            codes = self.counts.codes()[0].to(values.dtype)
+            codes = self._turn(self.counts.codes()[0].to(values.dtype))
             indices = nearest_codes(values.squeeze(1), codes, min(num, self.codebook_size)).indices
         indices = indices.where(given.kept.unsqueeze(-1), -1)
         decoded = self._project_out(self._look_up(indices).to(given.dtype), indices >= 0)
@@ -297,7 +329,7 @@ class ScalarQuantizer(Quantizer):
 
     def _codes_of(self, indices: Tensor) -> Tensor:
         """[...] -> [..., d], float32; those of -1 mean nothing."""
-        return self._codes(split_digits(indices, self.levels), torch.float32)
+        return self._turn_back(self._codes(self._split(indices), torch.float32))
 
     def _statistics(self, given: _Vectors, values: Tensor, found: Tensor, codes: Tensor, own: Tensor | None) -> CodebookStatistics:
         """Of [P..., H, d]; heads of positions that are masked, or have no index of those given, are left out."""
@@ -308,6 +340,17 @@ class ScalarQuantizer(Quantizer):
         x, codes = (tensor.detach().flatten(0, -3).transpose(0, 1) for tensor in (values, codes))
         counted = None if counted is None else counted.flatten(0, -2).T
         return self.counts.statistics(x, found.flatten(0, -2).T, counted, codes)
+
+
+def _draw_rotation(width: int, device: torch.device | str | None) -> Tensor:
+    return nn.init.orthogonal_(torch.empty(width, width, device=device))
+
+
+def _times(vectors: Tensor, matrix: Tensor | None) -> Tensor:
+    if matrix is None:
+        return vectors
+    with without_autocast(vectors.device.type):
+        return vectors @ matrix.to(vectors.dtype)
 
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
