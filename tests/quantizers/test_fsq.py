@@ -216,6 +216,6 @@ def test_noise_moves_codes_by_half_of_their_range_at_most():
     x = torch.randn(4000, 2)
     quantized, indices, _ = quantizer(x)
     moved = quantized - quantizer.decode(indices)
-    assert 0.12 < (moved != 0).double().mean() < 0.2  # of the codes where the range ends half cannot move
+    assert 0.18 < (moved != 0).double().mean() < 0.26  # where the range ends half of the moves are cut off
     assert moved.abs().max() <= 1.0 + 1e-6 and quantized.abs().max() <= 2.0
     assert not (quantizer.eval()(x).quantized - quantizer.decode(indices)).any()

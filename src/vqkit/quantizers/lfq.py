@@ -163,7 +163,8 @@ class LFQ(ScalarQuantizer):
         loss_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         if loss_mask is not None:
-            kept = kept & position_mask(kept.shape[:-1], loss_mask, None).unsqueeze(-1)
+            seen = position_mask(kept.shape[:-1], loss_mask, None)
+            kept = kept if seen is None else kept & seen.unsqueeze(-1)
         seen = kept if self.loss_share == 1 or not self.training else self._draw_share(kept)
         found = {}
         for loss in self.losses:
