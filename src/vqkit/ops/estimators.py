@@ -22,7 +22,7 @@ def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
     Both have the same shape and dtype; `quantized` gets no gradient. x must be finite.
     """
     _check_alike(x, quantized)
-    return quantized.detach() + (x - x.detach())  # the usual x + (quantized - x).detach() would round
+    return (x - x.detach()).add_(quantized.detach())  # the usual x + (quantized - x).detach() would round
 
 
 def rotation_trick(x: Tensor, quantized: Tensor) -> Tensor:

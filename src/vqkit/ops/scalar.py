@@ -8,15 +8,19 @@ Shapes: d scalars of a vector, L levels of a scalar, C = L_1 ... L_d codes, N ve
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqkit.ops.precision import without_autocast
+from vqkit.ops.codebook import CodebookStatistics
+from vqkit.ops.precision import full_precision, is_traced, may_look, without_autocast
 
 Bound = Literal["tanh", "clamp", "centred_tanh", "centred_clamp"]
 _EPS = 1e-3  # keeps the outermost scalars of FSQ off the ties of rounding
@@ -26,24 +30,44 @@ _EPS = 1e-3  # keeps the outermost scalars of FSQ off the ties of rounding
 
 
 def join_digits(digits: Tensor, levels: Sequence[int]) -> Tensor:
-    """digits [..., d] of 0 ... L_i - 1 -> the integer [...] int64 that they write, the first digit being the lowest.
+    """digits [..., d] of 0 ... L_i - 1, whole numbers of any dtype -> the integer [...] int64 that they write, the first the lowest digit.
 
     Exact up to 2^63 codes.
     """
+    if digits.is_floating_point() and may_look(digits) and math.prod(levels) <= _whole_up_to(digits.dtype):
+        with full_precision("cpu"):
+            total = digits.reshape(-1, len(levels)).mv(per_scalar(_places, levels, digits))
+        return total.to(torch.int64).view(digits.shape[:-1])
     total = digits[..., -1].to(torch.int64)
     for place in range(len(levels) - 2, -1, -1):
-        total = total * levels[place] + digits[..., place]
+        total = total * levels[place] + digits[..., place].to(torch.int64)
     return total
 
 
-def split_digits(indices: Tensor, levels: Sequence[int]) -> Tensor:
-    """The digits [..., d] int64 of integers [...] from 0 to C - 1; those of -1 are 0."""
+def split_digits(indices: Tensor, levels: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    """The digits [..., d] of integers [...] from 0 to C - 1; those of -1 are 0."""
     rest = indices.to(torch.int64).clamp(min=0)
+    size = math.prod(levels)
+    if may_look(indices) and size <= _whole_up_to(torch.float64):
+        # A quotient of whole numbers that a float holds is never rounded up to the next whole number.
+        wide = rest.to(torch.float32 if size <= _whole_up_to(torch.float32) else torch.float64).unsqueeze(-1)
+        above = wide.div(per_scalar(_places, (*levels, 1), wide)).floor_()
+        return torch.addcmul(above[..., :-1], above[..., 1:], per_scalar(tuple, levels, wide), value=-1).to(dtype)
     digits = []
     for number in levels:
         digits.append(rest % number)
         rest = rest // number
-    return torch.stack(digits, dim=-1)
+    return torch.stack(digits, dim=-1).to(dtype)
+
+
+def _whole_up_to(dtype: torch.dtype) -> float:
+    """A float of this dtype holds all whole numbers up to here."""
+    return 2 / torch.finfo(dtype).eps
+
+
+def _places(levels: Sequence[int]) -> tuple[int, ...]:
+    """What a digit of each place is worth."""
+    return tuple(itertools.accumulate(levels[:-1], operator.mul, initial=1))
 
 
 # Levels
@@ -53,11 +77,27 @@ class Rounded(NamedTuple):
     """Scalars and what they are rounded to."""
 
     values: Tensor  # [..., d] the scalars among their codes, before they are rounded; differentiable
-    digits: Tensor  # [..., d] int64, the number of each scalar's level, from the lowest
+    digits: Tensor  # [..., d] the number of each scalar's level, from the lowest, in the dtype of the values
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """Vectors [..., d] in rows of several, [N / n, n d], if there are many: arithmetic with a number a scalar is faster on long rows."""
+    if x.numel() < _MANY or not may_look(x):
+        return x
+    width = x.shape[-1]
+    return x.reshape(-1, width * _together(x.numel() // width))
+
+
+_MANY = 2**14
+
+
+@functools.lru_cache(maxsize=256)
+def _together(number: int) -> int:
+    return next(n for n in range(64, 0, -1) if number % n == 0)
 
 
 def round_to_levels(x: Tensor, levels: Sequence[int], *, symmetric: bool = False, bound: Bound = "tanh") -> Rounded:
-    """Finite scalar quantization (Mentzer et al., 2023): x [..., d] float32 or wider.
+    """Finite scalar quantization (Mentzer et al., 2023): x [..., d] float32 or wider, or several vectors `side_by_side`.
 
     With half = L // 2 the codes of a scalar are k / half for k = -half ... L - half - 1, and what is rounded to k is, after appendix A.1
     there, tanh(x + shift) * (L - 1) (1 - eps) / 2 - offset, where an even L has offset = 1/2 and shift = tan(offset / ((L - 1)
@@ -70,62 +110,167 @@ def round_to_levels(x: Tensor, levels: Sequence[int], *, symmetric: bool = False
     `symmetric` (Parker et al., 2024, section 3.2): codes 2 k / (L - 1) - 1 for k = 0 ... L - 1, the nearest one to tanh(x), whether or not
     centred. With bound "clamp" scalars between the outermost codes stand for themselves, and are rounded to the nearest.
     """
-    squash = torch.tanh if bound in ("tanh", "centred_tanh") else None
+    squashed = bound in ("tanh", "centred_tanh")
     if symmetric:
-        top = _each([number - 1 for number in levels], x)
-        values = squash(x) if squash else x.clamp(-1.0, 1.0)
-        return Rounded(values, torch.floor(top * (values.detach() + 1.0) / 2.0 + 0.5).to(torch.int64))
-    half = _each([number // 2 for number in levels], x)
-    if bound.startswith("centred"):
-        steps = _centred_steps(x, levels, bound)
-    elif squash:
-        widths = [(number - 1) * (1 - _EPS) / 2 for number in levels]
-        offsets = [0.0 if number % 2 else 0.5 for number in levels]
-        shifts = [math.tan(o / w) if number > 2 else 0.0 for o, w, number in zip(offsets, widths, levels, strict=True)]
-        steps = squash(x + _each(shifts, x)) * _each(widths, x) - _each(offsets, x)
+        values = x.tanh() if squashed else x.clamp(-1.0, 1.0)
+        middle, width = per_scalar(_middles, levels, x), per_scalar(_half_widths, levels, x)
+        return Rounded(values, torch.addcmul(middle, values.detach(), width).floor_())
+    half = per_scalar(_halves, levels, x)
+    if bound == "clamp":
+        steps = (x * half).clamp(-half, per_scalar(_highest, levels, x))
     else:
-        steps = (x * half).clamp(_limit(x, [-(number // 2) for number in levels]), _limit(x, [(number - 1) // 2 for number in levels]))
-    return Rounded(steps / half, (steps.detach().round() + half).to(torch.int64))
-
-
-def _centred_steps(x: Tensor, levels: Sequence[int], bound: Bound) -> Tensor:
-    widths = [(number - 1) * (1 + _EPS) / 2 for number in levels]
-    offsets = [0.0 if number % 2 else 0.5 for number in levels]
-    shifts = [offset / width for offset, width in zip(offsets, widths, strict=True)]
-    if bound == "centred_tanh":
-        bounded = torch.tanh(x + _each([math.atanh(shift) for shift in shifts], x))
-    else:
-        bounded = (x + _each(shifts, x)).clamp(-1.0, 1.0)
-    return bounded * _each(widths, x) - _each(offsets, x)
+        shifts, widths = _BOUNDS[bound]
+        moved = x + per_scalar(shifts, levels, x)
+        bounded = moved.tanh_() if squashed else moved.clamp(-1.0, 1.0)
+        steps = torch.addcmul(per_scalar(_offsets, levels, x), bounded, per_scalar(widths, levels, x))
+    return Rounded(steps / half, steps.detach().round().add_(half))
 
 
 def level_digits(codes: Tensor, levels: Sequence[int], *, symmetric: bool = False) -> Tensor:
-    """The digits [..., d] int64 of codes as `level_codes` makes them: the nearest level of each scalar."""
-    half = _each([(number - 1) / 2 if symmetric else number // 2 for number in levels], codes)
-    return torch.minimum((codes.detach() * half + half).round().clamp(min=0), _limit(codes, [n - 1 for n in levels])).to(torch.int64)
+    """The digits [..., d] of codes as `level_codes` makes them: the nearest level of each scalar, in the dtype of the codes."""
+    half = per_scalar(_half_widths if symmetric else _halves, levels, codes)
+    return torch.addcmul(half, codes.detach(), half).round_().clamp_(min=0).minimum(2 * per_scalar(_half_widths, levels, codes))
 
 
 def level_codes(digits: Tensor, levels: Sequence[int], dtype: torch.dtype, *, symmetric: bool = False) -> Tensor:
     """The codes [..., d] of `round_to_levels`."""
     digits = digits.to(dtype)
-    if symmetric:
-        return digits * 2.0 / _each([number - 1 for number in levels], digits) - 1.0
-    half = _each([number // 2 for number in levels], digits)
-    return (digits - half) / half
+    half = per_scalar(_half_widths if symmetric else _halves, levels, digits)
+    return (digits - half).div_(half)
 
 
-def level_steps(levels: Sequence[int], like: Tensor, *, symmetric: bool = False) -> Tensor | float:
-    """How far neighbouring codes of each scalar are apart, [d] or one number for all."""
-    return _each([2 / (number - 1) if symmetric else 1 / (number // 2) for number in levels], like)
+def level_steps(levels: Sequence[int], like: Tensor, *, symmetric: bool = False) -> Tensor:
+    """How far neighbouring codes of each scalar are apart, [d]."""
+    return 1.0 / per_scalar(_half_widths if symmetric else _halves, levels, like)
 
 
-def _each(values: Sequence[float], like: Tensor) -> Tensor | float:
-    """One number a scalar, or one for all where they are equal."""
-    return float(values[0]) if len(set(values)) == 1 else torch.tensor(values, dtype=like.dtype, device=like.device)
+def _halves(levels: Sequence[int]) -> list[int]:
+    return [number // 2 for number in levels]
 
 
-def _limit(like: Tensor, values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
+def _highest(levels: Sequence[int]) -> list[int]:
+    return [(number - 1) // 2 for number in levels]
+
+
+def _half_widths(levels: Sequence[int]) -> list[float]:
+    return [(number - 1) / 2 for number in levels]
+
+
+def _middles(levels: Sequence[int]) -> list[float]:
+    return [number / 2 for number in levels]
+
+
+def _widths(levels: Sequence[int]) -> list[float]:
+    return [(number - 1) * (1 - _EPS) / 2 for number in levels]
+
+
+def _centred_widths(levels: Sequence[int]) -> list[float]:
+    return [(number - 1) * (1 + _EPS) / 2 for number in levels]
+
+
+def _offsets(levels: Sequence[int]) -> list[float]:
+    return [0.0 if number % 2 else -0.5 for number in levels]
+
+
+def _shifts(levels: Sequence[int]) -> list[float]:
+    each = zip(_offsets(levels), _widths(levels), levels, strict=True)
+    return [math.tan(-offset / width) if number > 2 else 0.0 for offset, width, number in each]
+
+
+def _centred_clamp_shifts(levels: Sequence[int]) -> list[float]:
+    return [-offset / width for offset, width in zip(_offsets(levels), _centred_widths(levels), strict=True)]
+
+
+def _centred_tanh_shifts(levels: Sequence[int]) -> list[float]:
+    return [math.atanh(shift) for shift in _centred_clamp_shifts(levels)]
+
+
+_BOUNDS = {
+    "tanh": (_shifts, _widths),
+    "centred_tanh": (_centred_tanh_shifts, _centred_widths),
+    "centred_clamp": (_centred_clamp_shifts, _centred_widths),
+}
+"""What is added to a scalar before it is bounded to -1 ... 1, and how far it goes then."""
+
+
+def per_scalar(of: Callable[[Any], Sequence[float]], values: Sequence[float], like: Tensor) -> Tensor:
+    """of(values), one number for each scalar of a row of `like`, which holds one vector or several side by side."""
+    repeats = max(1, like.shape[-1] // len(values))
+    make = _make_row if is_traced() or type(like) is not Tensor else _kept_row  # a traced constant is that of its program alone
+    return make(of, tuple(values), repeats, like.dtype, like.device)
+
+
+def _make_row(
+    of: Callable[[Any], Sequence[float]], values: tuple[float, ...], repeats: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.tensor(list(of(values)) * repeats, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_row(
+    of: Callable[[Any], Sequence[float]], values: tuple[float, ...], repeats: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):
+        return _make_row(of, values, repeats, dtype, device)
+
+
+# Use
+
+
+def rounding_stats(
+    x: Tensor, codes: Tensor, used: Tensor, size: int, indices: Tensor, counted: Tensor | None = None, *, whole: bool = False
+) -> CodebookStatistics:
+    """The `CodebookStatistics` of finite x [N, H, d] rounded to codes [N, H, d], without the sum of the vectors of each code.
+
+    used [N, H, k] int64 of 0 ... size - 1 is what is counted of a vector: its index, or its levels. Vectors of index -1 and those not
+    counted, indices and counted [N, H], enter nothing, but that those counted of index -1 are `non_finite`. `whole`: there are no such.
+    No gradient.
+    """
+    number, heads, width = x.shape
+    x, error = x.detach(), x.detach() - codes.detach()
+    if heads > 1:
+        used = used + torch.arange(heads, device=x.device).unsqueeze(-1) * size
+    weight = None
+    if whole:
+        vectors, lost = x.new_full((heads,), number), x.new_zeros(heads)
+        share = x.new_ones(1).expand(used.numel())
+    else:
+        known = indices >= 0
+        taken, missed = (known, ~known) if counted is None else (known & counted, ~known & counted)
+        vectors, lost = taken.sum(0).to(x.dtype), missed.sum(0).to(x.dtype)
+        weight = taken.to(x.dtype).unsqueeze(-1)
+        x, error, used = x * weight, error * weight, used.where(taken.unsqueeze(-1), 0)
+        share = weight.expand(used.shape).reshape(-1)
+    total = _sum_of_rows(x)
+    away = _subtract_from_rows(x, total / vectors.clamp(min=1).unsqueeze(-1))
+    if weight is not None:
+        away = away * weight
+    nothing = x.new_empty(heads, 0, width)
+    return CodebookStatistics(
+        count=x.new_zeros(heads * size).index_add_(0, used.reshape(-1), share).view(heads, size),
+        sum=nothing,
+        candidates=nothing,
+        keys=x.new_empty(heads, 0),
+        vectors=vectors,
+        squared_error=_sum_of_rows(error.square_()).sum(-1),
+        non_finite=lost,
+        moments=torch.stack([total, _sum_of_rows(away.square_())], dim=1),
+    )
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """[N, H, d] -> [H, d]."""
+    if x.numel() < _MANY:
+        return x.sum(0)
+    return side_by_side(x.flatten(1)).sum(0).view(-1, *x.shape[1:]).sum(0)
+
+
+def _subtract_from_rows(x: Tensor, value: Tensor) -> Tensor:
+    """x [N, H, d] - value [H, d]."""
+    if x.numel() < _MANY:
+        return x - value
+    rows = side_by_side(x.flatten(1))
+    return (rows - value.flatten().repeat(rows.shape[1] // value.numel())).view(x.shape)
 
 
 # Bits

@@ -192,10 +192,10 @@ class Quantizer(Committing):
                     f"{found['codes']:.0f} codes",
                     stacklevel=2,
                 )
-        names = [name for name in each[0] if name not in ("vectors", "codes")]
-        result = {name: _mean([found[name] for found in each]) for name in names}
+        names = [name for name in dict.fromkeys(name for found in each for name in found) if name not in ("vectors", "codes")]
+        result = {name: _mean([found.get(name, math.nan) for found in each]) for name in names}
         if len(each) > 1:
-            result |= {f"{name}/{number}": found[name] for number, found in enumerate(each) for name in names}
+            result |= {f"{name}/{number}": found[name] for number, found in enumerate(each) for name in names if name in found}
         return result
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.codebook import CodebookStatistics, merge_statistics
+from vqkit.ops.precision import may_look
 from vqkit.ops.usage import active_fraction, perplexity, relative_error
 from vqkit.quantizers.update import State
 
@@ -102,12 +103,21 @@ class Committed(nn.Module):
         if outside is False or not self.auto:
             return
         self._follow_device_()
-        self._write_((self.follows == self.updates) & outside)
+        applied = self.follows == self.updates
+        if outside is not True:
+            applied = applied & outside
+        if may_look(applied):
+            if applied:
+                self._write_(None)
+        else:
+            self._write_(applied)
 
     @torch.no_grad()
     def pend_(self, outside: Tensor | bool = True) -> None:
         """What is pending now follows the last commit."""
-        if outside is not False:
+        if outside is True:
+            self.follows.copy_(self.updates)
+        elif outside is not False:
             self.follows.copy_(torch.where(torch.as_tensor(outside, device=self.follows.device), self.updates, self.follows))
 
     @torch.no_grad()
@@ -206,7 +216,7 @@ class Counting(Committed):
     """Statistics of the vectors that were assigned to `size` codes: those that wait for a commit, and those that the last commit saw.
 
     `pending` is no buffer, so that nothing broadcasts over it, but moves with the module and stands in the state dict. `last` keeps the
-    sums of the vectors out. A `count` of width 0 counts no codes: then nothing is told of their use.
+    sums of the vectors out.
     """
 
     initialized = True
@@ -256,7 +266,8 @@ class Counting(Committed):
             return
         self._follow_device_()
         for pending, new in zip(self.pending, statistics, strict=True):
-            pending.copy_(new if outside is True else torch.where(outside, new.to(pending.dtype), pending))
+            if pending.numel():
+                pending.copy_(new if outside is True else torch.where(outside, new.to(pending.dtype), pending))
 
     # Committing
 
@@ -284,14 +295,16 @@ class Counting(Committed):
         counted = self.pending if self.auto and int(self.follows) >= 0 else self.last
         if not (counted.vectors + counted.non_finite).any() and int(self.commits) == 0:
             return {}
-        use = {"perplexity": perplexity, "active": active_fraction, "dead": self._dead_fraction}
-        known = counted.vectors if counted.count.shape[-1] else torch.zeros_like(counted.vectors)
-        found = {name: of_count(counted.count).where(known > 0, torch.nan).nanmean() for name, of_count in use.items()}
+        found = {name: value.where(counted.vectors > 0, torch.nan).nanmean() for name, value in self._usage(counted.count).items()}
         if counted.moments.shape[-1]:
             error = relative_error(counted.squared_error, counted.vectors, counted.moments)
             found["relative_error"] = error.where(counted.vectors > 0, torch.nan).nanmean()
         found |= {"non_finite": counted.non_finite.mean(), "vectors": counted.vectors.mean()}
         return {"codes": float(self.size), **{name: value.item() for name, value in found.items()}}
+
+    def _usage(self, count: Tensor) -> dict[str, Tensor]:
+        """[H] each, of `pending.count` as the last commit left it."""
+        return {"perplexity": perplexity(count), "active": active_fraction(count), "dead": self._dead_fraction(count)}
 
     def _dead_fraction(self, chosen: Tensor) -> Tensor:
         """[H], of the codes; `chosen` [H, C] as often in the last commit."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.estimators import straight_through
-from vqkit.ops.scalar import Bound, Rounded, level_codes, level_steps, round_to_levels
+from vqkit.ops.scalar import Bound, Rounded, level_codes, level_steps, per_scalar, round_to_levels, side_by_side
 from vqkit.quantizers.base import changed
 from vqkit.quantizers.config import Commit, check_choice, check_number, check_positive
 from vqkit.quantizers.layout import Layout
@@ -73,17 +73,22 @@ class FSQ(ScalarQuantizer):
         rounding = changed(self, symmetric=False, bound="tanh", scale=1.0, noise_dropout=0.0, noise_on="scalars")
         return super().extra_repr() + rounding
 
-    def _scale(self, like: Tensor) -> Tensor | float:
-        return self.scale if isinstance(self.scale, float) else torch.tensor(self.scale, dtype=like.dtype, device=like.device)
+    def _scaled(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """x [..., d] in units of `scale`, or back."""
+        if self.scale == 1.0:
+            return x
+        scale = self.scale if isinstance(self.scale, float) else per_scalar(tuple, self.scale, x)
+        return x * scale if back else x / scale
 
     def _round(self, vectors: Tensor) -> Rounded:
-        scale = self._scale(vectors)
-        values, digits = round_to_levels(self._turn(vectors) / scale, self.levels, symmetric=self.symmetric, bound=self.bound)
-        return Rounded(values * scale, digits)
+        rows = side_by_side(self._turn(vectors))
+        values, digits = round_to_levels(self._scaled(rows), self.levels, symmetric=self.symmetric, bound=self.bound)
+        values = self._scaled(values, back=True)
+        return Rounded(values, digits) if rows.shape == vectors.shape else Rounded(values.view(vectors.shape), digits.view(vectors.shape))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        codes = level_codes(digits, self.levels, dtype, symmetric=self.symmetric)
-        return codes * self._scale(codes)
+        codes = level_codes(side_by_side(digits), self.levels, dtype, symmetric=self.symmetric)
+        return self._scaled(codes, back=True).view(digits.shape)
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
         output = straight_through(values, codes)
@@ -92,12 +97,11 @@ class FSQ(ScalarQuantizer):
         if self.noise_on == "codes":
             return self._blur(output)
         step = level_steps(self.levels, values, symmetric=self.symmetric)
-        moved = values + (torch.rand_like(values) - 0.5) * step * self._scale(values)
+        moved = values + self._scaled((torch.rand_like(values) - 0.5) * step, back=True)
         return torch.where(torch.rand_like(values) < self.noise_dropout, moved, output)
 
     def _blur(self, codes: Tensor) -> Tensor:
         """Some codes moved by up to half of the scale, within the range of codes."""
-        scale = self._scale(codes)
         chosen = torch.empty_like(codes).bernoulli_(self.noise_dropout).bool()
-        moved = codes / scale + (torch.rand_like(codes) - 0.5)
-        return torch.where(chosen, moved, codes / scale).clamp(-1.0, 1.0) * scale
+        codes = self._scaled(codes)
+        return self._scaled(torch.where(chosen, codes + (torch.rand_like(codes) - 0.5), codes).clamp(-1.0, 1.0), back=True)

@@ -26,13 +26,11 @@ class LevelValues(CodeCounts):
         self,
         heads: int,
         levels: Sequence[int],
-        size: int,
         codes_of: Callable[[Tensor], Tensor],
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(heads, size, len(levels), codes_of, device=device)
-        self.levels = tuple(levels)
+        super().__init__(heads, levels, codes_of, device=device)
         self.weight = nn.Parameter(torch.empty(sum(levels), dtype=torch.float32, device=device))
         self.constant = False
         self.reset_parameters()
@@ -79,7 +77,7 @@ class LatentQuantize(ScalarQuantizer):
         super().__init__(levels, dim, heads, layout=layout, masked=masked, device=device)
         check_kind("commitment", commitment, Commitment)
         self.commitment = commitment
-        self.counts: Any = LevelValues(heads, self.levels, self.codebook_size, self._codes_of, device=device)
+        self.counts: Any = LevelValues(heads, self.levels, self._codes_of, device=device)
         self.commit = commit
 
     @property
@@ -89,13 +87,13 @@ class LatentQuantize(ScalarQuantizer):
     def _round(self, vectors: Tensor) -> Rounded:
         tables = self.counts.weight.detach().to(vectors.dtype).split(self.levels)
         nearest = [(scalars.unsqueeze(-1) - table).abs().argmin(-1) for scalars, table in zip(vectors.unbind(-1), tables, strict=True)]
-        return Rounded(vectors, torch.stack(nearest, dim=-1))
+        return Rounded(vectors, torch.stack(nearest, dim=-1).to(vectors.dtype))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.counts.weight.detach() if self.counts.constant else self.counts.weight
         values = weight.clone()  # a backward reads what the forward read
         tables = values.to(dtype).split(self.levels)
-        chosen = [table[number] for table, number in zip(tables, digits.unbind(-1), strict=True)]
+        chosen = [table[number] for table, number in zip(tables, digits.to(torch.int64).unbind(-1), strict=True)]
         return torch.stack(chosen, dim=-1)
 
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:

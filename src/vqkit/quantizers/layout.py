@@ -12,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vqkit.ops.precision import may_look
+
 Layout = Literal["last", "first"]
 """Where the width stands: [B, ..., D], or [B, D, ...] as in images."""
 
@@ -34,7 +36,7 @@ def width_last(x: Tensor, dim: int, layout: Layout) -> Tensor:
     if x.dim() < 2 or x.shape[axis] != dim:
         shape = f"[batch, ..., {dim}]" if layout == "last" else f"[batch, {dim}, ...]"
         raise ValueError(f'x has shape {tuple(x.shape)}: must be {shape}, as layout = "{layout}" and dim = {dim} say')
-    return x.movedim(axis, -1)
+    return x if axis == -1 else x.movedim(axis, -1)
 
 
 def width_back(rows: Tensor, layout: Layout) -> Tensor:
@@ -117,7 +119,10 @@ def require(right: Tensor, message: str, detail: Callable[[], str]) -> None:
 
 
 def where_kept(kept: Tensor, x: Tensor, other: float = 0.0) -> Tensor:
-    """x [..., D] with `other` where kept [...] is False; x itself if that is nowhere so, where asking costs nothing: eager, on CPU."""
-    if not torch.compiler.is_compiling() and x.device.type == "cpu" and bool(kept.all()):
-        return x
-    return x.where(kept.unsqueeze(-1), other)
+    """x [..., D] with `other` where kept [...] is False; x itself if that is known to be nowhere so."""
+    return x if is_all(kept) else x.where(kept.unsqueeze(-1), other)
+
+
+def is_all(kept: Tensor) -> bool:
+    """Whether it is known that all of `kept` is True: where asking costs nothing."""
+    return may_look(kept) and bool(kept.all())

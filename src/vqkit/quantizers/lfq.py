@@ -130,8 +130,8 @@ class LFQ(ScalarQuantizer):
     def _join(self, digits: Tensor) -> Tensor:
         return super()._join(digits.flip(-1) if self.first_bit == "highest" else digits)
 
-    def _split(self, indices: Tensor) -> Tensor:
-        digits = super()._split(indices)
+    def _split(self, indices: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+        digits = super()._split(indices, dtype)
         return digits.flip(-1) if self.first_bit == "highest" else digits
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
@@ -148,10 +148,10 @@ class LFQ(ScalarQuantizer):
         vectors = self._turn(vectors)
         if self.spherical:
             vectors = self.scale * directions(vectors)
-        return Rounded(vectors, (vectors.detach() > 0).to(torch.int64))
+        return Rounded(vectors, (vectors.detach() > 0).to(vectors.dtype))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        return (digits.to(dtype) * 2.0 - 1.0) * self._step
+        return (digits.to(dtype) * (2.0 * self._step)).sub_(self._step)
 
     def _losses(
         self,

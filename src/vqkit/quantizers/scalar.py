@@ -8,6 +8,7 @@ Shapes: P... positions of the input, D width of the input, H heads, d scalars of
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqkit.ops.codebook import CodebookStatistics, assignment_stats, zero_statistics
+from vqkit.ops.codebook import CodebookStatistics, zero_statistics
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.nearest_code import nearest_codes
 from vqkit.ops.precision import finite_rows, without_autocast
-from vqkit.ops.scalar import Rounded, join_digits, split_digits
+from vqkit.ops.scalar import Rounded, join_digits, per_scalar, rounding_stats, split_digits
+from vqkit.ops.usage import active_fraction, perplexity
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.committed import Counting
 from vqkit.quantizers.config import check_choice, check_count, check_kind
@@ -29,6 +31,7 @@ from vqkit.quantizers.layout import (
     check_indices,
     check_layout,
     check_tensor,
+    is_all,
     is_integer,
     position_mask,
     where_kept,
@@ -37,15 +40,16 @@ from vqkit.quantizers.layout import (
 )
 
 _COUNTED = 2**18
-"""With more codes than this, how often each is used is not counted: `metrics()` then knows the error alone."""
+"""With more codes than this, not they are counted but the levels of each scalar."""
 _LISTED = 2**20
 """More codes than this are not listed."""
 
 
 class CodeCounts(Counting):
-    """How often each of `size` codes was used; the codes are those that `codes_of` makes of indices [C]: [C, d].
+    """How often each of prod(levels) codes was used; the codes are those that `codes_of` makes of indices [C]: [C, d].
 
-    There is no state but the number of commits and, for whom it serves, a rotation [d, d].
+    Of more than 2^18 codes the levels of the scalars are counted instead, side by side. There is no state but the number of commits and,
+    for whom it serves, a rotation [d, d].
     """
 
     rotation: Tensor | None
@@ -54,17 +58,22 @@ class CodeCounts(Counting):
     def __init__(
         self,
         heads: int,
-        size: int,
-        width: int,
+        levels: Sequence[int],
         codes_of: Callable[[Tensor], Tensor],
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        none = zero_statistics(heads, 1, width, moments=True, device=device)
-        self.counted = size if size <= _COUNTED else 0
-        pending = none._replace(count=none.count.new_zeros(heads, self.counted), sum=none.sum.new_zeros(heads, 0, width))
+        size, width = math.prod(levels), len(levels)
+        self.by_level = size > _COUNTED
+        none = zero_statistics(heads, sum(levels) if self.by_level else size, 0, moments=True, device=device)
+        pending = none._replace(
+            sum=none.sum.new_zeros(heads, 0, width),
+            candidates=none.sum.new_zeros(heads, 0, width),
+            moments=none.sum.new_zeros(heads, 2, width),
+        )
         super().__init__(size, pending, device=device)
         self.heads = heads
+        self.levels = tuple(levels)
         self.codes_of = codes_of
         self.register_buffer("rotation", None)
 
@@ -79,18 +88,22 @@ class CodeCounts(Counting):
         return codes.expand(self.heads, *codes.shape)
 
     @torch.no_grad()
-    def statistics(self, x: Tensor, indices: Tensor, counted: Tensor | None, codes: Tensor) -> CodebookStatistics:
-        """Of x [H, N, d] with indices [H, N] of codes [H, N, d]; counted [H, N] bool."""
-        weights = None if counted is None else counted.to(x.dtype)
-        found = assignment_stats(x, indices.clamp(max=0), 1, weights=weights, quantized=codes, moments=True)
-        found = found._replace(sum=found.sum[:, :0])
-        if not self.counted:
-            return found._replace(count=found.count[:, :0])
-        taken = indices >= 0 if counted is None else (indices >= 0) & counted
-        first = torch.arange(self.heads, device=x.device).unsqueeze(-1) * self.counted
-        row = torch.where(taken, indices + first, self.heads * self.counted).reshape(-1)
-        count = found.count.new_zeros(self.heads * self.counted + 1).index_add_(0, row, found.count.new_ones(1).expand(row.shape))
-        return found._replace(count=count[:-1].view(self.heads, self.counted))
+    def statistics(self, x: Tensor, codes: Tensor, indices: Tensor, counted: Tensor | None, *, whole: bool) -> CodebookStatistics:
+        """Of x and codes [N, H, d], indices and counted [N, H]; see `rounding_stats`."""
+        used, size = indices.unsqueeze(-1), self.size
+        if self.by_level:
+            digits = split_digits(indices, self.levels)
+            used, size = digits + per_scalar(_first_of_each, self.levels, digits), sum(self.levels)
+        return rounding_stats(x, codes, used, size, indices, counted, whole=whole)
+
+    def _usage(self, count: Tensor) -> dict[str, Tensor]:
+        if not self.by_level:
+            return super()._usage(count)
+        each = count.split(self.levels, dim=-1)
+        entropy = torch.stack([perplexity(own).log() for own in each])
+        active = torch.stack([active_fraction(own) * number for own, number in zip(each, self.levels, strict=True)])
+        unknown = dict.fromkeys(super()._usage(count), torch.full_like(entropy[0], torch.nan))
+        return unknown | {"perplexity_bound": entropy.sum(0).exp(), "active_levels": active.sum(0) / sum(self.levels)}
 
 
 class _Vectors(NamedTuple):
@@ -100,6 +113,7 @@ class _Vectors(NamedTuple):
     vectors: Tensor  # [P..., H, d] float32 or wider; 0 where not kept
     mask: Tensor | None  # [P...] bool, the positions that count
     kept: Tensor  # [P...] bool, those of them that are finite
+    whole: bool  # whether it is known that all are kept
     dtype: torch.dtype  # of the projected input
 
 
@@ -138,7 +152,7 @@ class ScalarQuantizer(Quantizer):
         self.project_in = nn.Linear(self.dim, inner, device=device) if inner != self.dim else None
         self.project_out = nn.Linear(inner, self.dim, device=device) if inner != self.dim else None
         check_kind("rotation", rotation, bool)
-        self.counts = CodeCounts(heads, self.codebook_size, self.width, self._codes_of, device=device)
+        self.counts = CodeCounts(heads, self.levels, self._codes_of, device=device)
         if rotation:
             self.counts.rotation = _draw_rotation(self.width, device)
 
@@ -149,7 +163,7 @@ class ScalarQuantizer(Quantizer):
 
     @abstractmethod
     def _round(self, vectors: Tensor) -> Rounded:
-        """vectors [..., H, d], finite -> the scalars among their codes, and the number of each one's level."""
+        """vectors [..., H, d], finite -> the scalars among their codes, and the number of each one's level, in their dtype."""
 
     def _turn(self, vectors: Tensor) -> Tensor:
         """Vectors [..., d] in the axes in which scalars are rounded."""
@@ -162,7 +176,7 @@ class ScalarQuantizer(Quantizer):
 
     @abstractmethod
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        """digits [..., d] -> codes [..., d]."""
+        """digits [..., d], whole numbers of any dtype -> codes [..., d]."""
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
         """The codes in value, or near them, with a gradient to the values."""
@@ -176,9 +190,9 @@ class ScalarQuantizer(Quantizer):
         """digits [..., d] -> the index [...] that they write."""
         return join_digits(digits, self.levels)
 
-    def _split(self, indices: Tensor) -> Tensor:
+    def _split(self, indices: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
         """The opposite of `_join`; 0 for -1."""
-        return split_digits(indices, self.levels)
+        return split_digits(indices, self.levels, dtype)
 
     # What every quantizer says of itself
 
@@ -232,11 +246,15 @@ class ScalarQuantizer(Quantizer):
         kept = given.kept.unsqueeze(-1).expand(found.shape)
         if indices is not None:
             found = indices.to(torch.int64).reshape(found.shape)
-            digits, kept = self._split(found), kept & (found >= 0)
-        found = found.where(kept, -1)
+            digits, kept = self._split(found, values.dtype), kept & (found >= 0)
+            given = given._replace(whole=False)
+        if not given.whole:
+            found = found.where(kept, -1)
         codes = self._codes(digits, values.dtype)
         losses = self._losses(given.vectors, values, codes, kept, **options)
-        output = where_kept(kept, self._turn_back(self._estimate(values, codes)))
+        output = self._turn_back(self._estimate(values, codes))
+        if not given.whole:
+            output = where_kept(kept, output)
         statistics = None
         if self.training and not freeze_codebook:
             statistics = self._statistics(given, values, found, codes, indices)
@@ -246,14 +264,14 @@ class ScalarQuantizer(Quantizer):
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64, [P...] or [P..., heads]; -1: masked or not finite."""
         given = self._read(x, mask, lengths)
-        found = self._join(self._round(given.vectors).digits).where(given.kept.unsqueeze(-1), -1)
+        found = self._join(self._round(given.vectors).digits)
+        if not given.whole:
+            found = found.where(given.kept.unsqueeze(-1), -1)
         return found.reshape(*given.rows.shape[:-1], *self.code_shape)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P...] or [P..., heads] -> vectors in the layout and width of the input; zeros where all heads are -1."""
-        codes = self._look_up(indices)
-        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
-        return width_back(self._project_out(codes, known), self.layout)
+        return width_back(self._project_out(self._look_up(indices), indices), self.layout)
 
     def decode_codes(self, indices: Tensor) -> Tensor:
         """As `decode`, without the output projection: of width heads * d."""
@@ -285,7 +303,7 @@ class ScalarQuantizer(Quantizer):
             codes = self._turn(self.counts.codes()[0].to(values.dtype))
             indices = nearest_codes(values.squeeze(1), codes, min(num, self.codebook_size)).indices
         indices = indices.where(given.kept.unsqueeze(-1), -1)
-        decoded = self._project_out(self._look_up(indices).to(given.dtype), indices >= 0)
+        decoded = self._project_out(self._look_up(indices).to(given.dtype), indices)
         return indices, decoded.to(x.dtype)
 
     # From an input to vectors and back
@@ -294,25 +312,29 @@ class ScalarQuantizer(Quantizer):
         rows = width_last(x, self.dim, self.layout)
         mask = position_mask(rows.shape[:-1], mask, lengths)
         kept = finite_rows(rows) if mask is None else finite_rows(rows) & mask
-        vectors = where_kept(kept, rows)  # before the projection, whose gradient what is not finite would reach even with weight 0
+        whole = is_all(kept)
+        # Before the projection, whose gradient what is not finite would reach even with weight 0.
+        vectors = rows if whole else rows.where(kept.unsqueeze(-1), 0.0)
         if self.project_in is not None:
             vectors = self.project_in(vectors.to(self.project_in.weight.dtype))
             kept = kept & finite_rows(vectors)
-            vectors = where_kept(kept, vectors)
+            whole = is_all(kept)
+            vectors = vectors if whole else vectors.where(kept.unsqueeze(-1), 0.0)
         wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        return _Vectors(rows, wide.unflatten(-1, (self.heads, self.width)), mask, kept, vectors.dtype)
+        return _Vectors(rows, wide.unflatten(-1, (self.heads, self.width)), mask, kept, whole, vectors.dtype)
 
     def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor) -> Tensor:
         """[P..., H, d] to the layout, width and dtype of the input."""
-        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
-        output = self._project_out(quantized.flatten(-2).to(given.dtype), known).to(given.rows.dtype)
+        output = self._project_out(quantized.flatten(-2).to(given.dtype), indices).to(given.rows.dtype)
         if given.mask is not None and self.masked == "input":
             output = output.where(given.mask.unsqueeze(-1), given.rows)
         return width_back(output, self.layout)
 
-    def _project_out(self, codes: Tensor, known: Tensor) -> Tensor:
+    def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
+        """Codes, 0 where the indices of all heads are -1, in the width of the input."""
         if self.project_out is None:
             return codes
+        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
         return where_kept(known, self.project_out(codes.to(self.project_out.weight.dtype)))
 
     def _look_up(self, indices: Tensor) -> Tensor:
@@ -329,7 +351,7 @@ class ScalarQuantizer(Quantizer):
 
     def _codes_of(self, indices: Tensor) -> Tensor:
         """[...] -> [..., d], float32; those of -1 mean nothing."""
-        return self._turn_back(self._codes(self._split(indices), torch.float32))
+        return self._turn_back(self._codes(self._split(indices, torch.float32), torch.float32))
 
     def _statistics(self, given: _Vectors, values: Tensor, found: Tensor, codes: Tensor, own: Tensor | None) -> CodebookStatistics:
         """Of [P..., H, d]; heads of positions that are masked, or have no index of those given, are left out."""
@@ -337,9 +359,14 @@ class ScalarQuantizer(Quantizer):
         if own is not None:
             known = own.reshape(found.shape) >= 0
             counted = known if counted is None else counted & known
-        x, codes = (tensor.detach().flatten(0, -3).transpose(0, 1) for tensor in (values, codes))
-        counted = None if counted is None else counted.flatten(0, -2).T
-        return self.counts.statistics(x, found.flatten(0, -2).T, counted, codes)
+        x, codes = (tensor.reshape(-1, self.heads, self.width) for tensor in (values, codes))
+        counted = None if counted is None else counted.reshape(-1, self.heads)
+        return self.counts.statistics(x, codes, found.reshape(-1, self.heads), counted, whole=given.whole and own is None)
+
+
+def _first_of_each(levels: Sequence[float]) -> list[float]:
+    """Where the levels of each scalar begin, side by side."""
+    return [0, *itertools.accumulate(levels[:-1])]
 
 
 def _draw_rotation(width: int, device: torch.device | str | None) -> Tensor:
