@@ -79,6 +79,7 @@ def test_it_measures_and_writes(vqkit: Callable[..., tuple], tmp_path: Path, mon
         ("train quickstart --length 3", "unknown option --length; did you mean --lengths?"),
         ("train quickstart --lengths 0", "--lengths 0: must be at least 1"),
         ("train quickstart --repeats 0", "--repeats 0: must be at least 1"),
+        ("train quickstart --out pyproject.toml", "--out pyproject.toml: is a file; must be a folder, or absent"),
         ("train quickstart --attention half", "--attention: must be vq or full, not 'half'"),
         ("train quickstart --heads mha --model.key-dim 50", "model.dim = 192 must be a multiple of model.key_dim = 50"),
     ],

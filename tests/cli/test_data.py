@@ -113,6 +113,9 @@ def test_texts_are_prepared_with_words_for_tokens_and_taken_by_a_run(vqkit: Call
     assert vqkit("data", "prepare", texts, "--to", "packed/t", *words).code == 0
     checked = vqkit("data", "check", "packed/t")
     assert checked.code == 0 and "documents  tokens" in checked.out
+    assert vqkit("data", "check", "packed/t", "--data.test-fraction=0.3").code == 2
+    elsewhere = vqkit("data", "prepare", texts, "--to", "packed", *words)
+    assert elsewhere.code == 1 and "packed holds something else than packed data: --to must name a new folder" in elsewhere.err
     for form in (["--data.path", "packed/t"], ["--data.path=packed/t"]):
         _, config = requested("text", [*form, "--data.segments", "ignore", "--model.vocab-size", "290"])
         assert config.data.tokenizer == SentencePieceTokens(vocab_size=290)

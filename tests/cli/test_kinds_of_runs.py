@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from tiny_runs import write_texts
 from vqkit.cli import main
 from vqkit.cli.eval import EvalOptions, asked_ways
 from vqkit.data import Split
+from vqkit.models.weights import load_weights
 from vqkit.recipes import enwik8, text
+from vqkit.train import evaluate
 
 MODEL = "--model.dim 8 --model.key-dim 4 --model.value-dim 8 --model.layers 1 --model.codebook-size 4 --model.block-len 8 --model.mem-len 8"
 TRAIN = "--train.steps 3 --train.warmup-steps 1 --train.log-every 1 --train.eval-every 3 --train.batch-size 2 --train.eval-batch-size 2"
@@ -47,7 +52,9 @@ def write_data(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", PACK)
-def test_from_data_to_sample(vqkit: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_from_data_to_sample(
+    vqkit: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     monkeypatch.setattr("vqkit.cli.report.SAMPLE_BYTES", 12)
     monkeypatch.chdir(tmp_path)
     prepared = vqkit("data", "prepare", write_data(tmp_path, kind), "--to", "packed/x", *PACK[kind].split(), *TINY[-4:])
@@ -71,10 +78,14 @@ def test_from_data_to_sample(vqkit: Callable[..., str], tmp_path: Path, monkeypa
     if kind == "images":
         assert vqkit("sample", run, "--images", "3", "--out", "grid.png") == "3 images of 2 x 4: grid.png\n"
         assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
+        assert main(["sample", str(run), "--prompt", "a"]) == 2
     elif kind == "ids":
         assert main(["sample", str(run)]) == 2
     else:
         assert vqkit("sample", run, "--prompt", "the", "--num-tokens", "5").startswith("the")
+        assert main(["sample", str(run), "--images", "3"]) == 2
+    capsys.readouterr()
+    assert re.search(r"^train +[\d,]+ +[1-9]", vqkit("data", "check", run), re.MULTILINE)
 
 
 def test_eval_measures_by_the_conventions_that_are_asked_for(vqkit: Callable[..., str], tmp_path: Path) -> None:
@@ -95,3 +106,29 @@ def test_which_ways_there_are() -> None:
     assert asked_ways(options, config, several=False) == [("carry", "isolate"), ("sequence", "isolate")]
     assert asked_ways(options, enwik8(), several=True)[0] == ("sequence", "ignore"), "that of the run comes first"
     assert asked_ways(EvalOptions(Path("x"), context="carry", segments="ignore"), config, several=True) == [("carry", "ignore")]
+
+
+def test_a_vocabulary_of_another_is_not_measured(vqkit: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of equal size, each with pieces of its own."""
+    for name in ("a", "b"):
+        texts = write_data(tmp_path / name, "bytes")
+        (texts / "more.txt").write_text(f"{name}{name} {name} " * 300)
+        words = [*PACK["sentencepiece"].split(), *LENGTH, *TINY]
+        vqkit("train", "text", "--data.path", texts, "--run", tmp_path / f"run_{name}", *words)
+    assert main(["eval", str(tmp_path / "run_a"), "--data", str(tmp_path / "run_b")]) == 1
+    assert "reads ids of another vocabulary (sentencepiece, 300 ids, hash " in capsys.readouterr().err
+
+
+def test_two_processes_with_a_share_each_train_measure_and_write(tmp_path: Path) -> None:
+    """By the command that a user writes: torchrun has options of its own that begin like ours."""
+    texts, run = write_data(tmp_path, "bytes"), tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vqkit", "--"]
+    words = ["train", "text", "--data.path", texts, "--run", run, "--train.parallel", "fsdp", *LENGTH, *TINY]
+    done = subprocess.run(
+        [*launcher, *map(str, words)], capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 2 processes" in done.stdout
+    alone = evaluate(load_weights(run / "checkpoints" / "step_00000003")[0], Split(run / "data", "test"), batch_size=2)
+    assert f"test: {alone.bits:.3f} bits per byte\n" in done.stdout
+    assert (run / "samples" / "step_00000003.txt").exists()

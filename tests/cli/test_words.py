@@ -229,6 +229,11 @@ def test_none_is_written_as_in_a_file_or_as_in_python() -> None:
         assert (train.clip, train.betas) == (None, None)
 
 
+def test_two_dashes_in_front_are_for_torchrun(vqkit: Callable[..., Said]) -> None:
+    """Which would take --run for an option of its own, and hands the dashes on or not, by its version."""
+    assert vqkit("--", "train", "--rnu", "x").err == vqkit("train", "--rnu", "x").err
+
+
 def test_help_before_a_command_is_its_help(vqkit: Callable[..., Said]) -> None:
     assert vqkit("help", "eval").out == vqkit("eval", "--help").out != vqkit("help").out == vqkit("--help").out
 

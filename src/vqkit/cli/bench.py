@@ -108,6 +108,8 @@ def requested(words: Sequence[str]) -> tuple[str, RunConfig, BenchOptions]:
             raise UsageError(f"--{option}: must name at least one")
     if min(options.lengths) < 1:
         raise UsageError(f"--lengths {min(options.lengths)}: must be at least 1")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out {options.out}: is a file; must be a folder, or absent")
     return what, recipe, options
 
 

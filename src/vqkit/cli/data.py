@@ -125,10 +125,12 @@ def _after_download(options: DownloadOptions, path: str) -> str:
 def _prepare(words: Sequence[str]) -> int:
     options, config = _asked(PrepareOptions, words, "vqkit data prepare")
     from vqkit.cli.data_view import DataView
-    from vqkit.data import pack
+    from vqkit.data import is_packed, pack
 
     name = options.what if options.what in PUBLISHED else Path(config.path).stem or "data"
     folder = options.to or Path("packed") / name
+    if folder.exists() and not is_packed(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something else than packed data: --to must name a new folder, or one of packed data")
     with DataView() as view:
         summary = pack(config, folder, on_event=view)
     print(report(summary))
@@ -142,6 +144,11 @@ def _check(words: Sequence[str]) -> int:
     from vqkit.data import find_defects, is_packed, read_summary
     from vqkit.data.homes import FETCHED_FILE, find_download_defects
 
+    if (Path(config.path) / "config.json").is_file() and is_packed(Path(config.path) / "data"):
+        config = replace(config, path=str(Path(config.path) / "data"))  # those of a run
+    packing = [word.partition("=")[0] for word in words if word.startswith("--data.") and not word.startswith("--data.path")]
+    if packing and is_packed(config.path):
+        raise UsageError(f"{packing[0]}: {config.path} is packed already, by its own rules")
     fetched = Path(config.path) if (Path(config.path) / FETCHED_FILE).is_file() else Path(config.path).parent
     with DataView() as view:
         if is_packed(config.path):

@@ -62,6 +62,7 @@ def main(words: Sequence[str]) -> int:
     folder, model, model_config = find_and_load_weights(options.run, device)
     if model_config.vocab_size < split.tokenizer.vocab_size:
         raise ValueError(f"{folder}: a vocabulary of {model_config.vocab_size} tokens; these data need {split.tokenizer.vocab_size}")
+    _refuse_another_vocabulary(options.run, folder, split)
     note_broken_checkpoints(options.run)
     ways = asked_ways(options, config, several=split.num_documents > 1 and split.document_len is None)
     found = {way: measure(model, split, config, *way) for way in ways}
@@ -73,6 +74,18 @@ def main(words: Sequence[str]) -> int:
     print(f"\n{conventions(split, config)}\n")
     print(code_table(own, model_config))
     return 0
+
+
+def _refuse_another_vocabulary(run: Path, weights: Path, split: Split) -> None:
+    """Raise ValueError where the ids of the data mean something else to the model."""
+    from vqkit.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+
+    found = next((place for place in (weights, run / "data") if (place / TOKENIZER_FILE).is_file()), None)
+    if found is not None and (own := load_tokenizer(found)).hash != split.tokenizer.hash:
+        raise ValueError(
+            f"{run} reads ids of another vocabulary ({own.kind}, {own.vocab_size:,} ids, hash {own.hash}) than these data have "
+            f"({split.tokenizer.kind}, {split.tokenizer.vocab_size:,} ids, hash {split.tokenizer.hash})"
+        )
 
 
 def asked_ways(options: EvalOptions, config: RunConfig, *, several: bool) -> list[tuple[Context, Segments]]:

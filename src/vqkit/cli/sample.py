@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from vqkit.cli.errors import UsageError
-from vqkit.cli.options import parse
+from vqkit.cli.options import parse, value_of
 
 if TYPE_CHECKING:
     from vqkit.generate import LoadedModel
@@ -67,6 +67,7 @@ def main(words: Sequence[str]) -> int:
         raise UsageError("--prompt and --prompts-file exclude each other")
     loaded = load(options.run, device=str(resolve_device(options.device)))
     note_broken_checkpoints(options.run)
+    _refuse_options_of_others(words, options.run, loaded.tokenizer.kind)
     chosen: TextOptions = {
         "temperature": options.temperature,
         "top_k": options.top_k,
@@ -93,11 +94,19 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def _refuse_options_of_others(words: Sequence[str], run: Path, kind: str) -> None:
+    """Raise UsageError for an option that says nothing to a model of this kind."""
+    meant_for_text = ("--prompt", "--prompts-file", "--num-tokens")
+    for option in meant_for_text if kind == "images" else ("--images", "--out"):
+        if value_of(words, option):
+            raise UsageError(
+                f"{option}: {run} is a model of {kind}, the option is for models of {'text' if kind == 'images' else 'images'}"
+            )
+
+
 def _paint(loaded: LoadedModel, options: SampleOptions, chosen: TextOptions) -> int:
     from vqkit.data.images import save_png
 
-    if options.prompt or options.prompts_file is not None:
-        raise UsageError(f"{options.run} is a model of images: it takes no prompt")
     path = options.out or options.run / "samples" / f"sample_{options.seed}.png"
     images = loaded.images(options.images, **chosen)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,9 @@ examples:
   vqkit train text --data.path FOLDER --run runs/mine --train.steps 2000
   vqkit train --run runs/mine --train.steps 4000
   vqkit train text --data.path OTHER --init-from runs/mine --run runs/tuned
+  torchrun --nproc-per-node 2 -m vqkit -- train text --data.path FOLDER --run runs/mine
+
+Under torchrun, -- keeps it from taking --run for an option of its own.
 
 A file of your own, in TOML: its values replace those of the recipe, and options replace those of the file.
   vqkit recipes text --toml my.toml
