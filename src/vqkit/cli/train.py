@@ -41,8 +41,15 @@ A file of your own, in TOML: its values replace those of the recipe, and options
   vqkit recipes text --toml my.toml
   vqkit train text --file my.toml --data.path FOLDER
 
+on several processes or GPUs (--run-dir is --run, which torchrun takes for an option of its own):
+  torchrun --nproc-per-node 2 -m vqkit train quickstart --run-dir runs/mine
+
 vqkit train RECIPE --help shows every option, with the values of that recipe.
 """
+
+
+UNDER_TORCHRUN = "--run-dir"
+"""What --run may be called as well."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class ResumeOptions:
 
 def main(words: Sequence[str]) -> int:
     """Parse and run; returns the exit code."""
+    # torchrun reads the words first, and takes --run for a beginning of its own options.
+    words = ["--run" + word.removeprefix(UNDER_TORCHRUN) if word.partition("=")[0] == UNDER_TORCHRUN else word for word in words]
     if not words:
         raise UsageError(f"no recipe given; there are {', '.join(RECIPES)}; see vqkit train --help")
     if words[0] in ("-h", "--help"):

@@ -144,10 +144,7 @@ class AttentionUnit(nn.Module):
         if state is not None and not isinstance(state, AttentionState):
             raise ValueError(f'state is a {type(state).__name__}: model.attention = "vq" needs an AttentionState')
         keys, codebook = self._quantize(k, mask, statistics)
-        position_query = position_keys = None
-        if self.r is not None and self.position_bias is not None:
-            position_query = q + self.scaled_bias(self.position_bias)
-            position_keys = self.r(q.dtype, keep=kept_sinusoids, rate=config.sinusoid_dropout) * self.scale
+        position_query, position_keys = self._distances(q, q.dtype, None, kept_sinusoids)
         attended, state = vq_attention(
             q + self.scaled_bias(self.content_bias),
             keys.quantized,
@@ -199,28 +196,34 @@ class AttentionUnit(nn.Module):
         statistics: bool,
         impl: Implementation,
     ) -> tuple[Tensor, UnitState, QuantizedKeys | None]:
-        config, (q, k, v, _) = self.config, projected
+        q, k, v, _ = projected
         if state is not None and not isinstance(state, KeyValueState):
             raise ValueError(f'state is a {type(state).__name__}: model.attention = "full" needs a KeyValueState')
         if impl not in ("auto", "reference"):
             raise ValueError(f'impl = {impl!r}: model.attention = "full" has "auto" and "reference"')
-        position_query = position_keys = None
-        if self.r is not None and self.position_bias is not None:
-            slots = k.shape[2] + (0 if state is None else state.k.shape[2])
-            position_query = (q + self.scaled_bias(self.position_bias)).to(v.dtype)
-            position_keys = self.r(v.dtype, slots, kept_sinusoids, config.sinusoid_dropout) * self.scale
         # Biases are wider than activations under autocast; the fused form wants one type.
+        slots = k.shape[2] + (0 if state is None else state.k.shape[2])
+        position_query, position_keys = self._distances(q, v.dtype, slots, kept_sinusoids)
         attended, state = full_attention(
             (q + self.scaled_bias(self.content_bias)).to(v.dtype),
             k.to(v.dtype),
             v,
             state=state,
-            position_query=position_query,
+            position_query=None if position_query is None else position_query.to(v.dtype),
             position_keys=position_keys,
             segments=segments,
             impl=impl,
         )
         return attended, state, None
+
+    def _distances(
+        self, q: Tensor, dtype: torch.dtype, slots: int | None, kept_sinusoids: Tensor | None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What scores of distances are made of: the queries with their bias, and keys of `dtype`, of `slots` distances or the window's."""
+        if self.r is None or self.position_bias is None:
+            return None, None
+        keys = self.r(dtype, slots, kept_sinusoids, self.config.sinusoid_dropout)
+        return q + self.scaled_bias(self.position_bias), keys * self.scale
 
 
 def _quantizer(config: ModelConfig) -> LearnableVQ | SimpleVQ | None:

@@ -23,7 +23,7 @@ from vqkit.config import differences, from_json, to_json
 from vqkit.data import Batch, DataSummary, SequenceSampler, Split, pack, read_summary
 from vqkit.files import TEMPORARY_SUFFIX, write_text_atomic
 from vqkit.models import TransformerVQ
-from vqkit.models.weights import broken_checkpoints, newest_whole_checkpoint
+from vqkit.models.weights import broken_checkpoints, load_weights, newest_whole_checkpoint
 from vqkit.train.allocator import reuse_freed_memory
 from vqkit.train.checkpoint import (
     Training,
@@ -67,6 +67,7 @@ class TrainResult:
     step: int
     checkpoint: Path
     model: TransformerVQ
+    """Whole on every process."""
     validation_bits: float | None
     """Of the last evaluation, in the unit of the data; None if the run has no validation split."""
 
@@ -186,11 +187,13 @@ class _Run:
                 if stop and training.step < total:
                     raise Interrupted(stop)
         self.emit(Finished(training.step, self.run_dir, time.perf_counter() - self._began))
+        checkpoint = checkpoint_path(self.run_dir, training.step)
         return TrainResult(
             run_dir=self.run_dir,
             step=training.step,
-            checkpoint=checkpoint_path(self.run_dir, training.step),
-            model=training.model,
+            checkpoint=checkpoint,
+            # Shards are of no use to one process alone, as all are after this.
+            model=load_weights(checkpoint, training.device)[0].train() if training.is_sharded else training.model,
             validation_bits=self._evaluations[-1][0] if self._evaluations else None,
         )
 
