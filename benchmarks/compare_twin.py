@@ -77,8 +77,8 @@ def measured(model: TransformerVQ, split: Split, length: int) -> dict[str, Any]:
     found = evaluate(model, split, batch_size=1, sequence_len=length)
     carried = evaluate(model, split, batch_size=1) if model.quantizers() else None
     return {
-        "bits_per_byte": found.bits_per_byte,
-        "bits_per_byte_carried": carried and carried.bits_per_byte,
+        "bits_per_byte": found.bits,
+        "bits_per_byte_carried": carried and carried.bits,
         "active_codes": found.worst_active_codes,
         "perplexity": found.mean_perplexity,
     }
