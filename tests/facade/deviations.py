@@ -44,7 +44,17 @@ def _holds(term: str, kwargs: Mapping[str, Any]) -> bool:
     return isinstance(given, Tensor) or bool(given)
 
 
-DEVIATIONS: tuple[Deviation, ...] = ()
+_VQ = "tests/facade/test_vector_quantize_facade.py::"
+
+DEVIATIONS: tuple[Deviation, ...] = (
+    Deviation(
+        "VectorQuantize",
+        "mask",
+        _VQ + "test_an_index_of_minus_one_gives_zeros",
+        "the index -1 of a masked position decodes to the last code; here to zeros",
+        ("decode.*",),
+    ),
+)
 
 
 USED: set[Deviation] = set()

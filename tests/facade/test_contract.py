@@ -30,7 +30,6 @@ NOT_YET: tuple[str, ...] = (
     "residual_vq",
     "sim_vq",
     "utils",
-    "vector_quantize_pytorch",
 )
 """Modules that are still to come."""
 

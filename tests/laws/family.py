@@ -50,6 +50,7 @@ from vqkit.quantizers import (
     SimpleVQ,
     SimVQ,
     Softmax,
+    StoredEMA,
     VectorQuantize,
     VQBridge,
 )
@@ -304,6 +305,10 @@ _VECTOR_QUANTIZE = [
     # How the codebook learns
     _vq(update=EMA(decay=0.5, eps=1e-3)),
     _vq(update=ClipEMA(decay=0.9, floor=0.1)),
+    _vq(update=StoredEMA(decay=0.5, eps=1e-3)),
+    _vq(update=StoredEMA(learn=True), metric="cosine", losses=(Commitment(pull=0.0), Orthogonality())),
+    _vq(update=StoredEMA(decay=0.3, follow=False), dead_codes=_HEALTHY),
+    _vq(update=StoredEMA(follow=False, count=False, learn=True)),
     _vq(update=Gradient(decay=0.9), represents=True),
     _vq(update=OwnOptimizer(learning_rate=0.01, betas=(0.8, 0.9), eps=1e-6, decay=0.9), represents=True),
     _vq(update=OwnOptimizer(name="sgd", learning_rate=0.1, momentum=0.5)),

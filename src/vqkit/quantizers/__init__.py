@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import OwnOptimizer as OwnOptimizer
     from vqkit.quantizers.config import QuantizeDropout as QuantizeDropout
     from vqkit.quantizers.config import Softmax as Softmax
+    from vqkit.quantizers.config import StoredEMA as StoredEMA
     from vqkit.quantizers.config import VQBridge as VQBridge
     from vqkit.quantizers.fixed import SimpleVQ as SimpleVQ
     from vqkit.quantizers.fsp import FSP as FSP
@@ -100,6 +101,7 @@ __all__ = [
     "SimVQ",
     "SimpleVQ",
     "Softmax",
+    "StoredEMA",
     "VQBridge",
     "VectorQuantize",
     "add_statistics_",
@@ -154,6 +156,7 @@ _MODULES = {
     "ResidualVQ": "residual",
     "SimpleVQ": "fixed",
     "Softmax": "config",
+    "StoredEMA": "config",
     "VQBridge": "config",
     "VectorQuantize": "vector_quantize",
     "add_statistics_": "commit",

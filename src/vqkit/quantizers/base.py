@@ -107,6 +107,12 @@ class Quantizer(Committing):
 
         `options` are those of `quantize`.
         """
+        found = self.quantize_and_learn(x, mask, freeze_codebook=freeze_codebook, **options)
+        loss = self._weigh(found.losses, x)
+        return QuantizerOutput(found.quantized, found.indices, loss if self.training else loss.detach())
+
+    def quantize_and_learn(self, x: Tensor, mask: Tensor | None = None, *, freeze_codebook: bool = False, **options: Any) -> Quantized:
+        """What a call does, with what `quantize` returns: the losses by name, unweighted."""
         members = [module for module in self.modules() if isinstance(module, Committed)]
         learning = self.training and not freeze_codebook
         outside = outside_backward(x)
@@ -121,11 +127,9 @@ class Quantizer(Committing):
                 member.leave_()
         if learning:
             self._learn_(members, found.statistics, outside)
-        loss = self._weigh(found.losses, x)
-        quantized = found.quantized
         if is_managed(self) and not torch.compiler.is_compiling():
-            quantized = own_storage(quantized)
-        return QuantizerOutput(quantized, found.indices, loss if self.training else loss.detach())
+            found = found._replace(quantized=own_storage(found.quantized))
+        return found
 
     def _begin_(self, members: list[Committed], outside: Tensor | bool) -> None:
         """Automatic commits: make the codebooks equal on all ranks once, then commit what the last training forward left."""

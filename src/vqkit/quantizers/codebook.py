@@ -39,6 +39,7 @@ from vqkit.quantizers.config import (
     Init,
     KMeans,
     Metric,
+    StoredEMA,
     Update,
     VQBridge,
     check_choice,
@@ -71,11 +72,12 @@ class Codebook(Counting):
 
     The state is float32 or float64 and is never made narrower by `.to()`, `.half()` and the like: moving averages `sum` [H, C, K] and
     `count` [H, C] for `EMA` and `ClipEMA`; `weight` [H, C, K], a parameter for `Gradient`, and `count` for the others, with what an
-    `OwnOptimizer` remembers; `weight` alone for `Frozen`. `pending` is no buffer, so that nothing broadcasts over it, but moves with the
-    module and stands in the state dict. metric="cosine" keeps codes of length 1. `transform` maps the stored vectors [H, C, K] to the
-    codes: "linear", `MLP(...)`, `VQBridge(...)` or a module; it learns by the optimizer of the model. With `frozen` no commit changes
-    anything. `code_weights` let moving averages follow some codes faster than others: factors of 1 - decay, not negative and at most
-    1 / (1 - decay); of a head that saw no vector they are not asked for. A tensor moves with the module and is not in the state dict.
+    `OwnOptimizer` remembers; all three for `StoredEMA`; `weight` alone for `Frozen`. `pending` is no buffer, so that nothing broadcasts
+    over it, but moves with the module and stands in the state dict. metric="cosine" keeps codes of length 1. `transform` maps the stored
+    vectors [H, C, K] to the codes: "linear", `MLP(...)`, `VQBridge(...)` or a module; it learns by the optimizer of the model. With
+    `frozen` no commit changes anything. `code_weights` let moving averages follow some codes faster than others: factors of 1 - decay,
+    not negative and at most 1 / (1 - decay); of a head that saw no vector they are not asked for. A tensor moves with the module and is
+    not in the state dict.
 
     Raises ValueError for sizes below 1, for choices that contradict each other, and for code weights of another shape or range.
     """
@@ -124,7 +126,7 @@ class Codebook(Counting):
         start = start_state(update, empty, empty.new_empty(heads, size))
         self._rule_names = tuple(start)
         for name, value in start.items():
-            if isinstance(update, Gradient) and name == "weight":
+            if name == "weight" and (isinstance(update, Gradient) or (isinstance(update, StoredEMA) and update.learn)):
                 self.weight = nn.Parameter(value)
             else:
                 self.register_buffer(name, value)
@@ -173,6 +175,17 @@ class Codebook(Counting):
     @property
     def _start_count(self) -> float:
         return max(1.0, self.dead_codes.start_count) if self.dead_codes else 1.0
+
+    @property
+    def learns_by_gradient(self) -> bool:
+        """Whether the optimizer of the model moves the codes: they are a parameter, or a transform of what is stored."""
+        return self.transform is not None or any(True for _ in self.parameters(recurse=False))
+
+    @property
+    def counts(self) -> bool:
+        """Whether a commit has any use for statistics."""
+        rule = self._rule()
+        return self.dead_codes is not None or self.affine is not None or not isinstance(rule, StoredEMA) or rule.count
 
     @property
     def dtype(self) -> torch.dtype:
@@ -283,10 +296,16 @@ class Codebook(Counting):
         if self.affine:
             statistics = self._without_affine(statistics, state)
         rows = {name: state[name] for name in self._rule_names}
-        after = advance(self.update, self.dead_codes, rows, statistics, self._weigh_codes(statistics))
+        after = advance(self._rule(), self.dead_codes, rows, statistics, self._weigh_codes(statistics))
+        if self.metric == "cosine" and isinstance(self.update, StoredEMA):
+            after["weight"] = directions(after["weight"])
         if self.affine:
             after = after | self._follow(self.affine, state, after)
         return {**state, **after, "updates": state["updates"] + 1}
+
+    def _rule(self) -> Update:
+        """By which a commit of what is pending goes."""
+        return self.update
 
     def _write_(self, applied: Tensor | None) -> None:
         if self.dead_codes and not self._frozen:
@@ -328,9 +347,19 @@ class Codebook(Counting):
             raise ValueError(f"code_weights has shape {tuple(weights.shape)}: must be {shapes[0]} or {shapes[1]}, one a code")
         weights = weights.expand(shapes[1])
         weights = weights if seen is None else weights.where(seen, 1.0)
-        decay = self.update.decay if isinstance(self.update, EMA | ClipEMA) else 0.0
+        decay = self.update.decay if isinstance(self.update, EMA | ClipEMA | StoredEMA) else 0.0
         check_range("code_weights", weights, 0.0, 1 / (1 - decay))
         return weights
+
+    def add_gradient_(self, gradient: Tensor) -> None:
+        """Add to the gradients of the parameters what `gradient` [H, C, K] of the codes gives, without any hook of theirs."""
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # hides those of a checkpoint
+        with torch.enable_grad(), hooks:
+            parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            found = torch.autograd.grad(self.codes(), parameters, gradient, allow_unused=True)
+        for parameter, part in zip(parameters, found, strict=True):
+            if part is not None:
+                parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
 
     # Affine re-parametrisation
 
@@ -490,7 +519,7 @@ class Codebook(Counting):
 
     def _find_dead(self, dead_codes: DeadCodes) -> Tensor:
         """[H]: the share of the codes that a commit of what is pending finds dead, before it replaces any."""
-        count = next_count(self.update, self.count, self.pending.count, self._weigh_codes(self.pending))
+        count = next_count(self._rule(), self.count, self.pending.count, self._weigh_codes(self.pending))
         return dead_fraction(count, dead_codes.threshold)
 
     # Moving and storing
@@ -561,7 +590,8 @@ def _check_together(
 ) -> None:
     """Raise ValueError for choices that contradict each other."""
     wrong = ""
-    if transform is not None and not isinstance(update, Gradient | Frozen):
+    stays = isinstance(update, Gradient | Frozen) or (isinstance(update, StoredEMA) and not update.follow)
+    if transform is not None and not stays:
         wrong = f"transform with update = {update}: what is stored is not where the vectors are; choose Gradient() or Frozen()"
     elif transform is not None and (dead_codes or affine or isinstance(init, KMeans)):
         wrong = "transform: what is stored is not where the vectors are, so that neither dead_codes, affine nor a k-means start can set it"
@@ -569,7 +599,7 @@ def _check_together(
         wrong = "update = Frozen(): nothing changes, so that dead_codes and affine must be None"
     elif affine and metric == "cosine":
         wrong = 'affine with metric = "cosine": codes of length 1 have no scale'
-    elif code_weights is not None and not isinstance(update, EMA | ClipEMA):
-        wrong = f"code_weights with update = {update}: only moving averages weigh what is new; choose EMA() or ClipEMA()"
+    elif code_weights is not None and not isinstance(update, EMA | ClipEMA | StoredEMA):
+        wrong = f"code_weights with update = {update}: only moving averages weigh what is new; choose EMA(), ClipEMA() or StoredEMA()"
     if wrong:
         raise ValueError(wrong)

@@ -126,6 +126,27 @@ class ClipEMA:
 
 
 @dataclass(frozen=True)
+class StoredEMA:
+    """Codes of their own beside moving averages as `EMA` keeps them: what a commit makes of either is a choice."""
+
+    decay: float = 0.99
+    """1 - decay of each new batch enters the averages."""
+    eps: float = 1e-5
+    """What Laplace smoothing adds to each count."""
+    follow: bool = True
+    """Whether a commit sets the codes to the averages; else they stay where they are, but for dead ones."""
+    count: bool = True
+    """Whether the averages move at all; only where the codes do not follow may they stand still."""
+    learn: bool = False
+    """Whether the codes are a parameter, too. Where they follow, the averages then start at every commit from where it stands."""
+
+    def __post_init__(self) -> None:
+        _check_decay(self)
+        _check_not_negative(self, "eps")
+        _check(self, "count", self.count or not self.follow, "True where follow is True")
+
+
+@dataclass(frozen=True)
 class Gradient:
     """The codes are a parameter, stepped by the optimizer of the whole model."""
 
@@ -168,7 +189,7 @@ class Frozen:
     """The codes never change; a transform of them may still learn (SimVQ)."""
 
 
-Update = EMA | ClipEMA | Gradient | OwnOptimizer | Frozen
+Update = EMA | ClipEMA | StoredEMA | Gradient | OwnOptimizer | Frozen
 
 
 # How a codebook starts and stays alive

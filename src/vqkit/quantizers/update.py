@@ -1,7 +1,8 @@
 """How the stored vectors of a codebook follow from its state, and what one commit makes of the state: a function for each rule.
 
 The state is a dict of tensors by name: `sum` and `count` for moving averages; `weight` and `count` for codes that an optimizer steps, with
-what the optimizer remembers; `weight` for frozen codes. Nothing here changes a tensor. Shapes: H heads, C codes, K width.
+what the optimizer remembers; `weight` for frozen codes; `sum`, `count` and `weight` for codes beside moving averages. Nothing here changes
+a tensor. Shapes: H heads, C codes, K width.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics, codes_from_ema, ema_update, laplace_codes_from_ema, replace_dead_codes
-from vqkit.quantizers.config import EMA, ClipEMA, DeadCodes, Frozen, OwnOptimizer, Update
+from vqkit.quantizers.config import EMA, ClipEMA, DeadCodes, Frozen, OwnOptimizer, StoredEMA, Update
 
 State = dict[str, Tensor]
 
@@ -22,6 +23,8 @@ def start_state(rule: Update, codes: Tensor, count: Tensor) -> State:
     if isinstance(rule, Frozen):
         return {"weight": codes}
     state = {"weight": codes, "count": count}
+    if isinstance(rule, StoredEMA):
+        state["sum"] = codes * _weights(rule, count).unsqueeze(-1)
     if isinstance(rule, OwnOptimizer):
         state |= {"first_moment": torch.zeros_like(codes), "steps": torch.zeros((), dtype=torch.int64, device=codes.device)}
         if rule.name == "adam":
@@ -42,12 +45,16 @@ def advance(
     rule: Update, dead_codes: DeadCodes | None, state: State, statistics: CodebookStatistics, code_weights: Tensor | None = None
 ) -> State:
     """The state after one commit; moving averages take 1 - decay, times `code_weights` [H, C] if given, of what is new."""
-    if isinstance(rule, Frozen):
+    if isinstance(rule, Frozen) or (isinstance(rule, StoredEMA) and not rule.count):
         return state
-    if isinstance(rule, EMA | ClipEMA):
+    if isinstance(rule, EMA | ClipEMA | StoredEMA):
+        if isinstance(rule, StoredEMA) and rule.learn and rule.follow:
+            state = follow_codes(rule, state)
         decay = rule.decay if code_weights is None else 1 - (1 - rule.decay) * code_weights
         total, count = ema_update(state["sum"], state["count"], statistics, decay)
-        state = {"sum": total, "count": count}
+        state = {**state, "sum": total, "count": count}
+        if isinstance(rule, StoredEMA) and rule.follow:
+            state = follow_averages(rule, state)
     else:
         state = {**state, "count": torch.lerp(statistics.count.to(state["count"].dtype), state["count"], rule.decay)}
         if isinstance(rule, OwnOptimizer):
@@ -57,8 +64,20 @@ def advance(
     return expire(rule, state, statistics.candidates, statistics.keys, dead_codes.threshold, dead_codes.start_count)
 
 
+def follow_averages(rule: StoredEMA, state: State) -> State:
+    """The state with its codes set to its averages."""
+    return {**state, "weight": laplace_codes_from_ema(state["sum"], state["count"], rule.eps)}
+
+
+def follow_codes(rule: StoredEMA, state: State) -> State:
+    """The state with its sums set to what its codes and counts say."""
+    return {**state, "sum": state["weight"] * _weights(rule, state["count"]).unsqueeze(-1)}
+
+
 def next_count(rule: Update, count: Tensor, chosen: Tensor, code_weights: Tensor | None = None) -> Tensor:
     """The moving count [H, C] after a commit of codes chosen so often, before any is replaced; see `advance`."""
+    if isinstance(rule, StoredEMA) and not rule.count:
+        return count
     decay = 0.0 if isinstance(rule, Frozen) else rule.decay
     if code_weights is not None:
         return torch.lerp(chosen.to(count.dtype), count, 1 - (1 - decay) * code_weights)
@@ -67,7 +86,7 @@ def next_count(rule: Update, count: Tensor, chosen: Tensor, code_weights: Tensor
 
 def expire(rule: Update, state: State, candidates: Tensor, keys: Tensor, threshold: float, reset_count: float) -> State:
     """The state in which codes of a count below `threshold` stand at candidates [H, E, K] (keys [H, E]; 0 = absent) with `reset_count`."""
-    rows = state["sum"] if "sum" in state else state["weight"]
+    rows = state["weight"] if "weight" in state else state["sum"]
     rows, count = replace_dead_codes(rows, state["count"], candidates, keys, threshold, reset_count)
     replaced = (count != state["count"]).unsqueeze(-1)
     if isinstance(rule, ClipEMA):
@@ -75,14 +94,16 @@ def expire(rule: Update, state: State, candidates: Tensor, keys: Tensor, thresho
     if isinstance(rule, EMA):  # smoothing counts a new code a little more or less than reset_count
         return {"sum": torch.where(replaced, rows / reset_count * _weights(rule, count).unsqueeze(-1), rows), "count": count}
     state = {**state, "weight": torch.where(replaced, rows / reset_count, state["weight"]), "count": count}
+    if isinstance(rule, StoredEMA):
+        state["sum"] = torch.where(replaced, follow_codes(rule, state)["sum"], state["sum"])
     for name in ("first_moment", "second_moment"):
         if name in state:
             state[name] = torch.where(replaced, 0.0, state[name])
     return state
 
 
-def _weights(rule: EMA | ClipEMA, count: Tensor) -> Tensor:
-    """What `stored_codes` divides the sums by."""
+def _weights(rule: EMA | ClipEMA | StoredEMA, count: Tensor) -> Tensor:
+    """What the sums are divided by."""
     if isinstance(rule, ClipEMA):
         return count.clamp(min=rule.floor)
     total = count.sum(-1, keepdim=True)

@@ -26,6 +26,8 @@ from vqkit.ops.nearest_code import nearest_codes, nearest_index
 from vqkit.ops.precision import finite_rows
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.codebook import Codebook, CodeWeights
+from vqkit.quantizers.commit import sum_in_forward
+from vqkit.quantizers.committed import in_backward
 from vqkit.quantizers.config import (
     MLP,
     Affine,
@@ -37,7 +39,6 @@ from vqkit.quantizers.config import (
     DiVeQ,
     Diversity,
     Estimator,
-    Gradient,
     Gumbel,
     Init,
     Loss,
@@ -107,9 +108,9 @@ class VectorQuantize(Quantizer):
     `Gumbel(...)`, which draws in training, or `Softmax(...)`; `estimator`, the gradient of the output for the input where the assignment
     brings none of its own: "rotation", "straight_through", "none" (the losses have theirs) or `DiVeQ(...)`; how the codebook learns
     (`update`, `code_weights`), starts (`init`), stays alive (`dead_codes`) and is read (`transform`, `affine`): see `Codebook`;
-    `losses`, at most one of each kind. Where the codes learn by gradient, the commitment loss pulls them to the vectors, too.
-    `sync_update` of the gradient of the output then also goes to the codes (Huh et al., 2023). With input_gradient=False nothing at all
-    reaches the input.
+    `losses`, at most one of each kind. A `table` is a codebook made elsewhere, which has its own of these choices. Where the codes learn by
+    gradient, the commitment loss pulls them to the vectors, too; `sync_update` of the gradient of the output then also goes to the codes
+    (Huh et al., 2023). With input_gradient=False nothing at all reaches the input.
 
     Masked positions get index -1 and zeros, or with masked="input" themselves. Vectors that are not finite get index -1, zeros, no loss
     and no gradient, and are counted in `metrics()`; with on_nonfinite="raise" they are an error (a ValueError; where the program is
@@ -144,6 +145,7 @@ class VectorQuantize(Quantizer):
         input_gradient: bool = True,
         sync_update: float = 0.0,
         commit: Commit = "auto",
+        table: Codebook | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -161,20 +163,30 @@ class VectorQuantize(Quantizer):
         self.metric, self.assignment, self.estimator, self.losses = metric, assignment, estimator, _sequence("losses", losses)
         self.layout, self.masked, self.on_nonfinite, self.input_gradient = layout, masked, on_nonfinite, input_gradient
         self.sync_update = sync_update
-        self.table = Codebook(
-            heads if separate_heads else 1,
-            codebook_size,
-            self.codebook_dim,
-            metric=metric,
-            update=update,
-            init=init,
-            dead_codes=dead_codes,
-            transform=transform,
-            affine=affine,
-            code_weights=code_weights,
-            device=device,
-        )
-        learns_by_gradient = isinstance(update, Gradient) or transform is not None
+        if table is None:
+            self.table = Codebook(
+                heads if separate_heads else 1,
+                codebook_size,
+                self.codebook_dim,
+                metric=metric,
+                update=update,
+                init=init,
+                dead_codes=dead_codes,
+                transform=transform,
+                affine=affine,
+                code_weights=code_weights,
+                device=device,
+            )
+        else:
+            choices: dict[str, object] = {
+                "update": update,
+                "dead_codes": dead_codes,
+                "transform": transform,
+                "affine": affine,
+                "code_weights": code_weights,
+            }
+            self.table = self._check_table(table, choices)
+        learns_by_gradient = self.table.learns_by_gradient
         _check_losses(self.losses, learns_by_gradient)
         check_number("sync_update", sync_update)
         if not 0.0 <= sync_update <= 1.0:
@@ -246,6 +258,7 @@ class VectorQuantize(Quantizer):
         temperature: float | None = None,
         top_k: int | None = None,
         reduction: Reduction = "mean",
+        project: bool = True,
     ) -> Quantized:
         """x [B, ..., D] or, with layout "first", [B, D, ...]; mask [P...] bool, or lengths [B] of sequences.
 
@@ -257,6 +270,8 @@ class VectorQuantize(Quantizer):
         the output is [P..., k, D] (layout "first": [B, D, ..., k]), each candidate with the gradient of a single code; indices are
         [P..., k]; losses are means over all k; nothing enters the codebook. With reduction="none" the losses that are means over vectors
         have the shape of the indices, 0 where there is no code; so has, then, the loss that a call returns.
+
+        With project=False the output is that before the output projection, of width heads * codebook_dim.
 
         Raises ValueError or TypeError for what does not fit, and ValueError before a k-means start.
         """
@@ -274,10 +289,10 @@ class VectorQuantize(Quantizer):
         vectors, several = given.vectors, () if top_k is None else (top_k,)
         temperature = self._temperature(temperature) if own is None else 0.0
         picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
-        counted = self.training and not freeze_codebook and top_k is None
+        counted = self.training and not freeze_codebook and top_k is None and self.table.counts
         constant = freeze_codebook or not self._have_gradient(codes)
         if constant and not several and labels is None and weights is None and reduction == "mean" and self._is_plain(temperature):
-            return self._quantize_plain(given, codes, picked.where(kept, -1), own, counted)
+            return self._quantize_plain(given, codes, picked.where(kept, -1), own, counted, project)
         if top_k is not None:
             vectors, kept = vectors.repeat_interleave(top_k, dim=1), kept.repeat_interleave(top_k, dim=1)
         chosen = self._take(vectors, codes, picked.where(kept, -1), temperature)
@@ -286,7 +301,8 @@ class VectorQuantize(Quantizer):
             losses = {name: self._join_indices(loss, positions, several) if loss.dim() else loss for name, loss in losses.items()}
         statistics = self._statistics(given, chosen, own, weights) if counted else None
         found = self._join_indices(chosen.indices, positions, several)
-        return Quantized(self._write(given, self._estimate(vectors, chosen), found, several), found, losses, statistics)
+        output = self._write(given, self._estimate(vectors, chosen), found, several, project)
+        return Quantized(output, found, losses, statistics)
 
     def _is_plain(self, temperature: float) -> bool:
         """Whether, if codes are constants, one pass over the vectors does: nothing is drawn, and no loss but the commitment's."""
@@ -300,7 +316,9 @@ class VectorQuantize(Quantizer):
         with torch.enable_grad():
             return self.table.codes().requires_grad
 
-    def _quantize_plain(self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, counted: bool) -> Quantized:
+    def _quantize_plain(
+        self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, counted: bool, project: bool
+    ) -> Quantized:
         """As the other steps of `quantize` together, in one pass forward and one backward; indices [H, M]."""
         vectors = given.vectors
         codes = codes.to(vectors.dtype)
@@ -316,7 +334,7 @@ class VectorQuantize(Quantizer):
                 statistics = coded_stats(vectors, codes, indices, found, ignored, num_candidates=self.table.num_candidates)
             statistics = self._count_once(statistics)
         joined = self._join_indices(indices, given.rows.shape[:-1], ())
-        return Quantized(self._write(given, found.quantized, joined, ()), joined, losses, statistics)
+        return Quantized(self._write(given, found.quantized, joined, (), project), joined, losses, statistics)
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64 of the nearest codes, [P...] or [P..., heads]; -1: masked or not finite."""
@@ -355,6 +373,39 @@ class VectorQuantize(Quantizer):
         found = gather_codes(codes, indices).reshape(*shape, self.codebook_dim)
         indices = indices.reshape(shape)
         return indices, self._project_out(found.to(given.dtype), indices >= 0).to(x.dtype)
+
+    # Learning by hand
+
+    @torch.no_grad()
+    def statistics(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None, indices: Tensor) -> CodebookStatistics:
+        """What a commit needs of x, which is as for `quantize`, assigned to indices [P..., heads?] (-1: to none), in any mode."""
+        given = self._read(x, mask, lengths)
+        check_indices("indices", indices, self.codebook_size, torch.Size((*given.rows.shape[:-1], *self.code_shape)))
+        own = self._to_heads(indices.to(torch.int64).reshape(-1, self.heads)).where(self._spread(given.kept), -1)
+        return self._count_once(self.table.statistics(given.vectors, own, (own >= 0).to(given.vectors.dtype)))
+
+    def pull_(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None, temperature: float | None = None) -> Tensor:
+        """Add to the gradients of what the codes are made of that of the mean squared error of the vectors of x to their codes.
+
+        For an optimizer of the codebook alone, which is then stepped before x is quantized. x, mask, lengths, temperature as for
+        `quantize`. Returns the error, [] float32 or wider. With several ranks error and gradients are those of all their vectors. Changes
+        nothing in a backward, where a forward is computed again.
+        """
+        with torch.no_grad():
+            given = self._read(x, mask, lengths)
+            kept = self._spread(given.kept)
+            codes = self.table.codes().detach()
+            indices = self._pick(given.vectors, codes, self._temperature(temperature)).where(kept, -1)
+            found = coded(given.vectors, codes.to(given.vectors.dtype), indices, estimator="none", count=True)
+            of_vectors = torch.cat([found.squared_error, found.count.sum(-1)])
+            reduced = sum_in_forward(torch.cat([of_vectors, found.count.flatten(), found.sum.flatten()]), self.reducer)
+            error, number = reduced[: len(of_vectors)].unflatten(0, (2, -1)).sum(-1)
+            count, total = reduced[len(of_vectors) :].split([found.count.numel(), found.sum.numel()])
+            share = (number * self.codebook_dim).clamp(min=1)
+            gradient = 2 * (count.view_as(found.count).unsqueeze(-1) * codes - total.view_as(found.sum)) / share
+        if not in_backward():
+            self.table.add_gradient_(gradient)
+        return error / share
 
     # Setting
 
@@ -414,12 +465,15 @@ class VectorQuantize(Quantizer):
         """[P..., heads * K] -> [P...] bool: whether the vectors of all heads can be compared with codes."""
         return has_scores(rows.unflatten(-1, (self.heads, self.codebook_dim)), self.metric).all(-1)
 
-    def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor, several: tuple[int, ...]) -> Tensor:
+    def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor, several: tuple[int, ...], project: bool = True) -> Tensor:
         """Vectors [H, M, K], or k times as many, to the layout, width and dtype of the input."""
         positions = given.rows.shape[:-1]
         codes = self._from_heads(quantized).reshape(*positions, *several, self.heads * self.codebook_dim)
         valid = self._has_code(indices, codes.dim() - 1)
-        output = self._project_out(codes.to(given.dtype), valid).to(given.rows.dtype)
+        output = codes.to(given.dtype)
+        output = (self._project_out(output, valid) if project else output).to(given.rows.dtype)
+        if not project:
+            return width_back(output, self.layout)
         if given.mask is not None and self.masked == "input":
             mask = given.mask.reshape(*positions, *(1 for _ in several), 1)
             output = output.where(mask, given.rows.unsqueeze(-2) if several else given.rows)
@@ -526,7 +580,7 @@ class VectorQuantize(Quantizer):
         if isinstance(loss, Commitment):
             own = gather_codes(codes, chosen.indices)
             value = mean_commitment_loss(vectors, own, counted, reduction=reduction)
-            if not own.requires_grad:
+            if not own.requires_grad or loss.pull == 0:
                 return value
             pull = mean_commitment_loss(own, vectors, counted, reduction=reduction)
             return value + loss.pull * (pull - pull.detach())
@@ -565,6 +619,18 @@ class VectorQuantize(Quantizer):
         return self._to_heads(weights.reshape(positions.numel(), self.heads))
 
     # Checks
+
+    def _check_table(self, table: Codebook, choices: dict[str, object]) -> Codebook:
+        """The table, if it is one that this can use, and nothing else says what it has to be."""
+        check_kind("table", table, Codebook)
+        for name, value in choices.items():
+            if value is not None:
+                raise ValueError(f"{name} = {value}: must be None where a table is given, which has its own")
+        wanted = (self.heads if self.separate_heads else 1, self.codebook_size, self.codebook_dim, self.metric)
+        found = (table.heads, table.size, table.dim, table.metric)
+        if found != wanted:
+            raise ValueError(f"table has (heads, size, dim, metric) = {found}: must have {wanted}")
+        return table
 
     def _check_weights(self, weights: object, positions: torch.Size) -> None:
         if not isinstance(weights, Tensor) or not weights.is_floating_point():

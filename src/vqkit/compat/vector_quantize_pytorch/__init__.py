@@ -1,0 +1,29 @@
+"""A drop-in for vector-quantize-pytorch 1.32.0: its classes by its names, made of the parts of vqkit. Names load lazily.
+
+Each module has the name and the public names of the peer's. A class here has the peer's signature, state dict and timing, and is a
+translation: `translate.py` says which parts a set of arguments names. docs/migration.md lists where the result is not the peer's, and why.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize as VectorQuantize
+
+__all__ = ["VectorQuantize"]
+
+_MODULES = {
+    "VectorQuantize": "vector_quantize_pytorch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

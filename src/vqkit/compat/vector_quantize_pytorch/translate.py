@@ -1,0 +1,190 @@
+"""What the arguments of the peer's VectorQuantize are in parts of vqkit.
+
+`codebook_options` gives what makes a codebook of them, `quantizer_options` what makes the quantizer around it. Arguments that contradict
+each other are refused here, by the names that the peer has for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vqkit.quantizers.config import (
+    Affine,
+    Assignment,
+    Commitment,
+    CrossEntropyCommitment,
+    DeadCodes,
+    DiVeQ,
+    Diversity,
+    Estimator,
+    Gumbel,
+    KMeans,
+    Loss,
+    Orthogonality,
+    Softmax,
+    StoredEMA,
+)
+
+
+def settled(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the peer's VectorQuantize, all of them by name, with those that are None for "as the others say" decided.
+
+    Raises ValueError for what contradicts each other.
+    """
+    given = dict(arguments)
+    directional, bridged = bool(given["directional_reparam"]), given["vq_bridge"] is not None
+    soft = bool(given["straight_through"] or given["reinmax"])
+    if given["learnable_codebook"] is None:
+        given["learnable_codebook"] = directional or bridged
+    if given["ema_update"] is None:
+        given["ema_update"] = not (given["learnable_codebook"] or directional or bridged)
+    if given["rotation_trick"] is None:
+        given["rotation_trick"] = not directional and not soft and given["dim"] > 1
+    if given["codebook_dim"] is None:
+        given["codebook_dim"] = given["dim"]
+    _refuse(given, directional, bridged)
+    return given
+
+
+def _refuse(given: Mapping[str, Any], directional: bool, bridged: bool) -> None:
+    learnable, cosine, ema = given["learnable_codebook"], given["use_cosine_sim"], given["ema_update"]
+    ways = [name for name in ("straight_through", "rotation_trick", "directional_reparam") if given[name]]
+    clashes: list[tuple[bool, str]] = [
+        (len(ways) > 1, f"{' and '.join(ways)} are True: must be at most one of them, they are gradients for the same place"),
+        (
+            bool(given["reinmax"]) and given["rotation_trick"],
+            "rotation_trick = True: must be False with reinmax, of the same place",
+        ),
+        (cosine and learnable, "learnable_codebook = True: must be False with use_cosine_sim"),
+        (learnable and given["straight_through"], "straight_through = True: must be False with learnable_codebook"),
+        (ema and learnable, "ema_update = True: must be False with learnable_codebook, which the optimizer steps"),
+        (bridged and bool(ema), "ema_update = True: must be False with vq_bridge, which stands between the averages and the codes"),
+        (bridged and not learnable, "learnable_codebook = False: must be True with vq_bridge"),
+        (given["affine_param"] and cosine, "affine_param = True: must be False with use_cosine_sim, codes of length 1 have no scale"),
+        (
+            not 0.0 <= given["sync_update_v"] <= 1.0,
+            f"sync_update_v = {given['sync_update_v']}: must be from 0 to 1",
+        ),
+        (
+            given["sync_update_v"] > 0 and not learnable,
+            f"sync_update_v = {given['sync_update_v']}: must be 0 unless learnable_codebook is True",
+        ),
+    ]
+    for wrong, what in clashes:
+        if wrong:
+            raise ValueError(what)
+
+
+def update_rule(
+    *, decay: float, eps: float, ema_update: bool, manual_ema_update: bool, learnable_codebook: bool, expires: bool
+) -> StoredEMA:
+    """How a codebook learns: averages that move where anything asks for them, and codes that follow them unless that is done by hand."""
+    follow = bool(ema_update and not manual_ema_update)
+    return StoredEMA(decay=decay, eps=eps, follow=follow, count=bool(ema_update or expires), learn=bool(learnable_codebook))
+
+
+def codebook_options(
+    *,
+    decay: float,
+    eps: float,
+    kmeans_init: bool,
+    kmeans_iters: int,
+    threshold_ema_dead_code: float,
+    reset_cluster_size: float | None,
+    learnable_codebook: bool,
+    ema_update: bool,
+    manual_ema_update: bool,
+    use_cosine_sim: bool,
+    vq_bridge: nn.Module | None,
+    affine_param: bool,
+    affine_param_batch_decay: float,
+    affine_param_codebook_decay: float,
+) -> dict[str, Any]:
+    """Keyword arguments of `vqkit.quantizers.Codebook`, from those of the peer's Codebook."""
+    expires = threshold_ema_dead_code > 0
+    rule = update_rule(
+        decay=decay,
+        eps=eps,
+        ema_update=ema_update,
+        manual_ema_update=manual_ema_update,
+        learnable_codebook=learnable_codebook,
+        expires=expires,
+    )
+    return {
+        "metric": "cosine" if use_cosine_sim else "euclidean",
+        "update": rule,
+        "init": KMeans(iterations=kmeans_iters, start="random") if kmeans_init else "uniform",
+        "dead_codes": DeadCodes(threshold_ema_dead_code, reset_cluster_size) if expires else None,
+        "transform": vq_bridge,
+        "affine": Affine(affine_param_batch_decay, affine_param_codebook_decay) if affine_param else None,
+    }
+
+
+def quantizer_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `vqkit.quantizers.VectorQuantize`, but for `table`, from what `settled` gives."""
+    return {
+        "dim": given["dim"],
+        "codebook_size": given["codebook_size"],
+        "codebook_dim": given["codebook_dim"],
+        "heads": given["heads"],
+        "separate_heads": bool(given["separate_codebook_per_head"]),
+        "metric": "cosine" if given["use_cosine_sim"] else "euclidean",
+        "assignment": _assignment(given),
+        "estimator": _estimator(given),
+        "losses": _losses(given),
+        "layout": "first" if _width_is_first(given) else "last",
+        "projection_norm": bool(given["layernorm_after_project_in"]) and given["codebook_dim"] * given["heads"] != given["dim"],
+        "masked": "zero" if given["return_zeros_for_masked_padding"] else "input",
+        "sync_update": given["sync_update_v"],
+    }
+
+
+def _width_is_first(given: Mapping[str, Any]) -> bool:
+    return bool(given["accept_image_fmap"] or given["accept_3d_fmap"] or not given["channel_last"])
+
+
+def _assignment(given: Mapping[str, Any]) -> Assignment:
+    soft: Any = None
+    if given["reinmax"]:
+        soft = "reinmax"
+    elif given["straight_through"] and not given["route_gradients_to_input"]:  # else the gradient of the estimator takes its place
+        soft = "straight_through"
+    if given["stochastic_sample_codes"]:
+        return Gumbel(max(given["sample_codebook_temp"], 0.0), soft)
+    return Softmax(1.0, soft) if soft else "nearest"
+
+
+def _estimator(given: Mapping[str, Any]) -> Estimator:
+    if not given["route_gradients_to_input"]:
+        return "none"
+    if given["rotation_trick"]:
+        return "rotation"
+    if given["directional_reparam"]:
+        return DiVeQ(given["directional_reparam_variance"])
+    return "straight_through"
+
+
+def _losses(given: Mapping[str, Any]) -> tuple[Loss, ...]:
+    """The squared error is always among them: some calls return it whatever its weight."""
+    commits = given["commitment_weight"] > 0 and not given["directional_reparam"]
+    by_choice = commits and given["commitment_use_cross_entropy_loss"]
+    weight = given["commitment_weight"] if commits and not by_choice else 0.0
+    losses: list[Loss] = [Commitment(weight, pull=1.0 if given["learnable_codebook"] else 0.0)]
+    if by_choice:
+        losses.append(CrossEntropyCommitment(given["commitment_weight"]))
+    if given["orthogonal_reg_weight"] > 0:
+        active, most = bool(given["orthogonal_reg_active_codes_only"]), given["orthogonal_reg_max_codes"]
+        losses.append(Orthogonality(given["orthogonal_reg_weight"], active, most))
+    if given["codebook_diversity_loss_weight"] > 0:
+        losses.append(Diversity(given["codebook_diversity_loss_weight"], 1.0 / given["codebook_diversity_temperature"]))
+    return tuple(losses)
+
+
+def temperature(assignment: Assignment, given: float | None, own: float) -> float | None:
+    """What a call's `sample_codebook_temp` is to `quantize`; None where nothing is drawn."""
+    if isinstance(assignment, str):
+        return None
+    return max(own if given is None else given, 0.0)
