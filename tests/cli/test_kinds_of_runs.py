@@ -16,6 +16,7 @@ from tiny_runs import write_texts
 from vqkit.cli import main
 from vqkit.cli.eval import EvalOptions, asked_ways
 from vqkit.data import Split
+from vqkit.generate import load
 from vqkit.models.weights import load_weights
 from vqkit.recipes import enwik8, text
 from vqkit.train import evaluate
@@ -73,14 +74,17 @@ def test_from_data_to_sample(
     assert ("word-level perplexity" in measured) == (kind in ("bytes", "sentencepiece"))
     [best] = re.findall(rf"best: step 3, ([0-9.]+) {unit}, step_00000003$", vqkit("inspect", run), re.MULTILINE)
     assert f"step 3: validation {float(best):.3f} {unit.replace(' per ', '/')}," in out
-    [next_command] = re.findall(r"^  let it (?:write|paint)  .*vqkit (.*)$", out, re.MULTILINE) or [""]
-    assert bool(next_command) == (kind != "ids")
+    [next_command] = re.findall(r"^  let it (?:write|paint|go on)  .*vqkit (.*)$", out, re.MULTILINE)
+    assert next_command.startswith("sample runs/x --")
     if kind == "images":
         assert vqkit("sample", run, "--images", "3", "--out", "grid.png") == "3 images of 2 x 4: grid.png\n"
         assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
         assert main(["sample", str(run), "--prompt", "a"]) == 2
     elif kind == "ids":
-        assert main(["sample", str(run)]) == 2
+        words = vqkit("sample", run, "--prompt", "5 6", "--num-tokens", "8").split()
+        assert words[:2] == ["5", "6"] and words[2:] == [str(i) for i in load(run).ids([5, 6], 8)]
+        assert {int(word) for word in words} <= set(range(7))
+        assert main(["sample", str(run), "--prompt", "a"]) == main(["sample", str(run), "--prompt", "7"]) == 2
     else:
         assert vqkit("sample", run, "--prompt", "the", "--num-tokens", "5").startswith("the")
         assert main(["sample", str(run), "--images", "3"]) == 2

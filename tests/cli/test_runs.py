@@ -145,6 +145,20 @@ def test_the_same_seed_writes_the_same_text_as_from_python(
     assert vqkit("sample", run, "--num-tokens", "0").out == "\n"
 
 
+def test_probabilities_of_what_is_written(vqkit: Callable[..., Said], trained: tuple[Path, str]) -> None:
+    words = ("sample", trained[0], "--prompt", "the s", "--num-tokens", "9", "--seed", "3")
+    said = vqkit(*words, "--logprobs", "2")
+    assert (said.code, said.err) == (0, "")
+    steps = list(package.load(trained[0]).steps("the s", 9, logprobs=2, seed=3))
+    for line, step in zip(said.out.splitlines(), steps, strict=True):
+        assert step.logprobs is not None
+        expected = [step.logprobs.model, *step.logprobs.top[0]]
+        assert [float(number) for number in re.findall(r"-?\d+\.\d{3}", line)] == pytest.approx(expected, abs=6e-4)
+        data = package.load(trained[0]).tokenizer.decode(step.tokens.tolist())
+        assert line.startswith(repr(data.decode()) if data.isascii() else repr(data)[1:])
+    assert vqkit(*words, "--logprobs", "-1").code == 2
+
+
 def test_prompts_in_a_file_are_written_in_turn(vqkit: Callable[..., Said], trained: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text("the s\nthe house of\n")
     words = ("--num-tokens", "30", "--seed", "3", "--repetition-penalty", "1.2")

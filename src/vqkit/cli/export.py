@@ -146,8 +146,6 @@ def _write(run: Path, folder: Path, target: Path, training: str) -> str:
 
 
 def _what_next(target: Path, data: DataSummary) -> str:
-    lines = {
-        "images": f"  let it paint  vqkit sample {target} --images 9",
-        "ids": "",
-    }.get(data.tokenizer, f'  let it write  vqkit sample {target} --prompt "The "')
-    return f"{lines}\n".lstrip("\n") + f'  from Python   vqkit.load("{target}"), vqkit.TransformerVQ.from_pretrained("{target}")'
+    sample = {"images": "--images 9", "ids": '--prompt "ID ID"'}.get(data.tokenizer, '--prompt "The "')
+    return f'''  try it       vqkit sample {target} {sample}
+  from Python  vqkit.load("{target}"), vqkit.TransformerVQ.from_pretrained("{target}")'''

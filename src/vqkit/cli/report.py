@@ -199,6 +199,8 @@ def _next_commands(config: RunConfig, run: Path, kind: str) -> list[tuple[str, s
         rows.append(("  from Python", f'vqkit.load("{run}").generate("{prompt}", 200)'))
     elif kind == "images":
         rows.insert(0, ("  let it paint", f"vqkit sample {run} --images 9"))
+    else:
+        rows.insert(0, ("  let it go on", f'vqkit sample {run} --prompt "ID ID" --num-tokens 20'))
     rows.append(("  keep the model", f"vqkit export {run} models/{run.name}"))
     if config.recipe == "quickstart":
         rows.append(("  use your own text", "vqkit train text --data.path FOLDER"))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 from tyro.conf import Positional
@@ -33,7 +33,7 @@ class SampleOptions:
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The folder of a run, a checkpoint or exported weights."""
     prompt: str = ""
-    """How the text begins; "-" reads standard input; empty = the beginning of a document."""
+    """How the text begins, of a model of ids some ids; "-" reads standard input; empty = the beginning of a document."""
     prompts_file: Path | None = None
     """A file of prompts, one a line, "-" = standard input: each with what the model makes of it, in turn, written side by side."""
     images: int = 4
@@ -52,6 +52,8 @@ class SampleOptions:
     """Above 1 bytes of the text so far become less probable; 1 = as they are."""
     seed: int = 0
     """Seed of the choice."""
+    logprobs: int | None = None
+    """Instead of the text a line a token, with the logarithm of its probability and so many of the most probable tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto = CUDA where there is one."""
 
@@ -63,8 +65,9 @@ def main(words: Sequence[str]) -> int:
     from vqkit.generate import load
     from vqkit.train.parallel import resolve_device
 
-    if options.prompts_file is not None and options.prompt:
-        raise UsageError("--prompt and --prompts-file exclude each other")
+    for option in ("prompt", "logprobs"):
+        if options.prompts_file is not None and getattr(options, option):
+            raise UsageError(f"--{option} and --prompts-file exclude each other")
     loaded = load(options.run, device=str(resolve_device(options.device)))
     note_broken_checkpoints(options.run)
     _refuse_options_of_others(words, options.run, loaded.tokenizer.kind)
@@ -84,6 +87,10 @@ def main(words: Sequence[str]) -> int:
                 write_text(prompt.decode(errors="ignore") + text + "\n")
             return 0
         prompt = sys.stdin.buffer.read() if options.prompt == "-" else options.prompt.encode(errors="surrogateescape")
+        if loaded.tokenizer.kind == "ids":
+            return _go_on(loaded, _ids(prompt), options.num_tokens, chosen)
+        if options.logprobs is not None:
+            return _tell(loaded, prompt, options, chosen)
         pieces = loaded.stream(prompt, options.num_tokens, **chosen)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
@@ -96,12 +103,54 @@ def main(words: Sequence[str]) -> int:
 
 def _refuse_options_of_others(words: Sequence[str], run: Path, kind: str) -> None:
     """Raise UsageError for an option that says nothing to a model of this kind."""
-    meant_for_text = ("--prompt", "--prompts-file", "--num-tokens")
-    for option in meant_for_text if kind == "images" else ("--images", "--out"):
+    others = {
+        "images": ("--prompt", "--prompts-file", "--num-tokens", "--logprobs"),
+        "ids": ("--images", "--out", "--prompts-file", "--logprobs"),
+    }
+    for option in others.get(kind, ("--images", "--out")):
         if value_of(words, option):
-            raise UsageError(
-                f"{option}: {run} is a model of {kind}, the option is for models of {'text' if kind == 'images' else 'images'}"
-            )
+            raise UsageError(f"{option}: {run} is a model of {kind}, for which the option says nothing")
+
+
+def _go_on(loaded: LoadedModel, prompt: list[int], num_tokens: int, chosen: TextOptions) -> int:
+    """Ids, as they come, on one line."""
+    from vqkit.cli.console import write_text
+
+    following = loaded.ids(prompt, num_tokens, **chosen)
+    write_text(" ".join(map(str, prompt)))
+    for number, token in enumerate(following):
+        write_text(f" {token}" if prompt or number else f"{token}")
+    write_text("\n")
+    return 0
+
+
+def _ids(prompt: bytes) -> list[int]:
+    try:
+        return [int(word) for word in prompt.split()]
+    except ValueError as error:
+        raise UsageError(f"--prompt: must be ids with spaces between, of a model of ids: {error}") from error
+
+
+def _tell(loaded: LoadedModel, prompt: bytes, options: SampleOptions, chosen: TextOptions) -> int:
+    """A line a token: its bytes, what its choice was worth, and what else might have been chosen, by the model as it is."""
+    from vqkit.cli.console import write_text
+    from vqkit.generate import TokenLogprobs
+
+    def shown(token: int) -> str:
+        if token == loaded.tokenizer.END:
+            return "end"
+        data = loaded.tokenizer.decode([token])
+        try:
+            return repr(data.decode())
+        except UnicodeDecodeError:  # a part of a character, or none
+            return repr(data)[1:]
+
+    for step in loaded.steps(prompt, options.num_tokens, logprobs=options.logprobs, **chosen):
+        found = cast(TokenLogprobs, step.logprobs)
+        others = zip(found.top_tokens[0].tolist(), found.top[0].tolist(), strict=True)
+        write_text(f"{shown(int(step.tokens)):<12}{float(found.model):8.3f}   " + "  ".join(f"{shown(t)} {p:.3f}" for t, p in others))
+        write_text("\n")
+    return 0
 
 
 def _paint(loaded: LoadedModel, options: SampleOptions, chosen: TextOptions) -> int:

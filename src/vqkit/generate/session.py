@@ -14,7 +14,7 @@ import numpy as np
 
 from vqkit.data import ByteTokenizer, Tokenizer, load_tokenizer
 from vqkit.data.images import ImageTokenizer
-from vqkit.data.tokenizer import TOKENIZER_FILE
+from vqkit.data.tokenizer import TOKENIZER_FILE, IdTokenizer
 from vqkit.generate.engine import Generation, generate
 from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
@@ -91,17 +91,38 @@ class LoadedModel:
         ids = np.stack([step.tokens.cpu().numpy() for step in steps], axis=1)
         return np.stack([tokenizer.decode(row) for row in ids])
 
-    def _steps(self, texts: Sequence[bytes], num_tokens: int, options: TextOptions) -> Generation:
+    def ids(self, prompt: Sequence[int] | np.ndarray, num_tokens: int, **options: Unpack[TextOptions]) -> Iterator[int]:
+        """The continuation of `prompt`, which may be empty, one by one: ids of the user's own vocabulary, without special ones.
+
+        Raises ValueError for a model of anything but such ids, and for one outside the vocabulary.
+        """
+        tokenizer = self.tokenizer
+        if not isinstance(tokenizer, IdTokenizer):
+            raise ValueError(f"{self.path} is a model of {tokenizer.kind}: it writes no ids of a vocabulary of one's own")
+        never = (tokenizer.PAD, tokenizer.UNKNOWN) if tokenizer.shift else (tokenizer.PAD,)
+        steps = self._generation([tokenizer.encode(prompt)], num_tokens, options, never)
+        return (int(step.tokens) - tokenizer.shift for step in steps if int(step.tokens) != tokenizer.END)
+
+    def steps(self, prompt: str | bytes, num_tokens: int, *, logprobs: int | None = None, **options: Unpack[TextOptions]) -> Generation:
+        """The steps behind `stream`, tokens with what `generate` tells of each: with `logprobs` its probability and the most probable."""
+        return self._steps([_as_bytes(prompt)], num_tokens, options, logprobs)
+
+    def _steps(self, texts: Sequence[bytes], num_tokens: int, options: TextOptions, logprobs: int | None = None) -> Generation:
         if self.tokenizer.kind not in TEXT:
             raise ValueError(f"{self.path} is a model of {self.tokenizer.kind}: it writes no text")
+        never = (self.tokenizer.PAD, self.tokenizer.UNKNOWN)
+        return self._generation([self.tokenizer.encode(text) for text in texts], num_tokens, options, never, logprobs)
+
+    def _generation(
+        self, prompts: Sequence[np.ndarray], num_tokens: int, options: TextOptions, never: tuple[int, ...], logprobs: int | None = None
+    ) -> Generation:
         unknown = set(options) - set(TextOptions.__annotations__)
         if unknown:
             raise TypeError(f"unknown option {min(unknown)!r}: there are {', '.join(TextOptions.__annotations__)}")
         sampling: dict[str, Any] = dict(options)
-        never = (self.tokenizer.PAD, self.tokenizer.UNKNOWN)
         exclude = never if sampling.pop("stop_at_end", True) else (*never, self.tokenizer.END)
-        prompts = [[self.tokenizer.END, *self.tokenizer.encode(text).tolist()] for text in texts]
-        return generate(self.model, prompts, num_tokens, exclude=exclude, stop=(self.tokenizer.END,), **sampling)
+        begun = [[self.tokenizer.END, *prompt.tolist()] for prompt in prompts]
+        return generate(self.model, begun, num_tokens, exclude=exclude, stop=(self.tokenizer.END,), logprobs=logprobs, **sampling)
 
     def _decoded(self, text: bytes, tokens: Iterable[int]) -> Iterator[str]:
         return _decode(text, (self.tokenizer.decode([token]) for token in tokens if token != self.tokenizer.END))
