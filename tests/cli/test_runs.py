@@ -152,7 +152,7 @@ def test_probabilities_of_what_is_written(vqkit: Callable[..., Said], trained: t
     steps = list(package.load(trained[0]).steps("the s", 9, logprobs=2, seed=3))
     for line, step in zip(said.out.splitlines(), steps, strict=True):
         assert step.logprobs is not None
-        expected = [step.logprobs.model, *step.logprobs.top[0]]
+        expected = [*step.logprobs.model.tolist(), *step.logprobs.top[0].tolist()]
         assert [float(number) for number in re.findall(r"-?\d+\.\d{3}", line)] == pytest.approx(expected, abs=6e-4)
         data = package.load(trained[0]).tokenizer.decode(step.tokens.tolist())
         assert line.startswith(repr(data.decode()) if data.isascii() else repr(data)[1:])
