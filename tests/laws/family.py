@@ -31,6 +31,8 @@ from vqkit.quantizers import (
     DiVeQ,
     Diversity,
     Entropy,
+    EvoLFQ,
+    Evolution,
     FreeBits,
     Frozen,
     Gradient,
@@ -452,6 +454,9 @@ _SCALAR = [
             "quantize_rate": 0.5,
             "moments": Moments(mean=0.2, variance=0.1, skewness=0.06, kurtosis=0.05, targets=(0.1, 2.0, 0.1, 2.0)),
         },
+    ),
+    Case(
+        EvoLFQ, {"dim": DIM, "codebook_size": CODES, "evolution": Evolution(mutation_rate=0.1, tournament_size=3, elites=2), "losses": ()}
     ),
     Case(BinaryMapper, {"bits": 4, "dim": DIM}, represents=True),
     Case(BinaryMapper, {"bits": 3, "free_bits": None}),

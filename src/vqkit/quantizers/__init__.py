@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import DiVeQ as DiVeQ
     from vqkit.quantizers.config import Diversity as Diversity
     from vqkit.quantizers.config import Entropy as Entropy
+    from vqkit.quantizers.config import Evolution as Evolution
     from vqkit.quantizers.config import FreeBits as FreeBits
     from vqkit.quantizers.config import Frozen as Frozen
     from vqkit.quantizers.config import Gradient as Gradient
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import Softmax as Softmax
     from vqkit.quantizers.config import StoredEMA as StoredEMA
     from vqkit.quantizers.config import VQBridge as VQBridge
+    from vqkit.quantizers.evolution import EvoLFQ as EvoLFQ
     from vqkit.quantizers.fixed import SimpleVQ as SimpleVQ
     from vqkit.quantizers.fsp import FSP as FSP
     from vqkit.quantizers.fsq import FSQ as FSQ
@@ -77,6 +79,8 @@ __all__ = [
     "DiVeQ",
     "Diversity",
     "Entropy",
+    "EvoLFQ",
+    "Evolution",
     "FreeBits",
     "Frozen",
     "Gradient",
@@ -131,6 +135,8 @@ _MODULES = {
     "FSP": "fsp",
     "FSQ": "fsq",
     "LFQ": "lfq",
+    "EvoLFQ": "evolution",
+    "Evolution": "config",
     "FreeBits": "config",
     "Frozen": "config",
     "Gradient": "config",

@@ -480,6 +480,26 @@ class BeamSearch:
         return self.size if training or self.eval_size is None else self.eval_size
 
 
+# Evolution of codes
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """How the next population is made of the one that was judged: the fittest stay, the others are children of two parents each."""
+
+    mutation_rate: float = 0.02
+    """The share of a child's bits that are flipped."""
+    tournament_size: int = 2
+    """A parent is the fittest of so many that are drawn."""
+    elites: int = 1
+    """How many of the fittest stay as they are."""
+
+    def __post_init__(self) -> None:
+        _check(self, "mutation_rate", 0.0 <= _number(self, "mutation_rate") <= 1.0, "from 0 to 1")
+        _check_count(self, "tournament_size")
+        _check_count(self, "elites", least=0)
+
+
 # Transformer-VQ
 
 
