@@ -34,6 +34,7 @@ _SHAPES = "codebooks of different shapes are read and set one by one; all at onc
 _MAPPED = "the codes are a transform of what is stored; setting them is an error"
 _PRODUCT = "the codes are all combinations of the values of scalars, which are what can be set"
 _SHARED = "which vectors the losses see is drawn in every call"
+_NEIGHBOURS = "its codes are those of whole grids of neighbours"
 _SPREAD = "the entropy of a batch is not the mean of those of its parts"
 
 EXCEPTIONS = [
@@ -75,6 +76,10 @@ EXCEPTIONS = [
     Exempt("BinaryMapper", "micro_batches_are_one_batch", _DRAWN),
     Exempt("BinaryMapper", "many_processes_are_one", _DRAWN),
     Exempt("loss_share=*", "order_does_not_matter", _SHARED),
+    Exempt("Hierarchical*", "order_does_not_matter", _NEIGHBOURS, (AssertionError, RuntimeError)),
+    Exempt("Hierarchical*", "arrangement_does_not_matter", _NEIGHBOURS),
+    Exempt("nested_dropout=*", "training_returns_one_codebook", "training leaves levels out, evaluation does not"),
+    Exempt("Hierarchical(levels=*", "the_setter_lasts", _SHAPES, ValueError),
     Exempt("LFQ(*Diversity*", "micro_batches_are_one_batch", _SPREAD),
     Exempt("LFQ(*Diversity*", "many_processes_are_one", _SPREAD),
 ]
@@ -90,6 +95,8 @@ NOT_VARIED: dict[tuple[str, ...], str] = {
     ("ResidualVQ", "device"): _DEVICE,
     ("BinaryMapper", "device"): _DEVICE,
     ("FSP", "device"): _DEVICE,
+    ("Hierarchical", "device"): _DEVICE,
+    ("HierarchicalVQ", "device"): _DEVICE,
     ("FSQ", "device"): _DEVICE,
     ("LFQ", "device"): _DEVICE,
     ("LatentQuantize", "device"): _DEVICE,

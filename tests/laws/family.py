@@ -6,6 +6,7 @@ changes one thing of the class's defaults, or a few that meet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -39,10 +40,13 @@ from vqkit.quantizers import (
     Grouped,
     GroupedResidualVQ,
     Gumbel,
+    Hierarchical,
+    HierarchicalVQ,
     KMeans,
     LatentQuantize,
     LearnableVQ,
     Moments,
+    NestedDropout,
     Orthogonality,
     OwnOptimizer,
     ProductVQ,
@@ -95,6 +99,11 @@ class Case:
     def in_heads(self) -> bool:
         """Whether inputs are [B, H, T, K], as Transformer-VQ hands them."""
         return self.kind in (LearnableVQ, SimpleVQ)
+
+    @property
+    def of_items(self) -> bool:
+        """Whether indices are those of whole items."""
+        return not self.in_heads and self._example.whole_items
 
     @property
     def commits(self) -> bool:
@@ -164,6 +173,10 @@ class Case:
     def mask_shape(self, batch: int = BATCH) -> tuple[int, ...]:
         return (batch, *self.positions)
 
+    def index_shape(self, module: Any, batch: int = BATCH) -> tuple[int, ...]:
+        """Of the indices of an input."""
+        return (batch, *(() if self.of_items else self.positions), *module.code_shape)
+
     def some_mask(self, batch: int = BATCH, *, seed: int = 3) -> Tensor:
         return torch.rand(self.mask_shape(batch), generator=torch.Generator().manual_seed(seed)) < 0.6
 
@@ -178,7 +191,9 @@ class Case:
         return self.unrows(self.rows(x)[..., :1].expand(*self.rows(x).shape[:-1], width)).shape
 
     def index_rows(self, indices: Tensor) -> Tensor:
-        """Indices with their positions first: [B, *positions, ...]."""
+        """Indices with their positions first: [B, *positions, ...]; of whole items those of the last grid, which has all positions."""
+        if self.of_items:
+            return indices[:, -math.prod(self.positions) :].unflatten(-1, self.positions)
         return indices.transpose(1, 2) if self.in_heads else indices
 
     def kept(self, indices: Tensor, mask: Tensor) -> Tensor:
@@ -250,6 +265,11 @@ def plain_layers() -> list[nn.Module]:
     return [VectorQuantize(DIM, CODES), VectorQuantize(DIM, 4)]
 
 
+def two_tables() -> list[nn.Module]:
+    """Levels of different size."""
+    return [VectorQuantize(DIM, CODES, estimator="straight_through"), VectorQuantize(DIM, 4, update=Gradient())]
+
+
 def two_heads() -> list[nn.Module]:
     """Layers with a code shape of their own."""
     return [VectorQuantize(DIM, CODES, heads=2), VectorQuantize(DIM, CODES, heads=2, separate_heads=True)]
@@ -281,7 +301,7 @@ def groups_of_scalars() -> list[nn.Module]:
     return [Residual([FSQ((4, 4)), FSQ((4, 4), scale=0.25)]), Residual([LFQ(3), LFQ(3, scale=0.5)])]
 
 
-_BUILT = {"transform", "activation", "layers", "parts"}  # modules are made anew for each case
+_BUILT = {"transform", "activation", "layers", "parts", "levels"}  # modules are made anew for each case
 _QUICK = EMA(decay=0.3)
 """Forgets so fast that codes die within a step."""
 _HEALTHY = DeadCodes(threshold=1.0)
@@ -472,6 +492,39 @@ _SCALAR = [
     Case(Grouped, {"parts": groups_of_scalars}),
 ]
 
+
+def table_and_scalars() -> list[nn.Module]:
+    """Levels of different kinds."""
+    return [VectorQuantize(3, CODES), FSQ((4, 4, 3)), FSQ((4, 4, 3))]
+
+
+def _hierarchical(*, positions: tuple[int, ...] = (4, 4), remark: str = "", represents: bool = False, **arguments: Any) -> Case:
+    sizes = {"dim": DIM, "codebook_size": CODES, "scales": (1, 2, 4)}
+    return Case(HierarchicalVQ, {**sizes, **arguments}, positions, remark, represents)
+
+
+_HIERARCHICAL = [
+    _hierarchical(represents=True),
+    _hierarchical(axes=1, positions=(8,), scales=(1, 3, 8), codebook_size=(16, 8, 4), shared_codebook=False, mixers=2, mixing=0.25),
+    _hierarchical(axes=3, positions=(2, 3, 2), scales=(1, (2, 2, 1), (2, 3, 2)), layout="first", mixers=None, masked="input"),
+    _hierarchical(init=KMeans(), mixing=0.0, commit="manual"),
+    _hierarchical(nested_dropout=NestedDropout(probability=0.8, min_levels=2, seed=5)),
+    Case(Hierarchical, {"levels": table_and_scalars, "scales": ((1, 2), 2, (2, 4)), "layout": "first", "masked": "input"}, (2, 4)),
+    Case(
+        Hierarchical,
+        {
+            "levels": two_tables,
+            "scales": (2, 3),
+            "axes": 1,
+            "mixing": 0.7,
+            "mixers": 2,
+            "nested_dropout": NestedDropout(),
+            "commit": "manual",
+        },
+        (3,),
+    ),
+]
+
 _TRANSFORMER = [
     Case(LearnableVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM}),
     Case(LearnableVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM, "config": CodebookConfig(decay=0.3, dead_code_threshold=1.0)}),
@@ -479,4 +532,4 @@ _TRANSFORMER = [
     Case(SimpleVQ, {"heads": HEADS, "codebook_size": CODES, "dim": DIM}),
 ]
 
-CASES = [*_VECTOR_QUANTIZE, *_RESIDUAL, *_GROUPED, *_COMPOSED, *_SCALAR, *_TRANSFORMER]
+CASES = [*_VECTOR_QUANTIZE, *_RESIDUAL, *_GROUPED, *_COMPOSED, *_SCALAR, *_HIERARCHICAL, *_TRANSFORMER]

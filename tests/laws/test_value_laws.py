@@ -48,7 +48,7 @@ def test_shapes_are_told(case):
     assert output.quantized.shape == case.output_shape(module, x)
     assert output.loss.shape == ()
     assert output.indices.dtype == torch.int64
-    assert output.indices.shape == (BATCH, *case.positions, *module.code_shape)
+    assert output.indices.shape == case.index_shape(module)
     sizes = module.codebook_sizes
     assert len(sizes) == math.prod(module.code_shape)
     assert module.bits_per_vector == pytest.approx(sum(map(math.log2, sizes)))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vqkit.quantizers.config import Gumbel as Gumbel
     from vqkit.quantizers.config import KMeans as KMeans
     from vqkit.quantizers.config import Moments as Moments
+    from vqkit.quantizers.config import NestedDropout as NestedDropout
     from vqkit.quantizers.config import Orthogonality as Orthogonality
     from vqkit.quantizers.config import OwnOptimizer as OwnOptimizer
     from vqkit.quantizers.config import QuantizeDropout as QuantizeDropout
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from vqkit.quantizers.grouped import Grouped as Grouped
     from vqkit.quantizers.grouped import GroupedResidualVQ as GroupedResidualVQ
     from vqkit.quantizers.grouped import ProductVQ as ProductVQ
+    from vqkit.quantizers.hierarchical import Hierarchical as Hierarchical
+    from vqkit.quantizers.hierarchical import HierarchicalVQ as HierarchicalVQ
     from vqkit.quantizers.implicit import ImplicitVQ as ImplicitVQ
     from vqkit.quantizers.latent import LatentQuantize as LatentQuantize
     from vqkit.quantizers.learnable import LearnableVQ as LearnableVQ
@@ -87,11 +90,14 @@ __all__ = [
     "Grouped",
     "GroupedResidualVQ",
     "Gumbel",
+    "Hierarchical",
+    "HierarchicalVQ",
     "ImplicitVQ",
     "KMeans",
     "LatentQuantize",
     "LearnableVQ",
     "Moments",
+    "NestedDropout",
     "Orthogonality",
     "OwnOptimizer",
     "ProductVQ",
@@ -143,11 +149,14 @@ _MODULES = {
     "Grouped": "grouped",
     "GroupedResidualVQ": "grouped",
     "Gumbel": "config",
+    "Hierarchical": "hierarchical",
+    "HierarchicalVQ": "hierarchical",
     "ImplicitVQ": "implicit",
     "KMeans": "config",
     "LearnableVQ": "learnable",
     "MLP": "config",
     "Moments": "config",
+    "NestedDropout": "config",
     "Orthogonality": "config",
     "OwnOptimizer": "config",
     "ProductVQ": "grouped",

@@ -50,6 +50,8 @@ class Quantizer(Committing):
 
     dim: int
     """The width of the vectors that it takes."""
+    whole_items = False
+    """Whether indices are those of whole items, [B, *code_shape], whatever positions these have."""
     reducer: Reducer | None = None
     _synchronized = False
 

@@ -458,6 +458,23 @@ class QuantizeDropout:
 
 
 @dataclass(frozen=True)
+class NestedDropout:
+    """In training the output is at times that of the first levels alone, fewer than all; how many is drawn anew for every commit."""
+
+    probability: float = 0.5
+    """How often levels are left out."""
+    min_levels: int = 1
+    """So many always take part."""
+    seed: int = 0
+    """The draw is a function of this and the number of commits, so that it is equal on all processes."""
+
+    def __post_init__(self) -> None:
+        _check(self, "probability", 0.0 < _number(self, "probability") <= 1.0, "above 0 and at most 1")
+        _check_count(self, "min_levels")
+        _check_count(self, "seed", least=0)
+
+
+@dataclass(frozen=True)
 class BeamSearch:
     """Keep the best `size` paths through the layers, by the error of the path; 1 is greedy."""
 

@@ -566,13 +566,13 @@ def dropout_depth(dropout: QuantizeDropout, commits: Tensor | int, num_quantizer
     Uniform over the numbers of layers above the cutoff, then rounded up to a multiple.
     """
     choices = num_quantizers - dropout.cutoff_index
-    depth = dropout.cutoff_index + 1 + _scramble(commits ^ _scramble(dropout.seed)) % choices
+    depth = dropout.cutoff_index + 1 + scramble(commits ^ scramble(dropout.seed)) % choices
     multiple = dropout.multiple_of
     depth = (depth + multiple - 1) // multiple * multiple
     return depth.clamp(max=num_quantizers) if isinstance(depth, Tensor) else min(depth, num_quantizers)
 
 
-def _scramble(value: Any) -> Any:
+def scramble(value: Any) -> Any:
     """A hash of 32 bits to 32 bits, within what int64 holds."""
     value = value & 0xFFFFFFFF
     for multiplier in (0x7FEB352D, 0x45D9F3B, 0x2C1B3C6D):
@@ -745,6 +745,8 @@ def check_parts(name: str, parts: Sequence[Any], alike: Sequence[str]) -> None:
             own, first = getattr(part, attribute), getattr(parts[0], attribute)
             if own != first:
                 raise ValueError(f"{name}[{number}].{attribute} = {own}: must be {first}, as that of the first")
+        if part.whole_items:
+            raise ValueError(f"{name}[{number}] is a {type(part).__name__}: must give indices of vectors, not of whole items")
         if part.out_dim != part.dim:
             raise ValueError(f"{name}[{number}] gives vectors of width {part.out_dim}: must be {part.dim}, the width that it takes")
         if getattr(part, "layout", "last") != "last":

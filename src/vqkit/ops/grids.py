@@ -1,0 +1,44 @@
+"""Grids over the positions of sequences, images and volumes: averages over their cells, and values of cells spread over positions.
+
+Shapes: B batch, D width, P... positions (1 to 3 axes), G... cells of a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def average(x: Tensor, grid: Sequence[int], weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Averages of x [B, D, P...] over cells [B, D, G...], weighed by `weights` [B, 1, P...] if given, and the mean weight [B, 1, G...].
+
+    Cell i of n along an axis of length T is floor(i T / n) ... ceil((i + 1) T / n) - 1, so that cells overlap where n does not divide T. A
+    cell without weight is 0.
+    """
+    pool = _POOL[x.dim() - 2]
+    if weights is None:
+        return pool(x, tuple(grid)), None
+    share = pool(weights, tuple(grid))
+    return pool(x * weights, tuple(grid)) / share.where(share > 0, 1.0), share
+
+
+def interpolate(x: Tensor, positions: Sequence[int]) -> Tensor:
+    """Values of cells [B, D, G...] -> [B, D, P...], linear between the middles of the cells, and constant beyond the outermost.
+
+    The same as interpolation with align_corners=False, axis by axis; bit by bit the same in a compiled program.
+    """
+    for axis, (size, length) in enumerate(zip(x.shape[2:], positions, strict=True), 2):
+        if size == length:
+            continue
+        place = ((torch.arange(length, dtype=x.dtype, device=x.device) + 0.5) * (size / length) - 0.5).clamp(0, size - 1)
+        below = place.floor()
+        share = (place - below).reshape(-1, *(1 for _ in x.shape[axis + 1 :]))
+        low = below.to(torch.int64)
+        lower, upper = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
+        x = lower + share * (upper - lower)
+    return x
