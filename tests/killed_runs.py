@@ -6,6 +6,7 @@ rank is killed the others are asked to end, as torchrun does.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from vqkit.train.config import RunConfig
 
 GRACE = 30.0
 """Seconds after which a rank that was asked to end counts as hanging; those of torchrun."""
+LONGEST = 120.0
+"""Seconds that a run may take."""
+HUNG = 137
 ATTEMPTS = 4
 """Kills of one run at most, before it is let through to its end."""
 
@@ -61,6 +66,7 @@ def _on_rank(rank: int, ranks: int, port: int, config: RunConfig, run_dir: Path,
         os.environ |= dict(zip(names, map(str, (rank, rank, ranks, "127.0.0.1", port)), strict=True))
     # What survivors of a killed rank complain of is expected, and of use only where a test fails.
     os.dup2(os.open(errors_of(run_dir), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    faulthandler.register(signal.SIGUSR1)
     train_in_process(config, run_dir, fault)
 
 
@@ -70,22 +76,32 @@ def errors_of(run_dir: Path) -> Path:
 
 
 def end(processes: list[BaseProcess]) -> list[int | None]:
-    """Wait until all have ended; once one failed, the others are asked to, and killed after `GRACE`: 137 stands for those that hung."""
-    while all(process.exitcode is None for process in processes) or not any(process.exitcode for process in processes):
-        if all(process.exitcode == 0 for process in processes):
-            return [0] * len(processes)
-        multiprocessing.connection.wait([process.sentinel for process in processes if process.exitcode is None])
-    for process in processes:
-        if process.exitcode is None:
-            process.terminate()
-    limit, codes = time.monotonic() + GRACE, []
+    """Wait until all have ended; exit codes, `HUNG` for those that had to be ended.
+
+    Once one failed, the others are asked to end, and killed after `GRACE`; all are after `LONGEST`. What they were doing is in the file
+    of their errors then.
+    """
+    limit = time.monotonic() + LONGEST
+    while any(process.exitcode is None for process in processes) and not any(process.exitcode for process in processes):
+        left = limit - time.monotonic()
+        if left <= 0:
+            break
+        wait([process.sentinel for process in processes if process.exitcode is None], left)
+    if any(process.exitcode for process in processes):
+        limit = time.monotonic() + GRACE
+        for process in processes:
+            if process.exitcode is None:
+                process.terminate()
+    codes = []
     for process in processes:
         process.join(max(limit - time.monotonic(), 0.0))
         hangs = process.exitcode is None
-        if hangs:
+        if hangs and process.pid is not None:
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(1.0)
             process.kill()
             process.join()
-        codes.append(137 if hangs else process.exitcode)
+        codes.append(HUNG if hangs else process.exitcode)
     return codes
 
 
@@ -120,7 +136,7 @@ def kill_at_random(launch: Launcher, config: RunConfig, folder: Path, count: int
         assert toll.runs <= 5 * count, f"{toll.kills} kills only: runs end before they are killed"
         for _ in range(ATTEMPTS):
             codes, writing = _killed(launch.start(config, run_dir), run_dir, draw, seconds)
-            toll.hung += codes.count(137)
+            toll.hung += codes.count(HUNG)
             if -signal.SIGKILL not in codes:
                 break
             toll.kills += 1

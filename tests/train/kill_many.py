@@ -31,11 +31,15 @@ def main() -> int:
     config = tiny_config(write_texts(folder / "texts"), parallel=options.parallel)
     print(f"seed {options.seed}, {options.ranks} ranks, {options.parallel}", flush=True)
 
+    hung = [0]
+
     def tell(toll: Toll) -> None:
         if not toll.differing:
             run_dir = folder / f"run_{toll.runs - 1:05d}"
             shutil.rmtree(run_dir)
-            errors_of(run_dir).unlink()
+            if toll.hung == hung[-1]:
+                errors_of(run_dir).unlink()
+            hung.append(toll.hung)
         if toll.runs % 50 == 0:
             print(_in_words(toll), flush=True)
 
@@ -43,6 +47,9 @@ def main() -> int:
     print(f"{_in_words(toll)}, in {time.monotonic() - began:.0f} s")
     if toll.differing:
         print(f"differing, see {folder}: {', '.join(toll.differing)}")
+        return 1
+    if toll.hung:
+        print(f"what those that hung were doing: {folder}")
         return 1
     shutil.rmtree(folder)
     return 0

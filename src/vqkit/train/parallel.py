@@ -8,6 +8,7 @@ consecutive share of its rows.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import warnings
 from collections.abc import Iterator
@@ -79,11 +80,21 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(here, ProcessGroupReducer())
         return
     torch_dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    _never_free(torch_dist.group.WORLD)
     try:
         yield Processes(here, ProcessGroupReducer())
         torch_dist.barrier()  # the first process keeps the address book that the others still need
     finally:
         torch_dist.destroy_process_group()
+
+
+def _never_free(group: Any) -> None:
+    """Keep a group as long as the process lives.
+
+    The reducer of DDP would be the last to let go of it, and would wait, with the interpreter locked, for threads of the group that may
+    be waiting for just that lock to free a tensor: seen under load as a process that never ends (gloo, torch 2.13).
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def resolve_device(name: str) -> torch.device:
