@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +14,7 @@ from vqkit.cli import main
 from vqkit.cli.eval import EvalOptions, asked_ways
 from vqkit.data import Split
 from vqkit.generate import load
-from vqkit.models.weights import load_weights
 from vqkit.recipes import enwik8, text
-from vqkit.train import evaluate
 
 MODEL = "--model.dim 8 --model.key-dim 4 --model.value-dim 8 --model.layers 1 --model.codebook-size 4 --model.block-len 8 --model.mem-len 8"
 TRAIN = "--train.steps 3 --train.warmup-steps 1 --train.log-every 1 --train.eval-every 3 --train.batch-size 2 --train.eval-batch-size 2"
@@ -121,18 +116,3 @@ def test_a_vocabulary_of_another_is_not_measured(vqkit: Callable[..., str], tmp_
         vqkit("train", "text", "--data.path", texts, "--run", tmp_path / f"run_{name}", *words)
     assert main(["eval", str(tmp_path / "run_a"), "--data", str(tmp_path / "run_b")]) == 1
     assert "reads ids of another vocabulary (sentencepiece, 300 ids, hash " in capsys.readouterr().err
-
-
-def test_two_processes_with_a_share_each_train_measure_and_write(tmp_path: Path) -> None:
-    """By the command that a user writes: torchrun has options of its own that begin like ours."""
-    texts, run = write_data(tmp_path, "bytes"), tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vqkit", "--"]
-    words = ["train", "text", "--data.path", texts, "--run", run, "--train.parallel", "fsdp", *LENGTH, *TINY]
-    done = subprocess.run(
-        [*launcher, *map(str, words)], capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "on 2 processes" in done.stdout
-    alone = evaluate(load_weights(run / "checkpoints" / "step_00000003")[0], Split(run / "data", "test"), batch_size=2)
-    assert f"test: {alone.bits:.3f} bits per byte\n" in done.stdout
-    assert (run / "samples" / "step_00000003.txt").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vqkit.cli import app, main
+from vqkit.cli.errors import UsageError
 from vqkit.cli.import_official import ImportOptions
 from vqkit.cli.options import option_names
 from vqkit.cli.sample import SampleOptions
@@ -161,6 +162,7 @@ def test_positional_arguments_are_no_options() -> None:
             "train text --data.path x --data.source.kind images --data.source.height 8 --data.sequence-len 512",
             "data.sequence_len = 512: must be the 1536 bytes of an image, data.source.height * width * channels = 8 * 64 * 3",
         ),
+        ("train --file", "--file: needs a value"),
         ("train --rnu x", "unknown option --rnu; did you mean --run?"),
         ("sample", "missing: RUN: The folder of a run, a checkpoint or exported weights.\n"),
         ("sample RUN --temprature 1", "unknown option --temprature; did you mean --temperature?"),
@@ -229,9 +231,13 @@ def test_none_is_written_as_in_a_file_or_as_in_python() -> None:
         assert (train.clip, train.betas) == (None, None)
 
 
-def test_two_dashes_in_front_are_for_torchrun(vqkit: Callable[..., Said]) -> None:
-    """Which would take --run for an option of its own, and hands the dashes on or not, by its version."""
-    assert vqkit("--", "train", "--rnu", "x").err == vqkit("train", "--rnu", "x").err
+def test_the_twin_with_ordinary_attention_needs_no_more_words() -> None:
+    config = requested("text", ["--data.path", "x", "--model.attention", "full"])[1]
+    assert (config.model.attention, config.model.codebook.dead_code_threshold) == ("full", 0.0)
+    with pytest.raises(
+        UsageError, match=r'"full", which has no codebook .*: codebook\.init must be "normal", codebook\.dead_code_threshold 0'
+    ):
+        requested("text", ["--data.path", "x", "--model.attention", "full", "--model.codebook.dead-code-threshold", "2"])
 
 
 def test_help_before_a_command_is_its_help(vqkit: Callable[..., Said]) -> None:

@@ -50,8 +50,6 @@ EXTRA_MODULES = ("tyro", "rich", "matplotlib")
 def run(argv: Sequence[str] | None = None) -> int:
     """One command from beginning to end; never raises what a user can cause."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["--"]:  # behind which torchrun leaves our options alone, --run above all
-        del words[0]
     try:
         return _dispatch(words)
     except SystemExit as exit_:  # tyro leaves so after it has printed a help text

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import replace
 from pathlib import Path
 
 from vqkit.cli.console import TrainingView, duration, write_text
@@ -17,7 +15,7 @@ from vqkit.generate import LoadedModel, load
 from vqkit.generate.session import TEXT
 from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
-from vqkit.models.weights import load_weights, newest_whole_checkpoint
+from vqkit.models.weights import newest_whole_checkpoint
 from vqkit.train import Evaluation, TrainResult, context_ablation, evaluate, train
 from vqkit.train.code_use import unit_name
 from vqkit.train.config import RunConfig
@@ -47,19 +45,10 @@ def train_and_report(config: RunConfig, run_dir: Path) -> int:
     if not is_first_process():
         return 0
     print(f"trained: {result.step:,} steps, {view.steps_done:,} of them now, in {duration(view.seconds)}", flush=True)
-    result = _whole(config, result)
     _measure(config, result)
     _write(config, result)
     _close(config, result)
     return 0
-
-
-def _whole(config: RunConfig, result: TrainResult) -> TrainResult:
-    """With the model of its checkpoint where the processes have a share each: the first one goes on alone."""
-    if config.train.parallel != "fsdp" or os.environ.get("WORLD_SIZE", "1") == "1":
-        return result
-    device = next(result.model.parameters()).device
-    return replace(result, model=load_weights(result.checkpoint, device)[0])
 
 
 def measure(model: TransformerVQ, split: Split, config: RunConfig, context: str | None = None, segments: str | None = None) -> Evaluation:

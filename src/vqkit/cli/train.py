@@ -33,9 +33,6 @@ examples:
   vqkit train text --data.path FOLDER --run runs/mine --train.steps 2000
   vqkit train --run runs/mine --train.steps 4000
   vqkit train text --data.path OTHER --init-from runs/mine --run runs/tuned
-  torchrun --nproc-per-node 2 -m vqkit -- train text --data.path FOLDER --run runs/mine
-
-Under torchrun, -- keeps it from taking --run for an option of its own.
 
 A file of your own, in TOML: its values replace those of the recipe, and options replace those of the file.
   vqkit recipes text --toml my.toml
@@ -90,6 +87,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if not words[0].startswith("-"):
         run_dir, config = requested(words[0], words[1:])
+    elif words[-1] == "--file":
+        raise UsageError("--file: needs a value")
     elif value_of(words, "--file") is not None:
         run_dir, config = requested(_recipe_of(Path(str(value_of(words, "--file")))), words)
     else:
@@ -108,7 +107,7 @@ def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
     base, file = RECIPES[recipe](), value_of(words, "--file")
     table = {} if file is None else _table(Path(file), recipe)
     over = _overlaid(base, table, file)
-    default = TrainOptions(over.model, _data(base, over, words, file), _with_warmup_that_fits(base.train, over.train, words))
+    default = TrainOptions(_model(over.model, words), _data(base, over, words, file), _with_warmup_that_fits(base.train, over.train, words))
     options = _options(recipe, words, default)
     init_from = over.init_from
     if options.init_from is not None:
@@ -193,6 +192,13 @@ def _overlaid(base: RunConfig, table: dict[str, Any], file: str | None) -> RunCo
         return overlay(base, table, where=f"{file}: ")
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+
+
+def _model(over: ModelConfig, words: Sequence[str]) -> ModelConfig:
+    """Without what the recipe says of codebooks, where the words choose the same network without any."""
+    if value_of(words, "--model.attention") != "full" or over.attention == "full":
+        return over
+    return overlay(over, {"codebook": {"init": "normal", "dead_code_threshold": 0.0}})
 
 
 def _data(base: RunConfig, over: RunConfig, words: Sequence[str], file: str | None) -> DataConfig:

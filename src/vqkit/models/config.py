@@ -140,7 +140,11 @@ class ModelConfig:
             "cache_gradient": (self.attention == "full" and not self.cache_gradient, 'model.attention = "full" has no cache'),
             "reduction": (self.attention == "full" and self.reduction != "auto", 'model.attention = "full" has no cache'),
             "quantizer": (self.attention == "full" and self.quantizer != "learnable", 'model.attention = "full" has no codebook'),
-            "codebook": (self.attention == "full" and starts_or_expires, 'model.attention = "full" has no codebook to start or to expire'),
+            "codebook": (
+                self.attention == "full" and starts_or_expires,
+                'model.attention = "full", which has no codebook to start or to expire: '
+                'codebook.init must be "normal", codebook.dead_code_threshold 0',
+            ),
             "tied_bias": (not self.tied and not self.tied_bias, "model.tied = False: an output projection of its own has a bias"),
             "sinusoid_dropout": (
                 not self.relative_positions and self.sinusoid_dropout > 0.0,
