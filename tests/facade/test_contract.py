@@ -27,7 +27,6 @@ NOT_YET: tuple[str, ...] = (
     "residual_fsq",
     "residual_lfq",
     "residual_sim_vq",
-    "residual_vq",
     "sim_vq",
     "utils",
 )

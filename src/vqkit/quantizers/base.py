@@ -158,7 +158,7 @@ class Quantizer(Committing):
         if outside is False:
             return
         codebooks = self.codebooks()
-        entries = flatten_statistics(statistics)
+        entries = [None] * len(codebooks) if statistics is None else flatten_statistics(statistics)
         if len(entries) != len(codebooks):
             raise ValueError(f"quantize returned {len(entries)} statistics: must be {len(codebooks)}, one a codebook")
         pairs = [(codebook, entry) for codebook, entry in zip(codebooks, entries, strict=True) if entry is not None]

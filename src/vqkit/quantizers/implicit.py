@@ -43,6 +43,7 @@ from vqkit.quantizers.config import (
     Loss,
     Orthogonality,
     Softmax,
+    StoredEMA,
     VQBridge,
     check_choice,
     check_kind,
@@ -304,7 +305,8 @@ def _check_losses(losses: Sequence[Loss]) -> None:
 def _check_table(table: Codebook, size: int, dim: int, update: object, init: Init, *more: object) -> None:
     if (table.heads, table.size, table.dim, table.metric) != (1, size, dim, "euclidean"):
         raise ValueError(f"table is {table.extra_repr()}: must have one head, size={size}, dim={dim}, metric='euclidean'")
-    if not isinstance(table.update, Gradient | Frozen):
+    stays = isinstance(table.update, StoredEMA) and not table.update.follow
+    if not stays and not isinstance(table.update, Gradient | Frozen):
         raise ValueError(f"table learns by {table.update}: must learn by Gradient() or be Frozen(), as codes behind a network")
     if update is not None or init != "uniform" or any(choice is not None for choice in more):
         raise ValueError("table is given together with update, init, dead_codes, transform or affine: must be left to its owner")

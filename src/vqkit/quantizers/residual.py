@@ -422,8 +422,12 @@ class Residual(Quantizer):
             outputs,
             self._fill(torch.stack([part.indices for part in found], dim=vectors.dim() - 1)),
             {numbered(name, i): loss for i, part in enumerate(found) for name, loss in part.losses.items()},
-            gather_statistics(self._slots, [*(part.statistics for part in found), *[None] * (self.num_quantizers - len(found))]),
+            self.gather([*(part.statistics for part in found), *[None] * (self.num_quantizers - len(found))]),
         )
+
+    def gather(self, found: Sequence[Statistics]) -> Statistics:
+        """The statistics of the layers in order, one entry a codebook: that of a shared one is the sum over its uses."""
+        return gather_statistics(self._slots, found)
 
     def _estimate(self, vectors: Tensor, finite: Tensor, path: _Path) -> Tensor:
         """The sum of the codes with the gradient that `estimator` says; vectors without a code are left to the projection behind."""

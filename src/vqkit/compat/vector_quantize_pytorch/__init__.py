@@ -10,11 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vqkit.compat.vector_quantize_pytorch.residual_vq import GroupedResidualVQ as GroupedResidualVQ
+    from vqkit.compat.vector_quantize_pytorch.residual_vq import ResidualVQ as ResidualVQ
     from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize as VectorQuantize
 
-__all__ = ["VectorQuantize"]
+__all__ = ["GroupedResidualVQ", "ResidualVQ", "VectorQuantize"]
 
 _MODULES = {
+    "GroupedResidualVQ": "residual_vq",
+    "ResidualVQ": "residual_vq",
     "VectorQuantize": "vector_quantize_pytorch",
 }
 

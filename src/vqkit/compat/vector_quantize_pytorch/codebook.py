@@ -33,6 +33,7 @@ class Call(NamedTuple):
     ema_update: bool | None = None  # None: as the codebook
     weights: CodeWeights | None = None  # what 1 - decay of each code is multiplied by
     accumulate: bool = False  # the statistics wait for the next call that does not say so
+    uses: int = 1  # how many steps in turn these statistics stand for, faded by `weight_of_use`
 
 
 class Codebook(_Codebook):
@@ -216,10 +217,17 @@ class Codebook(_Codebook):
 
     def _rule_of_call(self) -> StoredEMA:
         rule = cast(StoredEMA, self.update)
+        if self.call is not None and self.call.uses > 1:
+            rule = replace(rule, decay=rule.decay**self.call.uses)
         if self.call is None or self.call.ema_update is None:
             return rule
         moves = bool(self.call.ema_update)
         return dataclasses.replace(rule, follow=moves and not self.manual_ema_update, count=moves or self.has_dead_code_replacement)
+
+    def weight_of_use(self, number: int, uses: int) -> float:
+        """Of the statistics of one of several uses, in a step of decay^uses, so that it is that of one step after each use."""
+        decay = self.decay
+        return (1 - decay) * decay ** (uses - 1 - number) / (1 - decay**uses)
 
     def _weigh_codes(self, statistics: CodebookStatistics) -> Tensor | None:
         return self._pending_weights
@@ -242,7 +250,7 @@ class Codebook(_Codebook):
             self.follows.fill_(-1)
             return
         super().replace_statistics_(statistics, outside)
-        self._pending_rule = None if call.ema_update is None else self._rule_of_call()
+        self._pending_rule = None if call.ema_update is None and call.uses == 1 else self._rule_of_call()
         self._pending_weights = self._weights_of_call(call.weights, statistics)
 
     @torch.no_grad()

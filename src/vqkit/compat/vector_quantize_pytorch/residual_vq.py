@@ -1,0 +1,566 @@
+"""The peer's ResidualVQ and GroupedResidualVQ: a `vqkit.quantizers.Residual` of the quantizers that the peer's arguments name.
+
+`layers` are the facade's VectorQuantize, which own codebooks and names in the state dict; `native` combines quantizers of these codebooks.
+
+Shapes: B batch, N positions, D width of the input, K width of the codes, Q layers, C codes, G groups.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from math import ceil
+from random import Random
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqkit.compat.vector_quantize_pytorch import translate
+from vqkit.compat.vector_quantize_pytorch.codebook import Call, Codebook
+from vqkit.compat.vector_quantize_pytorch.functions import default as default
+from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
+from vqkit.compat.vector_quantize_pytorch.functions import is_distributed as is_distributed
+from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
+from vqkit.dist import LocalReducer, default_reducer
+from vqkit.ops.precision import without_autocast
+from vqkit.quantizers.base import Quantized, Statistics
+from vqkit.quantizers.commit import flatten_statistics
+from vqkit.quantizers.config import BeamSearch, DiVeQ, Estimator
+from vqkit.quantizers.implicit import ImplicitVQ
+from vqkit.quantizers.layout import check_tensor, is_integer
+from vqkit.quantizers.residual import Residual
+from vqkit.quantizers.vector_quantize import VectorQuantize as _VectorQuantize
+
+_DIVEQ_VARIANCE = 5e-3
+"""Of the noise around the sum of the codes; the peer has no argument for it here."""
+
+# Functions of the peer's module
+
+
+def first(it: Sequence[Any]) -> Any:
+    """Its first entry."""
+    return it[0]
+
+
+def cast_tuple(t: Any, length: int = 1) -> tuple[Any, ...]:
+    """`t` if it is a tuple, else `length` times `t`."""
+    return t if isinstance(t, tuple) else (t,) * length
+
+
+def unique(arr: Iterable[Any]) -> list[Any]:
+    """Its entries, each once, in no order."""
+    return [*set(arr)]
+
+
+def round_up_multiple(num: float, mult: int) -> int:
+    """The least multiple of `mult` that is not below `num`."""
+    return ceil(num / mult) * mult
+
+
+def frac_gradient(t: Tensor, frac: float) -> Tensor:
+    """t, through which `frac` of the gradient passes."""
+    return t.detach() if frac <= 0 else frac * t + (1.0 - frac) * t.detach()
+
+
+def pad_at_dim(t: Tensor, pad: tuple[int, int], dim: int = -1, value: float = 0.0) -> Tensor:
+    """t with so many entries `value` before and behind along `dim`."""
+    behind = -dim - 1 if dim < 0 else t.dim() - dim - 1
+    return F.pad(t, (*(0, 0) * behind, *pad), value=value)
+
+
+def pack_one(t: Tensor, pattern: str) -> tuple[Tensor, Callable[..., Tensor]]:
+    """t with the axes that `pattern` ("* d", "b * d", "h *" ...) calls * joined into one, and what splits that axis again."""
+    names = pattern.split()
+    before, behind = names.index("*"), len(names) - names.index("*") - 1
+    joined = t.shape[before : t.dim() - behind]
+
+    def inverse(out: Tensor, inv_pattern: str | None = None) -> Tensor:
+        own = (inv_pattern or pattern).split().index("*")
+        return out.reshape(*out.shape[:own], *joined, *out.shape[own + 1 :])
+
+    return t.reshape(*t.shape[:before], joined.numel(), *t.shape[t.dim() - behind :]), inverse
+
+
+def batch_select(t: Tensor, indices: Tensor, pattern: str | None = None) -> Tensor:
+    """The entries `indices` [B, S] of the second axis of t [B, R, ...]; with a pattern "* k ..." the axes before are those of * instead."""
+    if pattern is None:
+        index = indices.reshape(*indices.shape, *(1,) * (t.dim() - 2)).expand(*indices.shape, *t.shape[2:])
+        return t.gather(1, index)
+    rows, inverse = pack_one(t, pattern)
+    return inverse(batch_select(rows, indices.flatten(0, -2)), pattern)
+
+
+def get_maybe_sync_seed(device: torch.device | str, max_size: int = 10_000) -> int:
+    """A number below `max_size` from the global random generator; the sum of those of all processes where there are several."""
+    seed = torch.randint(0, max_size, (), device=device)
+    default_reducer().all_reduce_(seed)
+    return int(seed)
+
+
+# Implicit neural codebooks
+
+
+class MLP(nn.Module):
+    """The network of an implicit neural codebook (Huijben et al., 2024), with the layers of the peer."""
+
+    def __init__(self, dim: int, dim_hidden: int | None = None, depth: int = 4, l2norm_output: bool = False) -> None:
+        super().__init__()
+        dim_hidden = dim if dim_hidden is None else dim_hidden
+        for name, value in (("dim", dim), ("dim_hidden", dim_hidden)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        self.proj_in = nn.Linear(2 * dim, dim)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim_hidden), nn.SiLU(), nn.Linear(dim_hidden, dim)) for _ in range(depth))
+        self.l2norm_output = l2norm_output
+
+    def forward(self, codes: Tensor, *, condition: Tensor) -> Tensor:
+        """codes [C, D] or [H, C, D], condition [B, D] or [B, ..., D] -> the codes of each condition, [B, N, C, D] or [H, B, N, C, D]."""
+        rows = condition.unsqueeze(1) if condition.dim() == 2 else condition.flatten(1, -2)
+        return self.transform(codes[..., None, None, :, :], rows.unsqueeze(-2))
+
+    def transform(self, codes: Tensor, condition: Tensor) -> Tensor:
+        """codes and condition [..., D], whose leading axes broadcast -> [..., D]."""
+        with without_autocast(codes.device.type):
+            of_condition, of_code = self.proj_in.weight.to(codes.dtype).chunk(2, dim=1)
+            x = F.linear(condition, of_condition, self.proj_in.bias.to(codes.dtype)) + F.linear(codes, of_code)
+            for layer in cast(Iterable[Any], self.layers):
+                narrow, widen = layer[2], layer[0]
+                hidden = F.silu(F.linear(x, widen.weight.to(x.dtype), widen.bias.to(x.dtype)))
+                x = x + F.linear(hidden, narrow.weight.to(x.dtype), narrow.bias.to(x.dtype))
+        return F.normalize(x, dim=-1) if self.l2norm_output else x
+
+
+class _Network(nn.Module):
+    """An MLP as `ImplicitVQ` calls it."""
+
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.hidden: int = cast(Any, mlp.layers[0])[0].out_features if len(mlp.layers) else 1
+
+    def forward(self, codes: Tensor, partial: Tensor) -> Tensor:
+        return self.mlp.transform(codes, partial)
+
+
+# Residual quantizers
+
+
+class _InTurn(Residual):
+    """A residual quantizer whose shared codebook learns as if it took a step after each of its uses: earlier uses fade by its decay."""
+
+    def gather(self, found: Sequence[Statistics]) -> Statistics:
+        entries = [entry for part in found for entry in flatten_statistics(part)]
+        table = cast(Codebook, self.codebooks()[0])
+        table.call = Call(uses=sum(entry is not None for entry in entries))
+        faded: list[Statistics] = []
+        for number, entry in enumerate(entries):
+            if entry is not None:
+                weight = table.weight_of_use(number, table.call.uses)
+                entry = entry._replace(count=entry.count * weight, sum=entry.sum * weight)
+            faded.append(entry)
+        return super().gather(faded)
+
+
+class ResidualVQ(nn.Module):
+    """`num_quantizers` layers of `VectorQuantize`, each for what those before it left over, with the peer's arguments.
+
+    Inputs are [B, N, D], or [B, D, ...] with accept_image_fmap or the `vq_kwargs` accept_3d_fmap=True and channel_last=False. A call
+    returns the sum of the codes like the input, the indices int64 [B, N, Q] (-1: masked, dropped or not finite), and the losses of the
+    layers [Q], 0 in eval mode; in training it is one step of the codebooks. docs/migration.md says what each argument means here.
+
+    Raises ValueError for arguments that contradict each other.
+    """
+
+    beam_score_weights: Tensor
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_quantizers: int | None = None,
+        codebook_size: int | tuple[int, ...],
+        codebook_dim: int | None = None,
+        shared_codebook: bool = False,
+        diveq: bool = False,
+        heads: int = 1,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        accept_image_fmap: bool = False,
+        implicit_neural_codebook: bool = False,
+        mlp_kwargs: dict = dict(),  # noqa: B006, C408 - the peer's default, never written
+        beam_size: int | None = None,
+        eval_beam_size: int | None = None,
+        beam_score_quantizer_weights: list[float] | None = None,
+        quant_grad_frac: float = 0.0,
+        return_zeros_for_masked_padding: bool = True,
+        **vq_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        sizes = _layer_sizes(codebook_size, num_quantizers)
+        _refuse(heads, shared_codebook, sizes, quantize_dropout, quantize_dropout_cutoff_index, beam_size, eval_beam_size)
+        weights = [1.0] * len(sizes) if beam_score_quantizer_weights is None else [*beam_score_quantizer_weights]
+        if len(weights) != len(sizes):
+            raise ValueError(f"beam_score_quantizer_weights has {len(weights)} entries: must be {len(sizes)}, one a layer")
+        self.codebook_dim = dim if codebook_dim is None else codebook_dim
+        self.has_projections = self.codebook_dim != dim
+        self.project_in = nn.Linear(dim, self.codebook_dim) if self.has_projections else nn.Identity()
+        self.project_out = nn.Linear(self.codebook_dim, dim) if self.has_projections else nn.Identity()
+        self.accept_image_fmap, self.return_zeros_for_masked_padding = accept_image_fmap, return_zeros_for_masked_padding
+        self.implicit_neural_codebook, self.diveq, self.shared_codebook = implicit_neural_codebook, diveq, shared_codebook
+        self.num_quantizers, self.codebook_sizes = len(sizes), sizes
+        self.uniform_codebook_size = len(set(sizes)) == 1
+        of_layers = _layer_arguments(vq_kwargs, shared_codebook, implicit_neural_codebook, diveq)
+        of_layers |= {
+            "dim": self.codebook_dim,
+            "codebook_dim": self.codebook_dim,
+            "accept_image_fmap": accept_image_fmap,
+            "return_zeros_for_masked_padding": return_zeros_for_masked_padding,
+        }
+        self.layers = nn.ModuleList(VectorQuantize(codebook_size=size, **of_layers) for size in sizes)
+        self.quantize_dropout = quantize_dropout and self.num_quantizers > 1
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self.vq_is_ema_updating = self._first.ema_update
+        self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
+        self.beam_size = beam_size
+        self.eval_beam_size = beam_size if eval_beam_size is None else eval_beam_size
+        self.register_buffer("beam_score_weights", torch.tensor(weights), persistent=False)
+        self.mlps: Any = (None,) * (self.num_quantizers - 1)
+        if implicit_neural_codebook:
+            cosine = self._first.use_cosine_sim
+            self.mlps = nn.ModuleList(MLP(dim=self.codebook_dim, l2norm_output=cosine, **mlp_kwargs) for _ in sizes[1:])
+        if shared_codebook:
+            for layer in self._each():
+                layer._codebook = layer.native.table = self._first._codebook
+        given = translate.settled({**_DEFAULTS, **of_layers, "codebook_size": sizes[0]})
+        beam = BeamSearch(beam_size or 1, eval_beam_size, None if beam_score_quantizer_weights is None else tuple(weights))
+        # Not registered: it owns nothing but what is registered here.
+        object.__setattr__(self, "native", self._join(dim, given, beam))
+
+    native: Residual
+
+    def _join(self, dim: int, given: dict[str, Any], beam: BeamSearch) -> Residual:
+        """The residual quantizer of the codebooks, networks and projections that are registered here."""
+        options = {**translate.quantizer_options(given), "layout": "last"}
+        self._estimator: Estimator = options["estimator"]
+        kind = _InTurn if self.shared_codebook and self.num_quantizers > 1 else Residual
+        with torch.device("meta"):  # its own layers are replaced
+            native = kind(
+                [self._join_layer(number, options) for number in range(self.num_quantizers)],
+                dim=dim,
+                estimator=DiVeQ(_DIVEQ_VARIANCE) if self.diveq else "layers",
+                gradient_fraction=self.quant_grad_frac,
+                condition_fraction=1.0,
+                beam=beam,
+                layout="first" if self._width_is_first(given) else "last",
+                masked="zero" if self.return_zeros_for_masked_padding else "input",
+            )
+        native.project_in, native.project_out = self.project_in, self.project_out
+        if given["sync_codebook"] is False:
+            native.reducer = LocalReducer()
+        return native
+
+    def _join_layer(self, number: int, options: dict[str, Any]) -> _VectorQuantize | ImplicitVQ:
+        table, size = self._layer(number)._codebook, self.codebook_sizes[number]
+        if number == 0 or not self.implicit_neural_codebook:
+            return _VectorQuantize(**{**options, "codebook_size": size}, table=table)
+        names = ("assignment", "estimator", "losses", "sync_update")
+        network = _Network(cast(MLP, self.mlps[number - 1]))
+        layer = ImplicitVQ(self.codebook_dim, size, network, table=table, **{name: options[name] for name in names})
+        del layer.__dict__["table"]
+        layer.table = table  # a part of it, so that the whole finds all codebooks
+        return layer
+
+    @staticmethod
+    def _width_is_first(given: dict[str, Any]) -> bool:
+        return bool(given["accept_image_fmap"] or given["accept_3d_fmap"] or not given["channel_last"])
+
+    def _layer(self, number: int) -> VectorQuantize:
+        return cast(VectorQuantize, self.layers[number])
+
+    def _each(self) -> Iterable[VectorQuantize]:
+        return cast(Iterable[VectorQuantize], self.layers)
+
+    @property
+    def _first(self) -> VectorQuantize:
+        return self._layer(0)
+
+    def train(self, mode: bool = True) -> ResidualVQ:
+        super().train(mode)
+        self.native.train(mode)
+        return self
+
+    # Reading codes
+
+    @property
+    def codebook_size(self) -> int:
+        """C of the first layer."""
+        return self._first.codebook_size
+
+    @property
+    def codebooks(self) -> Any:
+        """[Q, C, K]; where layers differ in size a tuple of [C, K]."""
+        codes = tuple(layer._codebook.embed.squeeze(0) for layer in self._each())
+        return torch.stack(codes) if self.uniform_codebook_size else codes
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """indices [B, ..., L] of the first L <= Q layers -> the code of each layer [Q, B, ..., K]; zeros for -1 and layers left out.
+
+        Raises ValueError for indices outside -1 ... codebook_size - 1.
+        """
+        check_tensor("indices", indices)
+        codes = self.native.decode_layers(indices)
+        return F.pad(codes, (*(0, 0) * (codes.dim() - 1), 0, self.num_quantizers - codes.shape[0]))
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """indices [B, ..., L] of the first L <= Q layers -> vectors as a call gives them, in its layout."""
+        return self.native.decode(indices)
+
+    # Calling
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: Tensor | list[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        beam_size: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+    ) -> Any:
+        """x -> (quantized, indices, losses), and the code of each layer [Q, B, ..., K] with return_all_codes.
+
+        mask [B, ...] bool. With `indices` [B, N, Q], or a list of Q times [B, N], (quantized, the sum of the cross-entropies of each
+        layer's choice and these). In training with quantize dropout only the first layers take part, as many as
+        rand_quantize_dropout_fixed_seed says, or a number drawn; the others have index -1 and loss 0.
+
+        Raises ValueError and TypeError for what does not fit.
+        """
+        native = self.native
+        frozen = freeze_codebook or self._first.freeze_codebook
+        options: dict[str, Any] = {}
+        if indices is not None:
+            options["targets"] = self._check_targets(indices)
+        elif self.training and self.quantize_dropout:
+            options["depth"] = self._draw_depth(rand_quantize_dropout_fixed_seed, x.device)
+        size = self._beam_size(beam_size)
+        options["beam_size"] = size
+        temperature = translate.temperature(self._assignment, sample_codebook_temp, self._first._codebook.sample_codebook_temp)
+        if temperature is not None and size == 1:
+            options["temperature"] = temperature
+        self._set_estimators(x)
+        if self.training and not frozen and self._first.in_place_codebook_optimizer is not None:
+            self._pull_(x, mask, options.get("depth", self.num_quantizers), temperature)
+        try:
+            found = native.quantize_and_learn(x, mask, freeze_codebook=frozen, **options)
+        finally:
+            for layer in self._each():
+                layer._codebook.call = None
+        if self.shared_codebook and self.training and not frozen:
+            self._first.update_in_place_optimizer()
+        if indices is not None:
+            return found.quantized, torch.stack([found.losses[f"cross_entropy/{i}"] for i in range(self.num_quantizers)]).sum()
+        result = (found.quantized, found.indices, self._weigh(found))
+        return (*result, self._codes_of_call(found.indices)) if return_all_codes else result
+
+    @property
+    def _assignment(self) -> Any:
+        return cast(Any, self.native.layers[0]).assignment
+
+    def _check_targets(self, indices: Tensor | list[Tensor]) -> Tensor:
+        if self.accept_image_fmap:
+            raise ValueError("indices are given: must be None with accept_image_fmap = True")
+        targets = torch.stack(indices, dim=-1) if isinstance(indices, list) else indices
+        check_tensor("indices", targets)
+        if is_integer(targets) and bool((targets == -1).any()):
+            raise ValueError("indices hold -1: must be those of all layers, without dropout or mask, as eval mode gives them")
+        return targets
+
+    def _draw_depth(self, seed: int | None, device: torch.device) -> int:
+        """How many layers take part: the peer's draw, which is a function of the seed alone."""
+        seed = get_maybe_sync_seed(device) if seed is None else seed
+        depth = Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers) + 1
+        return min(round_up_multiple(depth, self.quantize_dropout_multiple_of), self.num_quantizers)
+
+    def _beam_size(self, size: int | None) -> int:
+        size = (self.beam_size if self.training else self.eval_beam_size) if size is None else size
+        if size is not None and size > 1 and self.training:
+            clash = "commitment_use_cross_entropy_loss" if self._first.commitment_use_cross_entropy_loss else ""
+            clash = clash or ("in_place_codebook_optimizer" if self._first.in_place_codebook_optimizer is not None else "")
+            if clash:
+                raise ValueError(f"beam_size = {size}: must be 1 in training with {clash}")
+        return 1 if size is None else size
+
+    def _set_estimators(self, x: Tensor) -> None:
+        """Those of the layers, where a gradient has any place to go; in eval mode none passes."""
+        learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
+        for part in cast(Iterable[Any], self.native.layers):
+            part.estimator = self._estimator if self.training and learns else "none"
+        if self.diveq:
+            self.native.estimator = DiVeQ(_DIVEQ_VARIANCE) if self.training else "none"
+
+    @torch.no_grad()
+    def _pull_(self, x: Tensor, mask: Tensor | None, depth: int, temperature: float | None) -> None:
+        """A step of each layer's own optimizer on what the layers before it leave; of a shared codebook only the gradients."""
+        native, rows = self.native, x.movedim(1, -1) if self.native.layout == "first" else x
+        residual = cast(Tensor, native.project_in(rows))
+        for layer, part in zip([*self._each()][:depth], native._each(), strict=False):
+            if not isinstance(part, _VectorQuantize):
+                raise ValueError("in_place_codebook_optimizer is given: must be None with implicit_neural_codebook = True")
+            part.pull_(residual, mask, temperature=temperature)
+            if not layer.manual_in_place_optimizer_update:
+                layer.update_in_place_optimizer()
+            residual = residual - part.decode(part.encode(residual, mask)).to(residual.dtype)
+
+    def _weigh(self, found: Quantized) -> Tensor:
+        """[Q] the losses of the layers."""
+        number, zero = self.num_quantizers, self._first.zero
+        if not self.training:
+            return zero.new_zeros(number)
+        weights = self.native.loss_weights
+        rows = [zero] * number
+        for name, loss in found.losses.items():
+            layer = int(name.rsplit("/", 1)[1])
+            if weights[name] != 0.0:
+                rows[layer] = rows[layer] + weights[name] * loss
+        losses = torch.stack([row.to(torch.float32) for row in rows])
+        if not losses.requires_grad and not torch.compiler.is_compiling():
+            losses.requires_grad_()  # so that a loop may call backward whatever is trained
+        return losses
+
+    def _codes_of_call(self, indices: Tensor) -> Tensor:
+        """The code of each layer as the call that chose them read it."""
+        tables = dict.fromkeys(layer._codebook for layer in self._each())
+        for table in tables:
+            table.enter_(learning=False)
+        try:
+            return self.get_codes_from_indices(indices)
+        finally:
+            for table in tables:
+                table.leave_()
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(VectorQuantize).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
+
+
+def _layer_sizes(codebook_size: int | tuple[int, ...], num_quantizers: int | None) -> tuple[int, ...]:
+    if not isinstance(codebook_size, tuple):
+        if num_quantizers is None or num_quantizers < 1:
+            raise ValueError(f"num_quantizers = {num_quantizers}: must be at least 1 where codebook_size is one number")
+        return (codebook_size,) * num_quantizers
+    if not codebook_size or num_quantizers not in (None, len(codebook_size)):
+        raise ValueError(
+            f"num_quantizers = {num_quantizers}: must be {len(codebook_size)} or None, as codebook_size = {codebook_size} says"
+        )
+    return codebook_size
+
+
+def _refuse(
+    heads: int, shared: bool, sizes: tuple[int, ...], dropout: bool, cutoff: int, beam_size: int | None, eval_beam_size: int | None
+) -> None:
+    if heads != 1:
+        raise ValueError(f"heads = {heads}: must be 1 in a residual quantizer")
+    if shared and len(set(sizes)) > 1:
+        raise ValueError(f"codebook_size = {sizes}: must be one size with shared_codebook = True")
+    if cutoff < 0 or (dropout and cutoff >= len(sizes)):
+        raise ValueError(f"quantize_dropout_cutoff_index = {cutoff}: must be from 0 to {len(sizes) - 1}, a layer")
+    if eval_beam_size is not None and beam_size is None:
+        raise ValueError(f"eval_beam_size = {eval_beam_size}: must be None where beam_size is")
+
+
+def _layer_arguments(given: dict[str, Any], shared: bool, implicit: bool, diveq: bool) -> dict[str, Any]:
+    """The arguments of the layers, with what the choices about the whole decide."""
+    found = dict(given)
+    if implicit:
+        found |= {"learnable_codebook": True, "ema_update": False}
+    if shared:  # one step a call, which is that of all uses
+        found |= {"manual_ema_update": False, "manual_in_place_optimizer_update": True}
+    if diveq:
+        found |= {"ema_update": False, "learnable_codebook": True, "route_gradients_to_input": False, "commitment_weight": 0.0}
+    return found
+
+
+class GroupedResidualVQ(nn.Module):
+    """`groups` times a `ResidualVQ` of width dim / groups, with the peer's arguments: `kwargs` are those of ResidualVQ.
+
+    Inputs as there. A call returns the quantized vectors, the indices [G, B, N, Q] and the losses [G, Q].
+    """
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        if groups < 1 or dim % groups:
+            raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
+        self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
+        self.rvqs = nn.ModuleList(ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups))
+
+    def _each(self) -> Iterable[ResidualVQ]:
+        return cast(Iterable[ResidualVQ], self.rvqs)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """[G, Q, C, K]."""
+        return torch.stack([rvq.codebooks for rvq in self._each()])
+
+    @property
+    def split_dim(self) -> int:
+        """Where the width stands."""
+        return 1 if cast(ResidualVQ, self.rvqs[0]).native.layout == "first" else -1
+
+    def get_codes_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
+        """indices [G, B, ..., L] -> the code of each layer [G, Q, B, ..., K]."""
+        self._check_groups(indices)
+        return torch.stack([rvq.get_codes_from_indices(own) for rvq, own in zip(self._each(), indices, strict=True)])
+
+    def get_output_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
+        """indices [G, B, ..., L] -> vectors as a call gives them."""
+        self._check_groups(indices)
+        return torch.cat([rvq.get_output_from_indices(own) for rvq, own in zip(self._each(), indices, strict=True)], dim=self.split_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | Sequence[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        mask: Tensor | None = None,
+    ) -> Any:
+        """x -> (quantized, indices, losses), and a tuple of the codes [Q, B, ..., K] of each group with return_all_codes.
+
+        With `indices`, one [B, N, Q] a group, (quantized, the sum of their cross-entropies). Dropout cuts all groups at the same layer.
+        """
+        check_tensor("x", x)
+        if x.dim() < 2 or x.shape[self.split_dim] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}: must have {self.dim} entries along axis {self.split_dim}")
+        given = [None] * self.groups if indices is None or len(indices) == 0 else [*indices]
+        self._check_groups(given)
+        seed = get_maybe_sync_seed(x.device) if self.training else None
+        found = [
+            rvq(
+                piece,
+                mask=mask,
+                indices=own,
+                return_all_codes=return_all_codes,
+                sample_codebook_temp=sample_codebook_temp,
+                freeze_codebook=freeze_codebook,
+                rand_quantize_dropout_fixed_seed=seed,
+            )
+            for rvq, piece, own in zip(self._each(), x.chunk(self.groups, dim=self.split_dim), given, strict=True)
+        ]
+        quantized, *rest = zip(*found, strict=True)
+        joined = torch.cat(quantized, dim=self.split_dim)
+        if given[0] is not None:
+            return joined, torch.stack(rest[0]).sum()
+        return (joined, torch.stack(rest[0]), torch.stack(rest[1]), *rest[2:])
+
+    def _check_groups(self, indices: Tensor | Sequence[Any]) -> None:
+        if len(indices) != self.groups:
+            raise ValueError(f"indices has {len(indices)} entries: must be {self.groups}, one a group")
