@@ -103,6 +103,13 @@ _OF_RESIDUALS = (
         ("*",),
     ),
     Deviation(
+        "ResidualVQ",
+        "implicit_neural_codebook & accept_image_fmap",
+        _RESIDUAL + "test_networks_of_images_are_told_the_code_of_each_place",
+        "the networks are told rows of the image instead of the codes of its places; here the codes",
+        ("*",),
+    ),
+    Deviation(
         "*ResidualVQ",
         "return_all_codes",
         _RESIDUAL + "test_codes_of_a_call_are_those_of_its_output",
@@ -111,9 +118,9 @@ _OF_RESIDUALS = (
     ),
     Deviation(
         "ResidualVQ",
-        "freeze_codebook",
+        "freeze_codebook=True",
         _RESIDUAL + "test_frozen_means_frozen",
-        "freeze_codebook of the constructor is ignored; frozen means frozen here",
+        "freeze_codebook of the constructor is ignored, and lets gradients reach learnable codes; frozen means frozen here",
         ("parameter_gradient", *_AFTER_A_STEP),
     ),
     Deviation(

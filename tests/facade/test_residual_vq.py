@@ -95,7 +95,8 @@ def test_pairs_of_options(number: int) -> None:
 def parts_ways(kwargs: dict[str, Any], calls: dict[str, Any]) -> bool:
     """Whether a deviation makes the second step start from other codes, so that the first alone can be compared."""
     beam = kwargs.get("beam_size") or calls.get("beam_size")
-    return bool(beam or kwargs.get("freeze_codebook") or ("mask" in calls and kwargs["use_cosine_sim"]))
+    frozen = kwargs.get("freeze_codebook") or calls.get("freeze_codebook")
+    return bool(beam or frozen or ("mask" in calls and kwargs["use_cosine_sim"]))
 
 
 def test_most_pairs_stand_in_few_rows() -> None:
@@ -295,6 +296,23 @@ def test_directional_images_are_as_sequences() -> None:
     image = rvq(x)[0]
     torch.manual_seed(1)
     torch.testing.assert_close(image, plain(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unflatten(-1, (3, 4)))
+
+
+def test_networks_of_images_are_told_the_code_of_each_place() -> None:
+    rvq = facade.ResidualVQ(**BASE, implicit_neural_codebook=True, accept_image_fmap=True)
+    plain = facade.ResidualVQ(**BASE, implicit_neural_codebook=True)
+    plain.load_state_dict(rvq.state_dict())
+    x = vectors(2, DIM, 3, 4)
+    torch.testing.assert_close(rvq(x)[0], plain(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unflatten(-1, (3, 4)))
+
+
+def test_a_frozen_call_leaves_learnable_codes_alone() -> None:
+    rvq = facade.ResidualVQ(**BASE, learnable_codebook=True, ema_update=False)
+    x = vectors().requires_grad_()
+    quantized, _, losses = rvq(x, freeze_codebook=True)
+    (quantized.sum() + losses.sum()).backward()
+    assert x.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in rvq.parameters())
 
 
 def test_a_beam_of_directions_goes_by_the_error_of_the_path() -> None:

@@ -218,7 +218,7 @@ class Codebook(_Codebook):
     def _rule_of_call(self) -> StoredEMA:
         rule = cast(StoredEMA, self.update)
         if self.call is not None and self.call.uses > 1:
-            rule = replace(rule, decay=rule.decay**self.call.uses)
+            rule = dataclasses.replace(rule, decay=rule.decay**self.call.uses)
         if self.call is None or self.call.ema_update is None:
             return rule
         moves = bool(self.call.ema_update)

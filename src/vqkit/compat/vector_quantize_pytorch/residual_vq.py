@@ -244,7 +244,7 @@ class ResidualVQ(nn.Module):
 
     def _join(self, dim: int, given: dict[str, Any], beam: BeamSearch) -> Residual:
         """The residual quantizer of the codebooks, networks and projections that are registered here."""
-        options = {**translate.quantizer_options(given), "layout": "last"}
+        options: dict[str, Any] = {**translate.quantizer_options(given), "layout": "last"}
         self._estimator: Estimator = options["estimator"]
         kind = _InTurn if self.shared_codebook and self.num_quantizers > 1 else Residual
         with torch.device("meta"):  # its own layers are replaced
@@ -266,7 +266,7 @@ class ResidualVQ(nn.Module):
     def _join_layer(self, number: int, options: dict[str, Any]) -> _VectorQuantize | ImplicitVQ:
         table, size = self._layer(number)._codebook, self.codebook_sizes[number]
         if number == 0 or not self.implicit_neural_codebook:
-            return _VectorQuantize(**{**options, "codebook_size": size}, table=table)
+            return _VectorQuantize(**(options | {"codebook_size": size}), table=table)
         names = ("assignment", "estimator", "losses", "sync_update")
         network = _Network(cast(MLP, self.mlps[number - 1]))
         layer = ImplicitVQ(self.codebook_dim, size, network, table=table, **{name: options[name] for name in names})
