@@ -119,12 +119,19 @@ def test_a_clamp_rounds_to_the_nearest_code(symmetric):
     assert found.values.abs().max() <= 1
 
 
-@pytest.mark.parametrize("levels", [*LEVELS, (2,) * 62, (2**31, 2**31 - 1), (1000,) * 6], ids=lambda levels: f"{len(levels)}")
+@pytest.mark.parametrize(
+    "levels",
+    [*LEVELS, (7,) * 8, (7,) * 18, (3, 5, 11) * 4, (2,) * 62, (2**31, 2**31 - 1), (1000,) * 6],
+    ids=lambda levels: f"{len(levels)}",
+)
 def test_integers_and_digits_are_each_others_inverse(levels):
     digits = torch.stack([torch.randint(0, number, (500,)) for number in levels], dim=-1)
     digits[0], digits[1] = 0, torch.tensor(levels) - 1
     indices = join_digits(digits, levels)
     assert indices.dtype == torch.int64 and torch.equal(split_digits(indices, levels), digits)
+    for dtype in (torch.float64, torch.float32) if max(levels) <= 2**24 else (torch.float64,):
+        assert torch.equal(join_digits(digits.to(dtype), levels), indices)
+        assert torch.equal(split_digits(indices, levels, dtype), digits.to(dtype))
     assert indices[0] == 0 and int(indices[1]) == int(np.prod([int(n) for n in levels], dtype=object)) - 1
 
 

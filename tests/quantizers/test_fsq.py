@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from thread_ranks import in_ranks
+from vqkit.ops.codebook import merge_statistics
 from vqkit.quantizers import FSQ, LFQ, QuantizeDropout, Residual, VectorQuantize
 
 
@@ -154,6 +155,49 @@ def test_metrics_count_codes_where_they_can_be_counted():
     metrics = many.metrics()
     assert math.isnan(metrics["perplexity"]) and math.isnan(metrics["active"]) and 0 < metrics["relative_error"] < 1
     assert many.bits_per_vector == 21
+
+
+def test_levels_are_counted_where_codes_are_too_many():
+    levels = (9, 8, 7, 6, 5, 4, 3, 2)
+    quantizer = FSQ(levels, heads=2)
+    x = torch.randn(300, 16)
+    x[:, 8] = 0.0
+    x[0] = torch.nan
+    digits = quantizer.digits(quantizer(x).indices[1:])
+    shares = [torch.stack([torch.bincount(digits[:, h, i], minlength=n) / 299 for h in range(2)]) for i, n in enumerate(levels)]
+    bounds = sum(torch.special.entr(share).sum(-1) for share in shares).exp()
+    active = sum((share >= 0.1 / n).sum(-1) for share, n in zip(shares, levels, strict=True)) / sum(levels)
+    metrics = quantizer.metrics()
+    assert metrics["perplexity_bound"] == pytest.approx(bounds.mean().item(), rel=1e-5)
+    assert metrics["active_levels"] == pytest.approx(active.mean().item()) and active[1] < active[0]
+    assert "perplexity_bound" not in FSQ((4, 4)).metrics()
+    residual = Residual([FSQ((4,) * 10), FSQ((4,) * 9, 10)])
+    residual(torch.randn(50, 10))
+    metrics = residual.metrics()
+    assert metrics["perplexity_bound"] == metrics["perplexity_bound/0"] and "perplexity_bound/1" not in metrics
+    assert metrics["perplexity"] == metrics["perplexity/1"] > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "scale": (0.5, 1.0, 2.0)}, {"heads": 2}, {"bound": "clamp"}], ids=str)
+def test_many_vectors_are_coded_and_counted_as_few(options):
+    """Many stand in long rows."""
+    quantizer = FSQ((8, 5, 3), **options)
+    x = torch.randn(12_000, quantizer.dim, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(x)
+    mask = torch.rand(12_000) < 0.7
+    for masks in ([None], [mask]):
+        whole = quantizer.quantize(x, *masks)
+        parts = [quantizer.quantize(x[i : i + 40], *(m if m is None else m[i : i + 40] for m in masks)) for i in range(0, 12_000, 40)]
+        for name in ("quantized", "indices"):
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+        gradients = [
+            torch.autograd.grad((out * upstream).sum(), x)[0] for out in (whole.quantized, torch.cat([part.quantized for part in parts]))
+        ]
+        torch.testing.assert_close(*gradients)
+        merged = parts[0].statistics
+        for part in parts[1:]:
+            merged = merge_statistics(merged, part.statistics)
+        torch.testing.assert_close(tuple(whole.statistics), tuple(merged))
 
 
 def test_metrics_are_those_of_all_ranks():

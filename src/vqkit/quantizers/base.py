@@ -104,6 +104,11 @@ class Quantizer(Committing):
         """x -> indices int64, positions + code_shape."""
         return self.quantize(x, mask, freeze_codebook=True).indices
 
+    def encode_and_decode(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """`encode(x)` and `decode` of that: some need not look for what they have just found. `options` are those that both take."""
+        indices = self.encode(x, mask, **options)
+        return indices, self.decode(indices, **options)
+
     def forward(self, x: Tensor, mask: Tensor | None = None, *, freeze_codebook: bool = False, **options: Any) -> QuantizerOutput:
         """`quantize`, the weighted loss, and in training mode (unless frozen for this call) the statistics to the codebooks.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.scalar import Rounded, bits_entropy, join_digits, product_distribution, split_digits
-from vqkit.quantizers.base import Quantized
+from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.config import Commit, FreeBits, check_count, check_kind, check_number
 from vqkit.quantizers.layout import Layout, check_indices, where_kept, width_back
 from vqkit.quantizers.scalar import ScalarQuantizer
@@ -127,8 +127,9 @@ class BinaryMapper(ScalarQuantizer):
         self._look_up(indices)
         found = indices.to(torch.int64)
         one_hot = self._one_hot(found, torch.float32 if self.project_out is None else self.project_out.weight.dtype)
-        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
-        return width_back(self._project_out(one_hot if self.heads == 1 else one_hot.flatten(-2), known), self.layout)
+        return width_back(self._project_out(one_hot if self.heads == 1 else one_hot.flatten(-2), indices), self.layout)
+
+    encode_and_decode = Quantizer.encode_and_decode
 
     def decode_codes(self, indices: Tensor) -> Tensor:
         """indices [P...] or [P..., heads] -> their bits, of width heads * b; zeros for -1."""

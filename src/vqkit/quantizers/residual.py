@@ -236,8 +236,9 @@ class Residual(Quantizer):
             if isinstance(used, int) and number >= used:
                 break
             kept = _and(number < used, counted, rows.shape[:-1]) if isinstance(used, Tensor) else counted
-            found.append(layer.encode(residual, kept, **given))
-            codes = layer.decode(found[-1], **given).to(residual.dtype)
+            indices, codes = layer.encode_and_decode(residual, kept, **given)
+            found.append(indices)
+            codes = codes.to(residual.dtype)
             residual, partial = residual - codes, partial + codes
         return self._fill(torch.stack(found, dim=rows.dim() - 1))
 
@@ -360,8 +361,9 @@ class Residual(Quantizer):
         return where_kept(finite, vectors, torch.nan), finite
 
     def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
-        known = has_code(indices, codes.dim() - 1)
-        return where_kept(known, _linear(self.project_out, codes))
+        if not isinstance(self.project_out, nn.Linear):
+            return codes  # zeros where there is no code
+        return where_kept(has_code(indices, codes.dim() - 1), _linear(self.project_out, codes))
 
     def _fill(self, indices: Tensor) -> Tensor:
         """Those of the first layers [P..., L, ...], with -1 for all others [P..., Q, ...]."""
@@ -410,7 +412,9 @@ class Residual(Quantizer):
                 own["targets"] = targets[number]
             mask = _and(number < used, counted, vectors.shape[:-1]) if isinstance(used, Tensor) else counted
             part = layer.quantize(residual, mask, freeze_codebook=freeze_codebook, **own, **options)
-            output = where_kept(has_code(part.indices, vectors.dim() - 1), part.quantized)
+            output = part.quantized
+            if getattr(layer, "masked", None) != "zero":
+                output = where_kept(has_code(part.indices, vectors.dim() - 1), output)
             passed = _scale_gradient(output, self.gradient_fraction)
             residual = residual - passed
             if conditional:
@@ -435,7 +439,10 @@ class Residual(Quantizer):
             return _add(path.outputs)
         x = where_kept(finite, vectors)
         own = isinstance(self.estimator, DiVeQ) or self.estimator == "none"  # then the codes have a gradient, whatever that of the layers
-        codes = self.decode_codes(path.indices).to(x.dtype) if own or self.sync_update > 0 else _add(path.outputs)
+        if own or self.sync_update > 0:
+            codes = self.decode_codes(path.indices).to(x.dtype)
+        else:
+            codes = _add([output.detach() for output in path.outputs])
         output = pass_gradient(self.estimator, x, codes, self.training)
         return output + self.sync_update * (codes - codes.detach()) if self.sync_update > 0 else output
 

@@ -264,10 +264,22 @@ class ScalarQuantizer(Quantizer):
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64, [P...] or [P..., heads]; -1: masked or not finite."""
         given = self._read(x, mask, lengths)
-        found = self._join(self._round(given.vectors).digits)
+        return self._indices(given, self._round(given.vectors).digits)
+
+    def _indices(self, given: _Vectors, digits: Tensor) -> Tensor:
+        found = self._join(digits)
         if not given.whole:
             found = found.where(given.kept.unsqueeze(-1), -1)
         return found.reshape(*given.rows.shape[:-1], *self.code_shape)
+
+    def encode_and_decode(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        given = self._read(x, mask, **{"lengths": None, **options})
+        digits = self._round(given.vectors).digits
+        indices = self._indices(given, digits)
+        codes = self._turn_back(self._codes(digits, torch.float32))
+        if not given.whole:
+            codes = codes.where(given.kept[..., None, None], 0.0)
+        return indices, width_back(self._project_out(codes.flatten(-2), indices), self.layout)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P...] or [P..., heads] -> vectors in the layout and width of the input; zeros where all heads are -1."""
