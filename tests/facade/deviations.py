@@ -44,6 +44,223 @@ def _holds(term: str, kwargs: Mapping[str, Any]) -> bool:
     return isinstance(given, Tensor) or bool(given)
 
 
+_FSQ = "tests/facade/test_finite_scalar_quantization.py::"
+
+_SCALARS = (
+    Deviation(
+        "FSQ",
+        "scale",
+        f"{_FSQ}test_codes_are_scaled",
+        "`scale` is ignored there; here it multiplies the codes",
+        ("output.*", "eval.*", "decode.*", "*gradient", "state"),
+    ),
+    Deviation(
+        "FSQ",
+        "noise_dropout",
+        f"{_FSQ}test_noise_moves_the_share_that_was_asked_for",
+        "whatever `noise_dropout` says, half of the scalars are moved there; here so many",
+    ),
+    Deviation(
+        "FSQ",
+        "force_quantization_f32=False & narrow inputs",
+        f"{_FSQ}test_narrow_inputs_are_rounded_in_float32",
+        "bfloat16 and half may be rounded in their own precision there, and other codes found; here in float32, whatever `allowed_dtypes`",
+    ),
+    Deviation(
+        "FSQ",
+        "codes_to_indices & orthogonal_rotation",
+        f"{_FSQ}test_codes_that_were_turned_have_their_own_indices",
+        "`codes_to_indices` forgets the rotation there; here it is the opposite of `indices_to_codes`",
+    ),
+    Deviation(
+        "FSQ",
+        "more than 2^24 codes",
+        f"{_FSQ}test_more_codes_than_a_float_or_an_int32_numbers_round_trip",
+        "indices are sums of float32 there, and of int32: wrong beyond 2^24 and 2^31 codes; here they are exact, and int64 beyond 2^31",
+    ),
+    Deviation(
+        "FSQ",
+        "return_indices=True & construction",
+        f"{_FSQ}test_no_list_of_codes_is_made_and_none_is_needed_on_the_meta_device",
+        "all codes are listed at construction there, which the meta device cannot do; here when `implicit_codebook` is read",
+    ),
+    Deviation(
+        "FSQ",
+        "indices out of range",
+        f"{_FSQ}test_indices_that_there_are_not_are_refused",
+        "an index below 0 or past the end wraps there; here it is an error, and -1 decodes to zeros",
+    ),
+    Deviation(
+        "FSQ",
+        "inputs that are not finite",
+        f"{_FSQ}test_a_vector_that_is_not_finite_has_no_code_and_no_gradient",
+        "NaN spreads to the gradients of the projections there; here such a vector has index -1, zeros and no gradient",
+    ),
+    Deviation(
+        "*ResidualFSQ",
+        "is_channel_first",
+        f"{_FSQ}test_channel_first_decodes_to_what_it_gave",
+        "indices of channel-first inputs are decoded in another layout than they are given there; here they decode to the output",
+        ("decode.*",),
+    ),
+    Deviation(
+        "ResidualFSQ",
+        "orthogonal_rotation",
+        f"{_FSQ}test_turned_layers_decode_to_what_they_gave",
+        "decoding forgets the rotation of the layers there; here it gives what the call gave",
+        ("decode.*", "output.2", "eval.2"),
+    ),
+    Deviation(
+        "*ResidualFSQ",
+        "a coarse prefix of indices",
+        f"{_FSQ}test_the_first_layers_decode_whether_or_not_layers_are_dropped",
+        "indices of the first layers alone decode there only with quantize_dropout; here always",
+    ),
+    Deviation(
+        "*ResidualFSQ",
+        "quantize_dropout & torch.no_grad()",
+        f"{_FSQ}test_layers_are_dropped_in_training_whether_or_not_a_gradient_is_asked_for",
+        "under no_grad, as in reentrant checkpointing, no layer is dropped in training there; here as in any training call",
+    ),
+    Deviation(
+        "*ResidualFSQ",
+        "quantize_dropout_cutoff_index past the layers",
+        f"{_FSQ}test_a_cutoff_behind_the_last_layer_is_refused",
+        "accepted at construction there, an error in the first training call; here an error at construction",
+    ),
+)
+
+_LFQ = "tests/facade/test_lookup_free_quantization.py::"
+_SIM = "tests/facade/test_sim_vq.py::"
+_LATENT = "tests/facade/test_latent_quantization.py::"
+
+_SIGNS = (
+    Deviation(
+        "LFQ",
+        "mask of positions",
+        f"{_LFQ}test_a_mask_of_positions_is_a_choice_of_vectors",
+        "with a mask [batch, time] each vector is a batch of its own there, so that the two entropies are equal; here all are one",
+    ),
+    Deviation(
+        "*LFQ",
+        "mask of another shape or dtype",
+        f"{_LFQ}test_masks_that_do_not_fit_are_refused",
+        "numbers index the batch there, and shapes fail from inside; here an error that says what a mask is",
+    ),
+    Deviation(
+        "*LFQ",
+        "probabilities below 1e-5",
+        f"{_LFQ}test_the_entropy_of_a_vector_counts_every_code",
+        "the logarithm in the entropy of a vector has a floor of 1e-5 there, too much with many codes; here it is exact",
+    ),
+    Deviation(
+        "*LFQ",
+        "indices out of range",
+        f"{_LFQ}test_indices_that_there_are_not_are_refused",
+        "an index past the end loses its high bits there, or is an error of indexing; here always an error, and -1 decodes to zeros",
+    ),
+    Deviation(
+        "*LFQ",
+        "frac_per_sample_entropy of few vectors",
+        f"{_LFQ}test_a_small_share_of_the_vectors_is_at_least_one",
+        "a share below one vector gives NaN there; here it is one vector",
+    ),
+    Deviation(
+        "*LFQ",
+        "several processes",
+        f"{_LFQ}test_the_entropy_is_that_of_all_ranks",
+        "the mean over processes is thrown away there, and the own one divided by their number; here it is that of all vectors",
+    ),
+    Deviation(
+        "ResidualLFQ",
+        "spherical",
+        f"{_LFQ}test_codes_that_were_moved_decode_to_what_they_gave",
+        "decoding forgets the sphere there; here it gives what the call gave, and `codebooks` are the codes that are added up",
+        ("decode.*", "output.3", "eval.3"),
+    ),
+    Deviation(
+        "ResidualLFQ",
+        "orthogonal_rotation",
+        f"{_LFQ}test_codes_that_were_moved_decode_to_what_they_gave",
+        "decoding forgets the rotation there; here it gives what the call gave",
+        ("decode.*", "output.3", "eval.3"),
+    ),
+    Deviation(
+        "*ResidualLFQ",
+        "images",
+        f"{_LFQ}test_images_decode_to_what_they_gave",
+        "images with a projection or dropped layers fail there, and decode in another layout; here they decode to the output",
+    ),
+    Deviation(
+        "*ResidualLFQ",
+        "quantize_dropout & torch.no_grad()",
+        f"{_LFQ}test_layers_are_dropped_in_training_whether_or_not_a_gradient_is_asked_for",
+        "under no_grad, as in reentrant checkpointing, no layer is dropped in training there; here as in any training call",
+    ),
+    Deviation(
+        "SimVQ",
+        "indices_to_codes",
+        f"{_SIM}test_the_map_sees_the_whole_table_once",
+        "decoding maps the table and the chosen rows apart there: other codes where rows depend on each other; here one map of the table",
+    ),
+    Deviation(
+        "*SimVQ",
+        "indices out of range",
+        f"{_SIM}test_indices_that_there_are_not_are_refused",
+        "-1 decodes to the last code there, or to zeros; here always to zeros, and other indices that there are not are an error",
+    ),
+    Deviation(
+        "ResidualSimVQ",
+        "quantize_dropout of images",
+        f"{_SIM}test_dropped_layers_of_any_input_have_no_index_no_loss_and_no_gradient",
+        "dropped layers of images whose width is last fail there; here they have index -1 as elsewhere",
+    ),
+    Deviation(
+        "ResidualSimVQ",
+        "a coarse prefix of indices",
+        f"{_SIM}test_the_first_layers_decode_whether_or_not_layers_are_dropped",
+        "indices of the first layers alone decode there only with quantize_dropout, and `codebook_dim` fails; here both work",
+    ),
+    Deviation(
+        "LatentQuantize",
+        "commitment_loss_weight",
+        f"{_LATENT}test_each_loss_pulls_what_it_is_named_for",
+        "the loss compares output and input there, and pushes the input away; here it pulls the projected scalars to their values",
+        ("output.*", "*gradient", "state", "eval.*", "decode.*"),
+    ),
+    Deviation(
+        "LatentQuantize",
+        "quantization_loss_weight",
+        f"{_LATENT}test_each_loss_pulls_what_it_is_named_for",
+        "the values never get a gradient there; here this loss pulls them to the scalars",
+        ("output.*", "*gradient", "state", "eval.*", "decode.*"),
+    ),
+    Deviation(
+        "LatentQuantize",
+        "in_place_codebook_optimizer",
+        f"{_LATENT}test_values_step_in_place_before_they_are_read_and_once_a_call",
+        "an error in the first training call there; here a step of the values in each, and none in a recomputation",
+    ),
+    Deviation(
+        "LatentQuantize",
+        "learned values",
+        f"{_LATENT}test_learned_values_decode_and_are_encoded",
+        "indices and codes are those of the values at the start there; here of those that were learned",
+    ),
+    Deviation(
+        "LatentQuantize",
+        "optimize_values=False & .to()",
+        f"{_LATENT}test_fixed_values_move_with_the_module_and_are_not_stored",
+        "values that are not learned stay on their device there; here they move with the module",
+    ),
+    Deviation(
+        "LatentQuantize",
+        "indices out of range",
+        f"{_LATENT}test_indices_that_there_are_not_are_refused",
+        "an index below 0 or past the end wraps there; here it is an error, and -1 decodes to zeros",
+    ),
+)
+
 _VQ = "tests/facade/test_vector_quantize_facade.py::"
 
 _OF_VECTOR_QUANTIZE = (
@@ -54,6 +271,8 @@ _OF_VECTOR_QUANTIZE = (
         "the index -1 of a masked position decodes to the last code; here to zeros",
         ("decode.*",),
     ),
+    *_SCALARS,
+    *_SIGNS,
 )
 
 _RESIDUAL = "tests/facade/test_residual_vq.py::"

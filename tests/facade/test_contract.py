@@ -19,15 +19,8 @@ NOT_YET: tuple[str, ...] = (
     "binary_mapper",
     "evo_lookup_free_quantization",
     "finite_scalar_perturbation",
-    "finite_scalar_quantization",
     "hierarchical_vq",
-    "latent_quantization",
-    "lookup_free_quantization",
     "random_projection_quantizer",
-    "residual_fsq",
-    "residual_lfq",
-    "residual_sim_vq",
-    "sim_vq",
     "utils",
 )
 """Modules that are still to come."""

@@ -102,6 +102,8 @@ class FSQ(ScalarQuantizer):
 
     def _blur(self, codes: Tensor) -> Tensor:
         """Some codes moved by up to half of the scale, within the range of codes."""
-        chosen = torch.empty_like(codes).bernoulli_(self.noise_dropout).bool()
+        in_order = torch.contiguous_format  # a draw a place, whatever the layout of the input
+        chosen = torch.empty_like(codes, memory_format=in_order).bernoulli_(self.noise_dropout).bool()
+        noise = torch.rand_like(codes, memory_format=in_order) - 0.5
         codes = self._scaled(codes)
-        return self._scaled(torch.where(chosen, codes + (torch.rand_like(codes) - 0.5), codes).clamp(-1.0, 1.0), back=True)
+        return self._scaled(torch.where(chosen, codes + noise, codes).clamp(-1.0, 1.0), back=True)

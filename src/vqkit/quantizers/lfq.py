@@ -9,18 +9,18 @@ Shapes: P... positions of the input, N of them flattened, H heads, b bits of a h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqkit.ops.codebook import directions
 from vqkit.ops.losses import mean_commitment_loss
 from vqkit.ops.scalar import Rounded, bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
 from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.commit import sum_in_forward
-from vqkit.quantizers.config import Commit, Commitment, Diversity, Entropy, check_choice, check_count, check_kind, check_number
+from vqkit.quantizers.config import Commit, Commitment, Diversity, Entropy, check_choice, check_count, check_number
 from vqkit.quantizers.layout import Layout, position_mask
 from vqkit.quantizers.scalar import ScalarQuantizer
 
@@ -64,7 +64,7 @@ class LFQ(ScalarQuantizer):
         soft_clamp: float | None = None,
         first_bit: Literal["lowest", "highest"] = "lowest",
         rotation: bool = False,
-        activation: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
         losses: Sequence[Commitment | Entropy | Diversity] = (Entropy(weight=0.1), Diversity(weight=0.1)),
         diversity_bits: int | None = None,
         diversity_over: Literal["process", "ranks"] = "process",
@@ -84,8 +84,8 @@ class LFQ(ScalarQuantizer):
                     raise ValueError(f"{name} = {value}: must be positive and finite")
         check_choice("diversity_over", diversity_over, ("process", "ranks"))
         check_choice("first_bit", first_bit, ("lowest", "highest"))
-        if activation is not None:
-            check_kind("activation", activation, nn.Module)
+        if activation is not None and not callable(activation):
+            raise TypeError(f"activation = {activation!r}: must be a function of a tensor, or None")
         for name, value in (("probability_floor", probability_floor), ("loss_share", loss_share)):
             check_number(name, value)
             if not 0 <= value <= 1 or (value == 0 and name == "loss_share"):

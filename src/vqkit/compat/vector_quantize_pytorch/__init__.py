@@ -10,15 +10,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ as FSQ
+    from vqkit.compat.vector_quantize_pytorch.latent_quantization import LatentQuantize as LatentQuantize
+    from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import LFQ as LFQ
+    from vqkit.compat.vector_quantize_pytorch.residual_fsq import GroupedResidualFSQ as GroupedResidualFSQ
+    from vqkit.compat.vector_quantize_pytorch.residual_fsq import ResidualFSQ as ResidualFSQ
+    from vqkit.compat.vector_quantize_pytorch.residual_lfq import GroupedResidualLFQ as GroupedResidualLFQ
+    from vqkit.compat.vector_quantize_pytorch.residual_lfq import ResidualLFQ as ResidualLFQ
+    from vqkit.compat.vector_quantize_pytorch.residual_sim_vq import ResidualSimVQ as ResidualSimVQ
     from vqkit.compat.vector_quantize_pytorch.residual_vq import GroupedResidualVQ as GroupedResidualVQ
     from vqkit.compat.vector_quantize_pytorch.residual_vq import ResidualVQ as ResidualVQ
+    from vqkit.compat.vector_quantize_pytorch.sim_vq import SimVQ as SimVQ
     from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize as VectorQuantize
 
-__all__ = ["GroupedResidualVQ", "ResidualVQ", "VectorQuantize"]
+__all__ = [
+    "FSQ",
+    "LFQ",
+    "GroupedResidualFSQ",
+    "GroupedResidualLFQ",
+    "GroupedResidualVQ",
+    "LatentQuantize",
+    "ResidualFSQ",
+    "ResidualLFQ",
+    "ResidualSimVQ",
+    "ResidualVQ",
+    "SimVQ",
+    "VectorQuantize",
+]
 
 _MODULES = {
+    "FSQ": "finite_scalar_quantization",
+    "GroupedResidualFSQ": "residual_fsq",
+    "GroupedResidualLFQ": "residual_lfq",
     "GroupedResidualVQ": "residual_vq",
+    "LFQ": "lookup_free_quantization",
+    "LatentQuantize": "latent_quantization",
+    "ResidualFSQ": "residual_fsq",
+    "ResidualLFQ": "residual_lfq",
+    "ResidualSimVQ": "residual_sim_vq",
     "ResidualVQ": "residual_vq",
+    "SimVQ": "sim_vq",
     "VectorQuantize": "vector_quantize_pytorch",
 }
 

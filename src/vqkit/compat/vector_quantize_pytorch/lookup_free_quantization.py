@@ -1,0 +1,282 @@
+"""LFQ by the names of vector-quantize-pytorch: `vqkit.quantizers.LFQ` between linear layers.
+
+Shapes: P... positions of the input, c codebooks, d = log2(C) scalars of a codebook of C codes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from math import ceil, log2
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Module
+
+from vqkit.compat.vector_quantize_pytorch.depth import is_distributed
+from vqkit.compat.vector_quantize_pytorch.rows import (
+    hide,
+    keep_codebooks,
+    linear,
+    project_in,
+    project_out,
+    rows_of,
+    with_codebooks,
+    without_codebooks,
+)
+from vqkit.dist import default_reducer
+from vqkit.ops.codebook import directions
+from vqkit.quantizers import lfq
+from vqkit.quantizers.base import Quantized
+from vqkit.quantizers.commit import sum_in_forward
+from vqkit.quantizers.config import Commitment, Diversity, Entropy
+from vqkit.quantizers.layout import check_tensor
+
+__all__ = ["LFQ", "CosineSimLinear", "LossBreakdown", "Return", "entropy", "is_distributed", "l2norm", "log", "maybe_distributed_mean"]
+
+_FLOOR = 1e-5
+INV_TEMPERATURE = 100.0
+
+
+class Return(NamedTuple):
+    """What a call gives."""
+
+    quantized: Tensor
+    indices: Tensor
+    entropy_aux_loss: Tensor
+
+
+class LossBreakdown(NamedTuple):
+    """The losses before their weights."""
+
+    per_sample_entropy: Tensor
+    batch_entropy: Tensor
+    commitment: Tensor
+
+
+def maybe_distributed_mean(t: Tensor) -> Tensor:
+    """The mean of t over all processes; its gradient is such that the mean of the gradients over processes is that of the mean."""
+    total = sum_in_forward(t.detach(), None)
+    return total / default_reducer().world_size + (t - t.detach())
+
+
+def l2norm(t: Tensor) -> Tensor:
+    """t [..., d] scaled to length 1."""
+    return directions(t)
+
+
+def log(t: Tensor, eps: float = _FLOOR) -> Tensor:
+    """The logarithm of max(t, eps)."""
+    return t.clamp(min=eps).log()
+
+
+def entropy(prob: Tensor) -> Tensor:
+    """Of distributions [..., C], in nats: [...]. Probabilities below 1e-5 have its logarithm."""
+    return -(prob * log(prob)).sum(-1)
+
+
+class CosineSimLinear(Module):
+    """The cosines of x [..., dim_in] and the columns of a learned matrix, times `scale`: [..., dim_out]."""
+
+    def __init__(self, dim_in: int, dim_out: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(dim_in, dim_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (directions(x) @ directions(self.weight.T).T) * self.scale
+
+
+class LFQ(Module):
+    """As the peer's: x [B, N, dim], images and more [B, dim, ...] -> `Return` (quantized, indices int64 [P...] or [P..., c], loss).
+
+    `mask` [B] or [P...] bool says which vectors the losses see; all are quantized. The losses of entropy are those over all processes, and
+    0 in eval mode. Raises ValueError and TypeError for what does not fit.
+    """
+
+    mask: Tensor
+    zero: Tensor
+    native: lfq.LFQ
+    quiet: lfq.LFQ
+
+    def __init__(
+        self,
+        *,
+        dim: int | None = None,
+        codebook_size: int | None = None,
+        entropy_loss_weight: float = 0.1,
+        commitment_loss_weight: float = 0.0,
+        diversity_gamma: float = 1.0,
+        straight_through_activation: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008 - without state
+        num_codebooks: int = 1,
+        keep_num_codebooks_dim: bool | None = None,
+        codebook_scale: float = 1.0,
+        frac_per_sample_entropy: float = 1.0,
+        has_projections: bool | None = None,
+        projection_has_bias: bool = True,
+        soft_clamp_input_value: float | None = None,
+        cosine_sim_project_in: bool = False,
+        cosine_sim_project_in_scale: float | None = None,
+        channel_first: bool | None = None,
+        experimental_softplus_entropy_loss: bool = False,
+        entropy_loss_offset: float = 5.0,
+        spherical: bool = False,
+        force_quantization_f32: bool = True,
+        orthogonal_rotation: bool = False,
+    ) -> None:
+        super().__init__()
+        self.codebook_dim = _number_of_bits(dim, codebook_size)
+        self.codebook_size, self.num_codebooks = 2**self.codebook_dim, num_codebooks
+        inner = self.codebook_dim * num_codebooks
+        self.dim = inner if dim is None else dim
+        self.keep_num_codebooks_dim = keep_codebooks(keep_num_codebooks_dim, num_codebooks)
+        self.has_projections = self.dim != inner if has_projections is None else has_projections
+        if self.dim != inner and not self.has_projections:
+            raise ValueError(f"has_projections = {has_projections}: must be None or True, as dim = {self.dim} is not {inner}")
+        if soft_clamp_input_value is not None and soft_clamp_input_value < codebook_scale:
+            raise ValueError(f"soft_clamp_input_value = {soft_clamp_input_value}: must be at least codebook_scale = {codebook_scale}")
+        if self.has_projections and cosine_sim_project_in:
+            scale = codebook_scale if cosine_sim_project_in_scale is None else cosine_sim_project_in_scale
+            self.project_in: nn.Module = CosineSimLinear(self.dim, inner, scale)
+        else:
+            self.project_in = linear(self.dim, inner, self.has_projections, projection_has_bias)
+        self.project_out = linear(inner, self.dim, self.has_projections, projection_has_bias)
+        self.channel_first, self.activation, self.spherical = channel_first, straight_through_activation, spherical
+        self.orthogonal_rotation, self.frac_per_sample_entropy = orthogonal_rotation, frac_per_sample_entropy
+        self.diversity_gamma, self.entropy_loss_weight = diversity_gamma, entropy_loss_weight
+        self.codebook_scale, self.commitment_loss_weight = codebook_scale, commitment_loss_weight
+        self.soft_clamp_input_value, self.entropy_loss_offset = soft_clamp_input_value, entropy_loss_offset
+        self.experimental_softplus_entropy_loss = experimental_softplus_entropy_loss
+        self.force_quantization_f32 = force_quantization_f32
+        native = lfq.LFQ(
+            inner,
+            self.codebook_size,
+            heads=num_codebooks,
+            scale=codebook_scale,
+            spherical=bool(spherical),
+            soft_clamp=soft_clamp_input_value,
+            first_bit="highest",
+            rotation=bool(orthogonal_rotation),
+            activation=None if isinstance(straight_through_activation, nn.Identity) else straight_through_activation,
+            losses=_losses(commitment=commitment_loss_weight > 0),
+            diversity_over="ranks",
+            probability_floor=_FLOOR,
+            loss_share=frac_per_sample_entropy,
+        )
+        if orthogonal_rotation:
+            self.register_buffer("orthogonal_rot", native.counts.rotation)
+        self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
+        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        quiet = copy.copy(native)
+        quiet.losses, quiet.training = (), False
+        hide(self, native=native, quiet=quiet)
+
+    def settle(self) -> lfq.LFQ:
+        """The native quantizer for the mode of now, with the rotation of now: in eval mode it has no losses."""
+        if self.orthogonal_rotation:
+            self.native.counts.rotation = self.orthogonal_rot
+        return self.native if self.training else self.quiet
+
+    # Codes and indices
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the codes."""
+        return self.zero.dtype
+
+    @property
+    def codebook(self) -> Tensor:
+        """[C, d], the codes before they are brought onto a sphere and turned, listed anew at every call."""
+        digits = self.native.digits(torch.arange(self.codebook_size, device=self.mask.device))
+        return self.bits_to_codes(digits.to(self.dtype))
+
+    def codes(self) -> Tensor:
+        """[C, d], the codes as they come out."""
+        return self.settle().codebook.to(self.dtype)
+
+    def maybe_l2norm(self, t: Tensor) -> Tensor:
+        """t [..., d] on the sphere on which codes lie, if they do."""
+        return l2norm(t) * self.codebook_scale if self.spherical else t
+
+    def bits_to_codes(self, bits: Tensor) -> Tensor:
+        """0 and 1 -> the lower and the higher of the two values."""
+        return bits * self.codebook_scale * 2 - self.codebook_scale
+
+    def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
+        """The `quantized` of the call that gave the indices; -1 gives zeros. Raises ValueError for an index that there is not."""
+        found = without_codebooks(indices, self.num_codebooks, self.keep_num_codebooks_dim)
+        codes = self.settle().decode_codes(found).to(self.dtype)
+        if project_out:
+            codes = _project_out(self.project_out, codes, found)
+        image = indices.dim() >= 3 + int(self.keep_num_codebooks_dim)
+        return codes.movedim(-1, 1) if (image if self.channel_first is None else self.channel_first) else codes
+
+    # Calls
+
+    def forward(
+        self, x: Tensor, inv_temperature: float = INV_TEMPERATURE, return_loss_breakdown: bool = False, mask: Tensor | None = None
+    ) -> Return | tuple[Return, LossBreakdown]:
+        first = x.dim() >= 4 if self.channel_first is None else bool(self.channel_first)
+        rows = rows_of(x, self.dim, first)
+        seen = loss_mask(mask, rows.shape[:-1])
+        found = self._quantize(project_in(self.project_in, rows), inv_temperature, seen)
+        out = project_out(self.project_out, found.quantized, found.indices)
+        indices = with_codebooks(found.indices, self.num_codebooks, self.keep_num_codebooks_dim)
+        loss, parts = self.weigh(found.losses)
+        output = Return(out.movedim(-1, 1) if first else out, indices, loss)
+        return (output, parts) if return_loss_breakdown else output
+
+    def _quantize(self, vectors: Tensor, inv_temperature: float, seen: Tensor | None) -> Quantized:
+        native = self.settle()
+        if not self.training:
+            with torch.no_grad():
+                return native.quantize(vectors, freeze_codebook=True)
+        return native.quantize(vectors, freeze_codebook=True, temperature=1.0 / inv_temperature, loss_mask=seen)
+
+    def weigh(self, losses: dict[str, Tensor]) -> tuple[Tensor, LossBreakdown]:
+        """The loss, and its parts, of what the native quantizer gives by name."""
+        if not losses:
+            return self.zero * 1.0, LossBreakdown(self.zero, self.zero, self.zero)
+        per_sample, batch = losses["entropy"], -losses["diversity"]
+        commitment = losses.get("commitment", self.zero)
+        auxiliary = per_sample - self.diversity_gamma * batch
+        if self.experimental_softplus_entropy_loss:
+            auxiliary = F.softplus(auxiliary + self.entropy_loss_offset)
+        total = auxiliary * self.entropy_loss_weight + commitment * self.commitment_loss_weight
+        return total, LossBreakdown(per_sample, batch, commitment)
+
+
+_project_out = project_out
+"""By another name than the argument of `indices_to_codes`."""
+
+
+def loss_mask(mask: Tensor | None, positions: torch.Size) -> Tensor | None:
+    """A mask [B], [B, positions in a row] or [P...] bool -> [P...]. Raises TypeError for another dtype, ValueError for another shape."""
+    if mask is None:
+        return None
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}: must be torch.bool")
+    if mask.shape == positions[:1]:
+        return mask.reshape(-1, *(1 for _ in positions[1:])).expand(positions)
+    if mask.shape in (positions, (positions[0], positions[1:].numel())):
+        return mask.reshape(positions)
+    raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {tuple(positions)} or {tuple(positions[:1])}, one a batch entry")
+
+
+def _losses(*, commitment: bool) -> tuple[Commitment | Entropy | Diversity, ...]:
+    return (*((Commitment(),) if commitment else ()), Entropy(), Diversity())
+
+
+def _number_of_bits(dim: int | None, codebook_size: int | None) -> int:
+    if codebook_size is None:
+        if dim is None:
+            raise ValueError("dim = None and codebook_size = None: must be given, at least one of them")
+        return dim
+    bits = log2(codebook_size) if codebook_size > 0 else 0.5
+    if not bits.is_integer():
+        near = 2 ** ceil(bits)
+        raise ValueError(f"codebook_size = {codebook_size}: must be a power of 2, as {near} is")
+    return int(bits)

@@ -1,0 +1,204 @@
+"""Residual FSQ by the names of vector-quantize-pytorch: `vqkit.quantizers.Residual` of FSQ layers, each as fine as a step before it.
+
+Shapes: P... positions of the input, d scalars, q layers, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Module
+
+from vqkit.compat.vector_quantize_pytorch.depth import (
+    Seeds,
+    check_dropout,
+    get_maybe_sync_seed,
+    is_distributed,
+    layers_taking_part,
+    round_up_multiple,
+)
+from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ
+from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_in, project_out, rows_of
+from vqkit.quantizers.layout import check_tensor
+from vqkit.quantizers.residual import Residual
+
+__all__ = ["FSQ", "GroupedResidualFSQ", "ResidualFSQ", "get_maybe_sync_seed", "is_distributed", "round_up_multiple"]
+
+
+class ResidualFSQ(Module):
+    """As the peer's: x [B, N, dim], or with `is_channel_first` [B, dim, ...] -> (quantized, indices [B, N, q] or [B, q, ...]).
+
+    With `return_all_codes` the codes of all layers [q, P..., d] follow. Indices are int32, or int64 where layers were dropped (-1).
+    """
+
+    native: Residual
+    parts: Any
+    seeds: Seeds
+
+    def __init__(
+        self,
+        *,
+        levels: list[int],
+        num_quantizers: int,
+        dim: int | None = None,
+        is_channel_first: bool = False,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        soft_clamp_input_value: float | list[float] | Tensor | None = None,
+        bound_hard_clamp: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        _refuse_layer_options(kwargs)
+        self.quantize_dropout = check_dropout(quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of, num_quantizers)
+        codebook_dim = len(levels)
+        dim = codebook_dim if dim is None else dim
+        self.dim = dim
+        self.has_projections = dim != codebook_dim
+        self.project_in = linear(dim, codebook_dim, self.has_projections)
+        self.project_out = linear(codebook_dim, dim, self.has_projections)
+        self.is_channel_first, self.num_quantizers, self.levels = is_channel_first, num_quantizers, levels
+        options: dict[str, Any] = {"preserve_symmetry": True, "bound_hard_clamp": bound_hard_clamp, **kwargs}
+        self.layers: Any = nn.ModuleList([FSQ(levels=levels, dim=codebook_dim, **options) for _ in range(num_quantizers)])
+        first: Any = self.layers[0]
+        self.codebook_size = first.codebook_size
+        scales = torch.stack([torch.tensor(levels, dtype=torch.float32) ** -number for number in range(num_quantizers)])
+        self.register_buffer("scales", scales, persistent=False)
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        limit = _limit(levels, soft_clamp_input_value, bound_hard_clamp)
+        self.register_buffer("soft_clamp_input_value", limit, persistent=False)
+        own = 1.0 if first.scale is None else first.scale
+        made: Any = self.layers
+        parts = [layer.make_native(levels, [own * n**-number for n in map(float, levels)]) for number, layer in enumerate(made)]
+        clamp = None if limit is None else limit.tolist()
+        hide(self, parts=parts, native=Residual(parts, estimator="layers", soft_clamp=clamp), seeds=Seeds())
+
+    def _settle(self) -> Residual:
+        for layer, part in zip(self.layers, self.parts, strict=True):
+            layer.settle(part)
+        return self.native
+
+    @property
+    def codebooks(self) -> Tensor:
+        """[q, C, d], the codes of the layers before they are scaled."""
+        return torch.stack([layer.implicit_codebook for layer in self.layers])
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Indices of a call, all or those of the first layers -> the codes of all layers [q, P..., d], zeros for -1 and what is missing."""
+        rows = self._rows_of_indices(indices)
+        return _all_layers(self._settle().decode_layers(rows), self.num_quantizers)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Indices of a call, all or those of the first layers -> its output."""
+        rows = self._rows_of_indices(indices)
+        output = project_out(self.project_out, self._settle().decode_codes(rows), rows)
+        return output.movedim(-1, 1) if self.is_channel_first else output
+
+    def _rows_of_indices(self, indices: Tensor) -> Tensor:
+        check_tensor("indices", indices)
+        return indices.movedim(1, -1) if self.is_channel_first and indices.dim() > 1 else indices
+
+    def forward(self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | None = None) -> tuple[Tensor, ...]:
+        rows = rows_of(x, self.dim, self.is_channel_first)
+        depth = self.num_quantizers
+        if self.training and self.quantize_dropout:
+            seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
+            depth = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, depth)
+        found = self._settle().quantize(project_in(self.project_in, rows), freeze_codebook=True, depth=depth)
+        output = project_out(self.project_out, found.quantized, found.indices)
+        indices = found.indices if depth < self.num_quantizers else found.indices.to(torch.int32)
+        if self.is_channel_first:
+            output, indices = output.movedim(-1, 1), indices.movedim(-1, 1)
+        return (output, indices, self.get_codes_from_indices(indices)) if return_all_codes else (output, indices)
+
+
+def _all_layers(codes: Tensor, num_quantizers: int) -> Tensor:
+    """[L, ...] -> [q, ...], zeros for the layers that are missing."""
+    missing = num_quantizers - len(codes)
+    return codes if missing == 0 else torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])])
+
+
+def _limit(levels: Sequence[int], given: float | Sequence[float] | Tensor | None, hard: bool) -> Tensor | None:
+    if not hard:
+        return given if given is None or isinstance(given, Tensor) else torch.tensor(given)
+    if given is not None:
+        raise ValueError(f"soft_clamp_input_value = {given}: must be None with bound_hard_clamp, which has its own")
+    return 1 + 1 / (torch.tensor(levels) - 1)
+
+
+def _refuse_layer_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for options of FSQ that have no meaning for a layer."""
+    only = {"num_codebooks": 1, "channel_first": False, "return_indices": True, "keep_num_codebooks_dim": False}
+    for name, value in only.items():
+        if options.get(name, value) not in (value, None):
+            raise ValueError(f"{name} = {options[name]!r}: must be {value!r} in the layers of a residual quantizer")
+
+
+class GroupedResidualFSQ(Module):
+    """As the peer's: `groups` times a `ResidualFSQ`, each on its part of the width; indices [G, B, N, q], codes G times [q, P..., d].
+
+    With `accept_image_fmap` inputs are [B, dim, ...], and so are outputs and what indices decode to.
+    """
+
+    seeds: Seeds
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        if groups < 1 or dim % groups:
+            raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
+        self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
+        if accept_image_fmap:
+            kwargs = {**kwargs, "is_channel_first": True}
+        self.rvqs: Any = nn.ModuleList([ResidualFSQ(dim=dim // groups, **kwargs) for _ in range(groups)])
+        self.codebook_size = self.rvqs[0].codebook_size
+        hide(self, seeds=Seeds())
+
+    @property
+    def codebooks(self) -> Tensor:
+        """[G, q, C, d]."""
+        return torch.stack([rvq.codebooks for rvq in self.rvqs])
+
+    @property
+    def split_dim(self) -> int:
+        """The axis of the width."""
+        return 1 if self.accept_image_fmap or self.rvqs[0].is_channel_first else -1
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """[G, ...] -> [G, q, P..., d]."""
+        return torch.stack([rvq.get_codes_from_indices(own) for rvq, own in zip(self.rvqs, self._of_groups(indices), strict=True)])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """[G, ...] -> the output of the call that gave them."""
+        parts = [rvq.get_output_from_indices(own) for rvq, own in zip(self.rvqs, self._of_groups(indices), strict=True)]
+        return torch.cat(parts, dim=self.split_dim)
+
+    def _of_groups(self, indices: Tensor) -> Sequence[Tensor]:
+        return of_groups(indices, self.groups)
+
+    def forward(self, x: Tensor, return_all_codes: bool = False) -> tuple[Any, ...]:
+        check_width(x, self.split_dim, self.dim)
+        seed = self.seeds.draw() if self.training else None
+        pieces = x.chunk(self.groups, dim=self.split_dim)
+        found = [rvq(piece, return_all_codes, seed) for rvq, piece in zip(self.rvqs, pieces, strict=True)]
+        output, indices, *codes = zip(*found, strict=True)
+        return (torch.cat(output, dim=self.split_dim), torch.stack(indices), *codes)
+
+
+def of_groups(indices: Tensor, groups: int) -> Sequence[Tensor]:
+    """Indices [G, ...] of each group. Raises ValueError for another number of groups."""
+    check_tensor("indices", indices)
+    if indices.dim() < 1 or len(indices) != groups:
+        raise ValueError(f"indices has shape {tuple(indices.shape)}: must be [{groups}, ...], one a group")
+    return indices.unbind(0)
+
+
+def check_width(x: Tensor, axis: int, dim: int) -> None:
+    """Raise ValueError unless x is `dim` wide."""
+    check_tensor("x", x)
+    if x.dim() < 2 or x.shape[axis] != dim:
+        raise ValueError(f"x has shape {tuple(x.shape)}: must be {f'[batch, {dim}, ...]' if axis == 1 else f'[batch, ..., {dim}]'}")
