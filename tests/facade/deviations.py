@@ -222,6 +222,12 @@ _SIGNS = (
         "indices of the first layers alone decode there only with quantize_dropout, and `codebook_dim` fails; here both work",
     ),
     Deviation(
+        "RandomProjectionQuantizer",
+        "num_codebooks=2",
+        "tests/facade/test_random_projection_quantizer.py::test_nothing_in_it_learns",
+        "the projections within `vq` that several codebooks have are trained there, against the paper; here they are stored and stay",
+    ),
+    Deviation(
         "LatentQuantize",
         "commitment_loss_weight",
         f"{_LATENT}test_each_loss_pulls_what_it_is_named_for",

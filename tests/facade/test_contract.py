@@ -20,7 +20,6 @@ NOT_YET: tuple[str, ...] = (
     "evo_lookup_free_quantization",
     "finite_scalar_perturbation",
     "hierarchical_vq",
-    "random_projection_quantizer",
     "utils",
 )
 """Modules that are still to come."""

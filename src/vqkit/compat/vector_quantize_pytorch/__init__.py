@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ as FSQ
     from vqkit.compat.vector_quantize_pytorch.latent_quantization import LatentQuantize as LatentQuantize
     from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import LFQ as LFQ
+    from vqkit.compat.vector_quantize_pytorch.random_projection_quantizer import RandomProjectionQuantizer as RandomProjectionQuantizer
     from vqkit.compat.vector_quantize_pytorch.residual_fsq import GroupedResidualFSQ as GroupedResidualFSQ
     from vqkit.compat.vector_quantize_pytorch.residual_fsq import ResidualFSQ as ResidualFSQ
     from vqkit.compat.vector_quantize_pytorch.residual_lfq import GroupedResidualLFQ as GroupedResidualLFQ
@@ -30,6 +31,7 @@ __all__ = [
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
     "LatentQuantize",
+    "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualLFQ",
     "ResidualSimVQ",
@@ -45,6 +47,7 @@ _MODULES = {
     "GroupedResidualVQ": "residual_vq",
     "LFQ": "lookup_free_quantization",
     "LatentQuantize": "latent_quantization",
+    "RandomProjectionQuantizer": "random_projection_quantizer",
     "ResidualFSQ": "residual_fsq",
     "ResidualLFQ": "residual_lfq",
     "ResidualSimVQ": "residual_sim_vq",
