@@ -12,9 +12,10 @@ import pytest
 from tiny_runs import write_texts
 from vqkit.cli import main
 from vqkit.cli.eval import EvalOptions, asked_ways
+from vqkit.cli.report import next_commands
 from vqkit.data import Split
 from vqkit.generate import load
-from vqkit.recipes import enwik8, text
+from vqkit.recipes import RECIPES, enwik8, text
 
 MODEL = "--model.dim 8 --model.key-dim 4 --model.value-dim 8 --model.layers 1 --model.codebook-size 4 --model.block-len 8 --model.mem-len 8"
 TRAIN = "--train.steps 3 --train.warmup-steps 1 --train.log-every 1 --train.eval-every 3 --train.batch-size 2 --train.eval-batch-size 2"
@@ -116,3 +117,13 @@ def test_a_vocabulary_of_another_is_not_measured(vqkit: Callable[..., str], tmp_
         vqkit("train", "text", "--data.path", texts, "--run", tmp_path / f"run_{name}", *words)
     assert main(["eval", str(tmp_path / "run_a"), "--data", str(tmp_path / "run_b")]) == 1
     assert "reads ids of another vocabulary (sentencepiece, 300 ids, hash " in capsys.readouterr().err
+
+
+def test_runs_by_the_published_recipes_are_sampled_as_the_published_ones() -> None:
+    for recipe, kind, sampled in (
+        (RECIPES["enwik8"], "bytes", '--prompt "The " --top-p 0.9'),
+        (RECIPES["pg19-small"], "sentencepiece", '--prompt "The " --top-p 0.8'),
+        (RECIPES["imagenet64"], "images", "--images 9 --top-p 0.999"),
+        (RECIPES["enwik8-tiny"], "bytes", '--prompt "The " --temperature 0.8'),
+    ):
+        assert next_commands(recipe(), Path("r"), kind)[0][1] == f"vqkit sample r {sampled}"

@@ -247,6 +247,8 @@ def test_help_before_a_command_is_its_help(vqkit: Callable[..., Said]) -> None:
 def test_whoever_names_a_number_of_steps_gets_that_number() -> None:
     assert requested("quickstart", [])[1].train.minutes is not None
     assert requested("quickstart", ["--train.steps", "200"])[1].train.minutes is None
+    assert requested("quickstart", ["--train.steps", "4000"])[1].train.minutes is None
+    assert requested("quickstart", ["--train.steps", "4000", "--train.minutes", "3.5"])[1].train.minutes == 3.5
     both = requested("quickstart", ["--train.steps", "200", "--train.minutes", "1"])[1].train
     assert (both.steps, both.minutes) == (200, 1.0)
 

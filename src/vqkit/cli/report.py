@@ -16,6 +16,7 @@ from vqkit.generate.session import TEXT
 from vqkit.models import TransformerVQ
 from vqkit.models.config import ModelConfig
 from vqkit.models.weights import newest_whole_checkpoint
+from vqkit.recipes import TOP_P
 from vqkit.train import Evaluation, TrainResult, context_ablation, evaluate, train
 from vqkit.train.code_use import unit_name
 from vqkit.train.config import RunConfig
@@ -176,18 +177,20 @@ def _close(config: RunConfig, result: TrainResult) -> None:
     if kind != "ids":
         rows.append(("samples", f"{run / SAMPLES_FOLDER}"))
     print("\n" + table(("", ""), rows, left=(0, 1)))
-    print("\nwhat next\n" + table(("", ""), _next_commands(config, run, kind), left=(0, 1)))
+    print("\nwhat next\n" + table(("", ""), next_commands(config, run, kind), left=(0, 1)))
 
 
-def _next_commands(config: RunConfig, run: Path, kind: str) -> list[tuple[str, str]]:
+def next_commands(config: RunConfig, run: Path, kind: str) -> list[tuple[str, str]]:
     """What is worth doing with a trained run, each with the command for it."""
     prompt = "import " if config.recipe == "quickstart" else "The "
     rows = [("  measure it", f"vqkit eval {run}"), ("  look inside", f"vqkit inspect {run}")]
+    name = config.recipe.removesuffix("-small")
+    how = f"--top-p {TOP_P[name]}" if name in TOP_P else "--temperature 0.8"  # that of the published samples
     if kind in TEXT:
-        rows.insert(0, ("  let it write", f'vqkit sample {run} --prompt "{prompt}" --temperature 0.8'))
+        rows.insert(0, ("  let it write", f'vqkit sample {run} --prompt "{prompt}" {how}'))
         rows.append(("  from Python", f'vqkit.load("{run}").generate("{prompt}", 200)'))
     elif kind == "images":
-        rows.insert(0, ("  let it paint", f"vqkit sample {run} --images 9"))
+        rows.insert(0, ("  let it paint", f"vqkit sample {run} --images 9" + (f" {how}" if name in TOP_P else "")))
     else:
         rows.insert(0, ("  let it go on", f'vqkit sample {run} --prompt "ID ID" --num-tokens 20'))
     rows.append(("  keep the model", f"vqkit export {run} models/{run.name}"))

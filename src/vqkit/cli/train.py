@@ -122,9 +122,7 @@ def requested(recipe: str, words: Sequence[str]) -> tuple[Path, RunConfig]:
             f"recipe {recipe} needs data: add --data.path FOLDER"
             + (f"; {run_dir} is a run already, vqkit train --run {run_dir} goes on with it" if is_run else "")
         )
-    train = options.train
-    if train.steps != base.train.steps and train.minutes == base.train.minutes:
-        train = replace(train, minutes=None)  # whoever names a number of steps wants that number
+    train = _as_many_steps_as_named(options.train, base.train, words)
     # Absolute, so that a run means the same files from wherever it is gone on with.
     data = replace(options.data, path=str(Path(options.data.path).expanduser().absolute()))
     model = options.model
@@ -150,13 +148,19 @@ def gone_on_with(words: Sequence[str]) -> tuple[Path, RunConfig]:
     for name in ("file", "init_from"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')}: is for a new run: vqkit train RECIPE")
-    train = options.train
-    if train.steps != stored.train.steps and train.minutes == stored.train.minutes:
-        train = replace(train, minutes=None)
+    train = _as_many_steps_as_named(options.train, stored.train, words)
     try:
         return Path(run), replace(stored, model=options.model, data=options.data, train=train)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _as_many_steps_as_named(train: TrainConfig, base: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """Without a limit of minutes where a number of steps is named, and no such limit: whoever names it wants that number."""
+    if train.minutes != base.minutes or value_of(words, "--train.minutes") is not None:
+        return train
+    named = value_of(words, "--train.steps") is not None or train.steps != base.steps
+    return replace(train, minutes=None) if named else train
 
 
 def _options(recipe: str, words: Sequence[str], default: TrainOptions) -> TrainOptions:

@@ -7,6 +7,7 @@ is `vqkit.generate.benchmark`. Rounds over all of them are interleaved, so that 
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -218,7 +219,7 @@ def _reason_without_room(call: Callable[[], None]) -> str | None:
         return str(error) or "out of memory"
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _WITHOUT_ROOM):
-            return " ".join(str(error).partition("] . ")[2].split()) or " ".join(str(error).split())
+            return re.sub(r"^\[enforce fail[^]]*\][^.]*\. ", "", " ".join(str(error).split()))
         raise
     return None
 
