@@ -1,15 +1,18 @@
 """One run on several processes: DDP, FSDP2 and one process end alike; killed, it resumes bit for bit; on another number of them, alike."""
 
 import random
+import re
 import signal
+import time
 from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
-from killed_runs import Launcher, kill_at_random
+from killed_runs import Launcher, end, errors_of, kill_at_random
 from tiny_runs import differing, tiny_config, with_codebook, write_texts
+from vqkit.models.weights import is_whole
 from vqkit.train.loop import train
 from vqkit.train.metrics import read_lines
 
@@ -84,6 +87,36 @@ def test_killed_processes_resume_bit_for_bit(launch, texts, tmp_path, parallel):
         assert differing(run_dir, tmp_path / "undisturbed") != []
         assert launch(config, run_dir) == [0, 0]
         assert differing(run_dir, tmp_path / "undisturbed") == []
+
+
+def test_processes_of_which_one_is_asked_to_stop_stop_together_and_resume(launch, texts, tmp_path):
+    config = tiny_config(texts, steps=60, keep_checkpoints=1, keep_best=False)
+    assert launch(config, tmp_path / "unbroken") == [0, 0]
+    processes, checkpoints = launch.start(config, tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    while not list(checkpoints.glob("step_*")) and all(process.exitcode is None for process in processes):
+        time.sleep(0.001)
+    processes[1].terminate()
+    assert end(processes) == [1, 1]
+    assert "stopped by SIGTERM" in errors_of(tmp_path / "run").read_text()
+    assert [is_whole(path) for path in checkpoints.iterdir()] == [True]
+    assert launch(config, tmp_path / "run") == [0, 0]
+    assert differing(tmp_path / "run", tmp_path / "unbroken") == []
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_numbers_that_are_none_end_all_processes_by_the_same_words_or_none(launch, texts, tmp_path, parallel):
+    """Parameters stay finite, keys do not."""
+    wild = tiny_config(texts, steps=6, learning_rate=1e19, clip=None, schedule="constant", warmup_steps=0, eval_every=0, parallel=parallel)
+    wild = replace(wild, data=replace(wild.data, validation_fraction=0.0))
+    assert launch(wild, tmp_path / "run") == [1, 1]
+    words = re.findall(r"^RuntimeError: (.*)$", errors_of(tmp_path / "run").read_text(), re.MULTILINE)
+    assert len(words) == 2
+    assert words[0] == words[1]
+    assert re.search(r"^step \d+: the output of .* is not finite; the step was not taken", words[0])
+    skipping = replace(wild, train=replace(wild.train, not_finite="skip"))
+    assert launch(skipping, tmp_path / "skipping") == [0, 0]
+    kinds = [line["kind"] for line in read_lines(tmp_path / "skipping" / "metrics.jsonl")]
+    assert kinds.count("skipped") > 1
 
 
 def test_a_run_goes_on_with_another_number_of_processes(launch, plain, alone, tmp_path):

@@ -144,12 +144,15 @@ class AttentionUnit(nn.Module):
         if state is not None and not isinstance(state, AttentionState):
             raise ValueError(f'state is a {type(state).__name__}: model.attention = "vq" needs an AttentionState')
         keys, codebook = self._quantize(k, mask, statistics)
+        # A key that is no number has no code. In training that must not end one process of several in the middle of a step: the quantized
+        # key is no number either, so that the loss is none, and the step is given up by all.
+        indices = keys.indices.clamp(min=0) if self.training else keys.indices
         position_query, position_keys = self._distances(q, q.dtype, None, kept_sinusoids)
         attended, state = vq_attention(
             q + self.scaled_bias(self.content_bias),
             keys.quantized,
             v,
-            keys.indices,
+            indices,
             codebook,
             block_len=config.block_len,
             mem_len=config.mem_len,
