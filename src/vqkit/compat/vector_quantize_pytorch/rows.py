@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqkit.ops.precision import finite_rows
+from vqkit.ops.precision import finite_rows, may_look
 from vqkit.quantizers.layout import check_tensor, where_kept
 
 
@@ -33,6 +33,10 @@ def project_in(layer: nn.Module, rows: Tensor) -> Tensor:
     """`layer` of rows [..., D]; a row that is not finite becomes NaN, and reaches no gradient."""
     if isinstance(layer, nn.Identity):
         return rows
+    if may_look(rows):  # what is not finite shows in the result, which is the narrower of the two
+        projected = layer(rows)
+        if bool(finite_rows(projected).all()):
+            return projected
     kept = finite_rows(rows)
     return where_kept(kept, layer(where_kept(kept, rows)), math.nan)
 
