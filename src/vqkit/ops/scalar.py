@@ -303,11 +303,22 @@ def mean_bit_distribution(logits: Tensor, share: Tensor) -> Tensor:
 
 def product_distribution(logits: Tensor) -> Tensor:
     """The probabilities [..., 2^b] of all codes of independent bits of log odds [..., b]; the first bit is the lowest. Differentiable."""
-    found = torch.ones_like(logits[..., :1]) if logits.shape[-1] else logits.new_ones(*logits.shape[:-1], 1)
-    one, zero = torch.sigmoid(logits), torch.sigmoid(-logits)
-    for bit in range(logits.shape[-1]):
-        found = torch.cat([found * zero[..., bit : bit + 1], found * one[..., bit : bit + 1]], dim=-1)
-    return found
+    logs = F.logsigmoid(torch.cat([-logits, logits], dim=-1))
+    make = _make_choices if is_traced() or type(logits) is not Tensor else _kept_choices
+    with without_autocast(logits.device.type):
+        return (logs @ make(logits.shape[-1], logits.dtype, logits.device)).exp()
+
+
+def _make_choices(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[2 b, 2^b]: 1 where a code has a bit of 0, and then where it has a bit of 1."""
+    ones = torch.arange(2**bits, device=device) >> torch.arange(bits, device=device).unsqueeze(-1) & 1
+    return torch.cat([1 - ones, ones]).to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_choices(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _make_choices(bits, dtype, device)
 
 
 def distribution_entropy(distribution: Tensor, floor: float = 0.0) -> Tensor:

@@ -55,7 +55,7 @@ class LatentQuantize(ScalarQuantizer):
     """Scalars become the nearest of `levels[i]` values each: prod(levels) codes for every one of `heads` vectors of width len(levels).
 
     The values are parameters, equal for all heads, that learn by the optimizer of the model: from `commitment`, which pulls the scalars
-    to their values and these, `pull` times as much, to the scalars. The output has the gradient of the scalars. Where
+    to their values and these, `pull` times as much, to the scalars; None: no loss. The output has the gradient of the scalars. Where
     heads * len(levels) is not `dim` (None: it is), linear projections stand before and behind.
 
     Masked positions get index -1 and zeros, or with masked="input" themselves; vectors that are not finite get index -1, zeros, no loss
@@ -68,21 +68,22 @@ class LatentQuantize(ScalarQuantizer):
         dim: int | None = None,
         *,
         heads: int = 1,
-        commitment: Commitment = Commitment(weight=0.1),  # noqa: B008 - frozen
+        commitment: Commitment | None = Commitment(weight=0.1),  # noqa: B008 - frozen
         layout: Layout = "last",
         masked: Literal["zero", "input"] = "zero",
         commit: Commit = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(levels, dim, heads, layout=layout, masked=masked, device=device)
-        check_kind("commitment", commitment, Commitment)
+        if commitment is not None:
+            check_kind("commitment", commitment, Commitment)
         self.commitment = commitment
         self.counts: Any = LevelValues(heads, self.levels, self._codes_of, device=device)
         self.commit = commit
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        return {"commitment": self.commitment.weight}
+        return {} if self.commitment is None else {"commitment": self.commitment.weight}
 
     def _round(self, vectors: Tensor) -> Rounded:
         tables = self.counts.weight.detach().to(vectors.dtype).split(self.levels)
@@ -97,6 +98,8 @@ class LatentQuantize(ScalarQuantizer):
         return torch.stack(chosen, dim=-1)
 
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        if self.commitment is None:
+            return {}
         found = mean_commitment_loss(values, codes, kept)
         pull = mean_commitment_loss(codes, values, kept)
         return {"commitment": found + self.commitment.pull * (pull - pull.detach())}

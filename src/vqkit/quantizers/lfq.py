@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vqkit.dist import default_reducer
 from vqkit.ops.codebook import directions
 from vqkit.ops.losses import mean_commitment_loss
 from vqkit.ops.scalar import Rounded, bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
@@ -166,12 +167,15 @@ class LFQ(ScalarQuantizer):
             seen = position_mask(kept.shape[:-1], loss_mask, None)
             kept = kept if seen is None else kept & seen.unsqueeze(-1)
         seen = kept if self.loss_share == 1 or not self.training else self._draw_share(kept)
-        found = {}
+        found, odds = {}, {}
         for loss in self.losses:
             if isinstance(loss, Commitment):
                 found[_LOSS_NAMES[Commitment]] = mean_commitment_loss(values, codes, kept)
             else:
-                logits = bit_logits(values, self._step, loss.temperature if temperature is None else temperature)
+                own = loss.temperature if temperature is None else temperature
+                if own not in odds:
+                    odds[own] = bit_logits(values, self._step, own)
+                logits = odds[own]
                 found[_LOSS_NAMES[type(loss)]] = self._entropy(logits, seen) if isinstance(loss, Entropy) else self._diversity(logits, seen)
         return found
 
@@ -192,11 +196,16 @@ class LFQ(ScalarQuantizer):
         entropies = [distribution_entropy(self._mean_distribution(group, share), self.probability_floor) for group in groups]
         return -torch.stack(entropies).sum(0).mean()
 
+    def _is_alone(self) -> bool:
+        """Whether there is no other rank; a traced program asks at every run."""
+        reducer = default_reducer() if self.reducer is None else self.reducer
+        return not torch.compiler.is_compiling() and reducer.world_size == 1
+
     def _mean_distribution(self, logits: Tensor, share: Tensor) -> Tensor:
         """[H, 2^bits], of log odds [H, N, bits] and share [H, N], 1 for a vector that counts; 0 where none does."""
         number = share.sum(-1, keepdim=True)
         total = mean_bit_distribution(logits, share)
-        if self.diversity_over == "process" or not self.training:
+        if self.diversity_over == "process" or not self.training or self._is_alone():
             return total / number.clamp(min=1)
         with torch.no_grad():
             own = torch.cat([total, number, torch.ones_like(number)], dim=-1)

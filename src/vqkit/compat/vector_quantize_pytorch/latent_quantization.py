@@ -5,6 +5,7 @@ Shapes: P... positions of the input, c codebooks, d scalars of a codebook, L lev
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -65,6 +66,7 @@ class LatentQuantize(Module):
 
     _levels: Tensor
     native: latent.LatentQuantize
+    quiet: latent.LatentQuantize
 
     def __init__(
         self,
@@ -104,11 +106,13 @@ class LatentQuantize(Module):
         native.training = False  # what it counts nobody reads
         values = [own.clone() for own in native.counts.weight.detach().split(sizes)]
         del native.counts.weight
+        quiet = copy.copy(native)
+        quiet.commitment = None
         self.values_per_latent: Any = nn.ParameterList(values) if optimize_values else _Fixed(values)
         self.in_place_codebook_optimizer: Any = None
         if in_place_codebook_optimizer is not None:
             self.in_place_codebook_optimizer = in_place_codebook_optimizer(self.values_per_latent)
-        hide(self, native=native)
+        hide(self, native=native, quiet=quiet)
 
     def _settle(self) -> latent.LatentQuantize:
         """The native quantizer with the values of now."""
@@ -173,11 +177,13 @@ class LatentQuantize(Module):
     def _quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         native = self._settle()
         commitment, quantization = self._weights
-        if commitment > 0 or quantization == 0 or not self.training:
+        if not self.training or commitment == quantization == 0:
+            found = self.quiet.quantize(vectors, freeze_codebook=True)
+            return found.quantized, found.indices, torch.zeros((), device=vectors.device)
+        if commitment > 0:
             found = native.quantize(vectors, freeze_codebook=True)
             apart = found.losses["commitment"]
-            loss = commitment * apart + quantization * apart.detach() if self.training else torch.zeros_like(apart)
-            return found.quantized, found.indices, loss
+            return found.quantized, found.indices, commitment * apart + quantization * apart.detach()
         found = native.quantize(vectors.detach(), freeze_codebook=True)  # scalars are not pulled to their values
         return straight_through(vectors, found.quantized), found.indices, quantization * found.losses["commitment"]
 
@@ -185,7 +191,7 @@ class LatentQuantize(Module):
     def _step_(self, vectors: Tensor) -> None:
         """A step of the values alone."""
         apart = self._settle().quantize(vectors, freeze_codebook=True).losses["commitment"]
-        pull = self.native.commitment.pull
+        pull = self._weights[1] / self._weights[0] if self._weights[0] > 0 else 1.0
         values = list(self.values_per_latent)
         own = [value.grad for value in values]
         found = torch.autograd.grad(self._weights[1] / pull * apart if pull > 0 else 0.0 * apart, values)

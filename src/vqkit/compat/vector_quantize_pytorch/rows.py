@@ -45,6 +45,8 @@ def project_out(layer: nn.Module, codes: Tensor, indices: Tensor) -> Tensor:
     """`layer` of codes [P..., d]; zeros where all of indices [P...] or [P..., H] are -1."""
     if isinstance(layer, nn.Identity):
         return codes
+    if may_look(indices) and indices.numel() and int(indices.min()) >= 0:
+        return layer(codes)
     known = indices >= 0
     return where_kept(known.flatten(codes.dim() - 1).any(-1) if known.dim() >= codes.dim() else known, layer(codes))
 
