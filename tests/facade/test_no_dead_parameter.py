@@ -332,14 +332,14 @@ ALONE: dict[str, dict[str, str]] = {
         "sync_codebook": "what each of several processes learns from",
         "sync_affine_param": "one codebook for all processes, always",
     },
-    "FSQ": {name: "arithmetic is in float32 or wider, always" for name in ("allowed_dtypes", "force_quantization_f32")},
+    "FSQ": dict.fromkeys(("allowed_dtypes", "force_quantization_f32"), "arithmetic is in float32 or wider, always"),
     "LFQ": {"force_quantization_f32": "arithmetic is in float32 or wider, always"},
     "HierarchicalVQ": {"sync_codebook": "what each of several processes learns from"},
-    "EvoLFQ": {
-        name: "the classes of its test look at it"
-        for name in ("pop_size", "mutation_rate", "tournament_size", "elitism_count", "generations", "encoder", "decoder", "lfq")
-    }
-    | {name: "as of LFQ" for name in ("dim", "codebook_size", "num_codebooks")},
+    "EvoLFQ": dict.fromkeys(
+        ("pop_size", "mutation_rate", "tournament_size", "elitism_count", "generations", "encoder", "decoder", "lfq"),
+        "the classes of its test look at it",
+    )
+    | dict.fromkeys(("dim", "codebook_size", "num_codebooks"), "as of LFQ"),
 }
 """Arguments that one process and one call cannot tell, and why."""
 
