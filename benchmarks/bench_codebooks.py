@@ -80,7 +80,7 @@ MEMBERS: dict[str, Made] = {
     "GroupedResidualVQ, 2 x 2 x 4": lambda: GroupedResidualVQ(WIDTH, 4, 2, groups=2, **_HEALTHY),
     "FSQ (8, 8, 4)": lambda: FSQ((8, 8, 4), WIDTH),
     "FSQ (4, 4, 4, 4), symmetric": lambda: FSQ((4, 4, 4, 4), WIDTH, symmetric=True),
-    "Residual of FSQ, 2 x (4, 4)": lambda: Residual(_coarse_fine(4, 2), dim=WIDTH),
+    "Residual of FSQ, 2 x (4, 4)": lambda: Residual(_coarse_fine(4, 2), dim=WIDTH, soft_clamp=1.0),
     "Grouped of FSQ, 2 x (4, 4)": lambda: Grouped([FSQ((4, 4), WIDTH // 2) for _ in range(2)]),
     "LFQ, 8 bits": lambda: LFQ(WIDTH, 256, losses=_BITS),
     "LFQ, spherical (BSQ), 8 bits": lambda: LFQ(WIDTH, 256, spherical=True, losses=_BITS),
@@ -184,6 +184,7 @@ class Pair:
 PAIRS: dict[str, Pair] = {
     "FSQ (8, 8, 8, 5, 5, 5)": Pair(65_536, 6, lambda: FSQ((8, 8, 8, 5, 5, 5)), lambda v: v.FSQ(levels=[8, 8, 8, 5, 5, 5])),
     "FSQ (8, 5, 5, 5), dim 64": Pair(65_536, 64, lambda: FSQ((8, 5, 5, 5), 64), lambda v: v.FSQ(levels=[8, 5, 5, 5], dim=64)),
+    "FSQ (8, 5, 5, 5), few": Pair(1_024, 4, lambda: FSQ((8, 5, 5, 5)), lambda v: v.FSQ(levels=[8, 5, 5, 5])),
     "LFQ, 12 bits": Pair(4_096, 12, lambda: LFQ(12), lambda v: v.LFQ(dim=12, codebook_size=4_096)),
     "LFQ, 16 bits": Pair(1_024, 16, lambda: LFQ(16), lambda v: v.LFQ(dim=16, codebook_size=65_536)),
     "LFQ, spherical, 12 bits": Pair(
@@ -313,7 +314,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, found in result["pairs"].items():
         pair = PAIRS[name]
-        ms = {who: f"{of['ms']:.1f} ({of['least']:.1f} - {of['most']:.1f})" for who, of in found.items()}
+        digits = 1 if found["vqkit"]["ms"] >= 1 else 2
+        ms = {who: f"{of['ms']:.{digits}f} ({of['least']:.{digits}f} - {of['most']:.{digits}f})" for who, of in found.items()}
         ratio = f"{found['peer']['ms'] / found['vqkit']['ms']:.1f}" if "peer" in found else ""
         mib = {who: f"{of['mib']:.0f}" for who, of in found.items()}
         cells = [name, f"{pair.num:,}", str(pair.dim), ms["vqkit"], ms.get("peer", ""), ratio, mib["vqkit"], mib.get("peer", "")]

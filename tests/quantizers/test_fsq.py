@@ -7,7 +7,7 @@ import torch
 
 from thread_ranks import in_ranks
 from vqkit.ops.codebook import merge_statistics
-from vqkit.quantizers import FSQ, LFQ, QuantizeDropout, Residual, VectorQuantize
+from vqkit.quantizers import FSQ, LFQ, BinaryMapper, QuantizeDropout, Residual, VectorQuantize
 
 
 @pytest.mark.parametrize("levels", [(8,) * 20, (2,) * 62, (5, 3, 4) * 9])
@@ -176,6 +176,44 @@ def test_levels_are_counted_where_codes_are_too_many():
     metrics = residual.metrics()
     assert metrics["perplexity_bound"] == metrics["perplexity_bound/0"] and "perplexity_bound/1" not in metrics
     assert metrics["perplexity"] == metrics["perplexity/1"] > 1
+
+
+@pytest.mark.parametrize("kind", [lambda: FSQ((4, 4), symmetric=True, heads=2), lambda: BinaryMapper(2, heads=2, free_bits=None)])
+def test_what_is_left_out_is_not_in_the_statistics(kind):
+    quantizer = kind()
+    x = torch.randn(30, 4) + 1
+    mask, known = torch.rand(30) < 0.7, torch.rand(30, 2) < 0.7
+    indices = torch.randint(0, quantizer.codebook_size, (30, 2))
+    rest = quantizer.quantize(x[mask], indices=indices.where(known, -1)[mask]).statistics
+    found = quantizer.quantize(x, mask, indices=indices.where(known, -1)).statistics
+    torch.testing.assert_close(tuple(found), tuple(rest))
+    assert torch.equal(found.vectors, (mask.unsqueeze(-1) & known).sum(0).float()) and not found.non_finite.any()
+    for head in range(2):
+        kept = mask & known[:, head]
+        alone = quantizer.quantize(x[kept], indices=indices[kept]).statistics
+        for whole, part in zip(found, alone, strict=True):
+            torch.testing.assert_close(whole[head], part[head])
+
+
+@pytest.mark.parametrize("kind", [lambda: FSQ((4, 4), 5), lambda: FSQ((3, 4, 2), heads=2), lambda: LFQ(6), lambda: BinaryMapper(3)])
+def test_encoded_and_decoded_at_once_is_one_after_the_other(kind):
+    quantizer = kind().eval()
+    x = torch.randn(20, quantizer.dim)
+    x[3] = torch.nan
+    for mask in (None, torch.rand(20) < 0.6):
+        indices, decoded = quantizer.encode_and_decode(x, mask)
+        assert torch.equal(indices, quantizer.encode(x, mask)) and torch.equal(decoded, quantizer.decode(indices))
+
+
+def test_layers_that_pass_masked_vectors_through_leave_them_out():
+    x, mask = torch.randn(20, 2), torch.rand(20) < 0.6
+    layers = [FSQ((4, 4), masked="input"), FSQ((4, 4), scale=0.25, masked="input")]
+    found = Residual(layers, estimator="layers").quantize(x, mask)
+    assert not found.quantized[~mask].any() and (found.indices[~mask] == -1).all()
+
+
+def test_no_index_has_the_digits_zero():
+    assert FSQ((3, 4)).digits(torch.tensor([-1, 11])).tolist() == [[0, 0], [2, 3]]
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True, "scale": (0.5, 1.0, 2.0)}, {"heads": 2}, {"bound": "clamp"}], ids=str)

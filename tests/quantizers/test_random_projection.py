@@ -18,6 +18,7 @@ def test_codes_are_the_nearest_directions_of_random_projections():
     cosines = torch.einsum("bthk,hck->bthc", F.normalize(projected, dim=-1), quantizer.codebook)
     assert torch.equal(indices, cosines.argmax(-1))
     torch.testing.assert_close(quantizer.codebook.norm(dim=-1), torch.ones(3, 32))
+    assert RandomProjectionQuantizer(40, 2, 10, heads=100).projection.std().item() == pytest.approx(0.2, rel=0.02)
 
 
 def test_masks_layouts_and_vectors_that_are_not_finite():
@@ -27,6 +28,7 @@ def test_masks_layouts_and_vectors_that_are_not_finite():
     assert indices.shape == (2, 4, 3)
     x[0, 0, 0, 2] = torch.nan
     mask = torch.rand(2, 4, 3) < 0.5
+    mask[0, 0, 0] = True
     kept = mask & x.isfinite().all(-1)
     assert torch.equal(quantizer(x, mask), indices.where(kept, -1))
     assert torch.equal(quantizer(x.flatten(1, 2), lengths=torch.tensor([0, 12]))[1], indices[1].flatten())
@@ -36,8 +38,8 @@ def test_masks_layouts_and_vectors_that_are_not_finite():
 
 
 def test_narrow_numbers_and_autocast_change_nothing_and_it_compiles():
-    quantizer = RandomProjectionQuantizer(8, 16, 4, heads=2)
-    x = torch.randn(3, 10, 8).bfloat16()
+    quantizer = RandomProjectionQuantizer(8, 64, 4, heads=2)
+    x = torch.randn(3, 100, 8).bfloat16()
     expected = quantizer(x.float())
     assert torch.equal(quantizer(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
