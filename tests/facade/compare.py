@@ -213,6 +213,9 @@ def _leaves(output: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, (tuple, list)):
         for number, part in enumerate(output):
             yield from _leaves(part, f"{path}.{number}".lstrip("."))
+    elif isinstance(output, dict):
+        for key, part in output.items():
+            yield from _leaves(part, f"{path}.{key}".lstrip("."))
     elif output is not None:
         yield path or "0", torch.as_tensor(output)
 

@@ -419,7 +419,84 @@ _OF_RESIDUALS = (
     ),
 )
 
-DEVIATIONS: tuple[Deviation, ...] = (*_OF_VECTOR_QUANTIZE, *_OF_RESIDUALS)
+_FSP = "tests/facade/test_finite_scalar_perturbation.py::"
+_MAPPER = "tests/facade/test_binary_mapper_facade.py::"
+_EVO = "tests/facade/test_evo_lookup_free_quantization.py::"
+_GRIDS = "tests/facade/test_hierarchical_vq.py::"
+
+_OF_FAMILY = (
+    Deviation(
+        "FSP",
+        "bfloat16 and half, the meta device",
+        _FSP + "test_narrow_and_meta_modules_work",
+        "modules in bfloat16 or half fail, and so do those made on the meta device; here they work",
+    ),
+    Deviation(
+        "FSP",
+        "a single vector, or scalars at 0",
+        _FSP + "test_one_vector_has_no_moments_and_zero_its_slope",
+        "one vector gives a loss of NaN, and the Laplace distribution function has no slope at 0; here a loss of 0, and its slope of 1/2",
+    ),
+    Deviation(
+        "FSP",
+        "many codes, and indices that do not fit",
+        _FSP + "test_many_codes_are_told_apart_and_wrong_ones_named",
+        "more codes than an int32 can number share indices, and an index past the end wraps; here int64, and ValueError",
+    ),
+    Deviation(
+        "BinaryMapper",
+        "temperature=0.5",
+        _MAPPER + "test_the_gradient_is_that_of_the_chances_at_the_temperature",
+        "the gradient ignores the temperature at which bits are drawn; here it is that of the chances at this temperature",
+        ("input_gradient",),
+    ),
+    Deviation(
+        "BinaryMapper",
+        "log_prob(sum_bits=False)",
+        _MAPPER + "test_the_parts_are_the_peers",
+        "log_prob gives back the bits of logits with one leading axis alone; here of any",
+    ),
+    Deviation(
+        "EvoLFQ",
+        "evolve()",
+        _EVO + "test_populations_on_the_same_draws_are_the_peers",
+        "`best_gene` is a member of the next population, at the place of the best; here it is what had `best_fitness`",
+    ),
+    Deviation(
+        "EvoLFQ",
+        "encode() with projections",
+        _EVO + "test_bits_are_those_of_the_codes_behind_projections",
+        "with projections `encode` gives the signs of their output, which decode to something else; here the bits of the codes",
+    ),
+    Deviation(
+        "HierarchicalVQ",
+        "shared_codebook",
+        _GRIDS + "test_a_call_of_shared_levels_sees_one_codebook",
+        "a shared codebook changes between the levels of a call; here all levels of a call see one, which then learns from all",
+        ("*",),
+    ),
+    Deviation(
+        "HierarchicalVQ",
+        "kmeans_init and shared_codebook",
+        _GRIDS + "test_k_means_starts_at_what_all_levels_see",
+        "k-means of a shared codebook sees the coarsest level alone, in eval mode, too; here all, and eval before it is a ValueError",
+    ),
+    Deviation(
+        "HierarchicalVQ",
+        "orthogonal_reg_weight",
+        _GRIDS + "test_the_regularisation_is_that_of_the_codes_of_the_call",
+        "the regularisation is that of the codes after the update; here of those that the call used",
+        ("*",),
+    ),
+    Deviation(
+        "HierarchicalVQ",
+        "indices that do not fit",
+        _GRIDS + "test_a_cell_without_a_code_gives_zeros_and_wrong_indices_are_named",
+        "an index past the end, or of another grid, is an error of the device or another code; here ValueError",
+    ),
+)
+
+DEVIATIONS: tuple[Deviation, ...] = (*_OF_VECTOR_QUANTIZE, *_OF_RESIDUALS, *_OF_FAMILY)
 
 
 USED: set[Deviation] = set()

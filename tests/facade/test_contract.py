@@ -15,13 +15,7 @@ from torch import nn
 
 from facade.peer import FACADE, PEER, facade_module, peer, peer_modules
 
-NOT_YET: tuple[str, ...] = (
-    "binary_mapper",
-    "evo_lookup_free_quantization",
-    "finite_scalar_perturbation",
-    "hierarchical_vq",
-    "utils",
-)
+NOT_YET: tuple[str, ...] = ("utils",)
 """Modules that are still to come."""
 
 OWN: tuple[str, ...] = ("exists", "default", "noop", "identity", "maybe", "first", "unique", "pack_one", "unpack_one", "pack_with_inverse")

@@ -38,6 +38,10 @@ def test_a_training_call_scalar_by_scalar(rate, output):
     assert found.indices.tolist() == indices
     torch.testing.assert_close(found.quantized, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(found.quantized.sum(), x)[0], slopes, rtol=1e-5, atol=1e-6)
+    given = torch.stack([noise, choice])
+    assert torch.equal(quantizer.quantize(x, noise=given).quantized, found.quantized)
+    with pytest.raises(ValueError, match=r"^noise has shape \(2, 3\): must be \(2, 50, 3\)"):
+        quantizer.quantize(x, noise=given[:, 0])
     middle = quantizer.eval()(x)
     assert torch.equal(middle.indices, found.indices) and torch.equal(quantizer.decode(middle.indices), middle.quantized)
     assert torch.equal(FSP(levels, cdf="sigmoid", output=output, quantize_rate=1.0, scale=0.5)(x).quantized, middle.quantized)
@@ -67,6 +71,13 @@ def test_the_loss_is_that_of_the_moments():
     assert quantizer(x, one).loss.item() == 0.0 and FSP((5, 4, 3), moments=None)(x).loss.item() == 0.0
 
 
+def test_places_stay_away_from_the_ends():
+    x = torch.tensor([[9.0, -9.0]])
+    assert FSP((100, 100), eps=0.1).encode(x).item() == 90 and FSP((100, 100)).encode(x).item() == 99
+    far = FSP((1000, 1000), cdf="sigmoid", output="latent", eps=0.1, quantize_rate=1.0)(x).quantized
+    torch.testing.assert_close(far, torch.tensor([[0.9, 0.1]]).logit())
+
+
 def test_layers_at_falling_scales_leave_less_and_less():
     residual = Residual([FSP((8, 8), output="latent", scale=0.4**i, quantize_rate=1.0) for i in range(4)]).eval()
     x = torch.randn(500, 2)
@@ -84,6 +95,7 @@ def test_layers_at_falling_scales_leave_less_and_less():
         ({"output": "both"}, ValueError, r"^output = 'both'"),
         ({"quantize_rate": 1.5}, ValueError, r"^quantize_rate = 1.5: must be from 0 to 1"),
         ({"quantize_rate": "half"}, TypeError, r"^quantize_rate = 'half': must be a number"),
+        ({"eps": 0.5}, ValueError, r"^eps = 0.5: must be None or between 0 and 1/2"),
         ({"scale": 0}, ValueError, r"^scale = 0: must be positive"),
         ({"moments": 0.1}, TypeError, r"^moments = 0.1: must be Moments"),
     ],

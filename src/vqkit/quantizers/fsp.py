@@ -15,9 +15,9 @@ from torch import Tensor
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.perturbation import MOMENTS, UNIFORM_STD, Distribution, bins, cdf, centres, moments, perturb, quantile
 from vqkit.ops.scalar import Rounded
-from vqkit.quantizers.base import changed
+from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.config import Commit, Moments, check_choice, check_kind, check_number
-from vqkit.quantizers.layout import Layout
+from vqkit.quantizers.layout import Layout, check_tensor, width_last
 from vqkit.quantizers.scalar import ScalarQuantizer
 
 _NAMES = ("mean", "variance", "skewness", "kurtosis")
@@ -33,7 +33,8 @@ class FSP(ScalarQuantizer):
     brought back by the inverse of `cdf`, with the gradient of the scalar.
 
     `moments`, the loss, keeps the scalars near the distribution for which bins are used alike; None: no loss. `scale` is what scalars are
-    divided by, and the output multiplied by. Where heads * len(levels) is not `dim` (None: it is), linear projections stand around.
+    divided by, and the output multiplied by. Places stay `eps` away from 0 and 1 (None: as far as their dtype tells them apart). Where
+    heads * len(levels) is not `dim` (None: it is), linear projections stand around.
 
     Masked positions get index -1 and zeros, or with masked="input" themselves; vectors that are not finite get index -1, zeros, no loss
     and no gradient. Raises ValueError for levels below 2, for more codes than an index can name, for choices out of range, and for
@@ -51,6 +52,7 @@ class FSP(ScalarQuantizer):
         quantize_rate: float = 0.0,
         moments: Moments | None = Moments(),  # noqa: B008 - frozen
         scale: float = 1.0,
+        eps: float | None = None,
         layout: Layout = "last",
         masked: Literal["zero", "input"] = "zero",
         commit: Commit = "auto",
@@ -65,6 +67,12 @@ class FSP(ScalarQuantizer):
             raise ValueError(f"quantize_rate = {quantize_rate}: must be from 0 to 1")
         if not 0.0 < scale < math.inf:
             raise ValueError(f"scale = {scale}: must be positive and finite")
+        if eps is not None:
+            check_number("eps", eps)
+            if not 0.0 < eps < 0.5:
+                raise ValueError(f"eps = {eps}: must be None or between 0 and 1/2")
+        self.eps = eps
+        self._noise: Tensor | None = None
         self.cdf: Distribution = cdf
         self.output, self.quantize_rate, self.scale = output, quantize_rate, scale
         self.moments, self.targets = moments, _targets(moments, cdf)
@@ -72,18 +80,44 @@ class FSP(ScalarQuantizer):
 
     def extra_repr(self) -> str:
         own = f", cdf={self.cdf!r}, moments={self.moments}"
-        return super().extra_repr() + own + changed(self, output="uniform", quantize_rate=0.0, scale=1.0)
+        return super().extra_repr() + own + changed(self, output="uniform", quantize_rate=0.0, scale=1.0, eps=None)
 
     @property
     def loss_weights(self) -> dict[str, float]:
         found = {} if self.moments is None else {name: getattr(self.moments, name) for name in _NAMES}
         return {name: weight for name, weight in found.items() if weight > 0}
 
+    def quantize(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        freeze_codebook: bool = False,
+        indices: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Quantized:
+        """As other quantizers of scalars; `noise` [2, P..., heads * d], uniform from 0 to 1, stands for what training draws.
+
+        The first says where in its bin a scalar goes, the second is compared with `quantize_rate`. Raises ValueError for another shape.
+        """
+        if noise is not None:
+            shape = (2, *width_last(x, self.dim, self.layout).shape[:-1], self.heads * self.width)
+            check_tensor("noise", noise)
+            if noise.shape != shape:
+                raise ValueError(f"noise has shape {tuple(noise.shape)}: must be {shape}")
+        self._noise = noise
+        try:
+            return super().quantize(x, mask, lengths=lengths, freeze_codebook=freeze_codebook, indices=indices)
+        finally:
+            self._noise = None
+
     def _round(self, vectors: Tensor) -> Rounded:
         scalars = vectors / self.scale
         place = cdf(scalars, self.cdf)
         values = scalars if self.output == "latent" else (place - 0.5) / UNIFORM_STD
-        return Rounded(values * self.scale, bins(place, self.levels))
+        inside = place if self.eps is None else place.clamp(max=1.0 - self.eps)
+        return Rounded(values * self.scale, bins(inside, self.levels))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         return self._place_to_output(centres(digits, self.levels, dtype)) * self.scale
@@ -91,7 +125,7 @@ class FSP(ScalarQuantizer):
     def _place_to_output(self, place: Tensor) -> Tensor:
         if self.output == "uniform":
             return (place - 0.5) / UNIFORM_STD
-        eps = torch.finfo(place.dtype).eps
+        eps = torch.finfo(place.dtype).eps if self.eps is None else self.eps
         return quantile(place.clamp(eps, 1.0 - eps), self.cdf)
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
@@ -101,8 +135,9 @@ class FSP(ScalarQuantizer):
         scaled = values / self.scale
         place = cdf(scaled, self.cdf) if self.output == "latent" else scaled * UNIFORM_STD + 0.5
         with torch.no_grad():
-            moved = self._place_to_output(perturb(place, self.levels, torch.rand_like(place))) * self.scale
-            chosen = torch.rand_like(place) > self.quantize_rate
+            noise = (torch.rand_like(place), torch.rand_like(place)) if self._noise is None else self._noise.reshape(2, *place.shape)
+            moved = self._place_to_output(perturb(place, self.levels, noise[0].to(place.dtype))) * self.scale
+            chosen = noise[1] > self.quantize_rate
         return torch.where(chosen, straight_through(values, moved), quantized)
 
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:

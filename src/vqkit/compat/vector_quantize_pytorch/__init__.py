@@ -10,7 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vqkit.compat.vector_quantize_pytorch.binary_mapper import BinaryMapper as BinaryMapper
+    from vqkit.compat.vector_quantize_pytorch.evo_lookup_free_quantization import EvoLFQ as EvoLFQ
+    from vqkit.compat.vector_quantize_pytorch.finite_scalar_perturbation import FSP as FSP
     from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ as FSQ
+    from vqkit.compat.vector_quantize_pytorch.hierarchical_vq import HierarchicalVQ as HierarchicalVQ
     from vqkit.compat.vector_quantize_pytorch.latent_quantization import LatentQuantize as LatentQuantize
     from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import LFQ as LFQ
     from vqkit.compat.vector_quantize_pytorch.random_projection_quantizer import RandomProjectionQuantizer as RandomProjectionQuantizer
@@ -25,11 +29,15 @@ if TYPE_CHECKING:
     from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize as VectorQuantize
 
 __all__ = [
+    "FSP",
     "FSQ",
     "LFQ",
+    "BinaryMapper",
+    "EvoLFQ",
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
+    "HierarchicalVQ",
     "LatentQuantize",
     "RandomProjectionQuantizer",
     "ResidualFSQ",
@@ -41,6 +49,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "HierarchicalVQ": "hierarchical_vq",
+    "FSP": "finite_scalar_perturbation",
+    "EvoLFQ": "evo_lookup_free_quantization",
+    "BinaryMapper": "binary_mapper",
     "FSQ": "finite_scalar_quantization",
     "GroupedResidualFSQ": "residual_fsq",
     "GroupedResidualLFQ": "residual_lfq",

@@ -1,0 +1,255 @@
+"""FSP by the names of vector-quantize-pytorch: `vqkit.quantizers.FSP` between linear layers.
+
+Shapes: P... positions of the input, N of them flattened, d scalars of a vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Module
+
+from vqkit.compat.vector_quantize_pytorch.rows import hide, index_dtype, linear, project_in, project_out
+from vqkit.ops import perturbation
+from vqkit.ops.perturbation import Distribution, cdf, quantile
+from vqkit.ops.precision import finite_rows
+from vqkit.quantizers import fsp
+from vqkit.quantizers.config import Moments
+from vqkit.quantizers.layout import check_tensor, where_kept
+
+
+def tanh_act(z: Tensor) -> Tensor:
+    """The distribution function of a logistic distribution of half the scale."""
+    return cdf(z, "tanh")
+
+
+def tanh_inv_act(p: Tensor) -> Tensor:
+    """The inverse of `tanh_act`."""
+    return quantile(p, "tanh")
+
+
+def sigmoid_act(z: Tensor) -> Tensor:
+    """The distribution function of the logistic distribution."""
+    return cdf(z, "sigmoid")
+
+
+def sigmoid_inv_act(p: Tensor) -> Tensor:
+    """The inverse of `sigmoid_act`."""
+    return quantile(p, "sigmoid")
+
+
+def normal_act(z: Tensor) -> Tensor:
+    """The distribution function of the normal distribution."""
+    return cdf(z, "normal")
+
+
+def normal_inv_act(p: Tensor) -> Tensor:
+    """The inverse of `normal_act`."""
+    return quantile(p, "normal")
+
+
+def laplace_act(z: Tensor) -> Tensor:
+    """The distribution function of the Laplace distribution."""
+    return cdf(z, "laplace")
+
+
+def laplace_inv_act(p: Tensor) -> Tensor:
+    """The inverse of `laplace_act`."""
+    return quantile(p, "laplace")
+
+
+def cauchy_act(z: Tensor) -> Tensor:
+    """The distribution function of the Cauchy distribution."""
+    return cdf(z, "cauchy")
+
+
+def cauchy_inv_act(p: Tensor) -> Tensor:
+    """The inverse of `cauchy_act`."""
+    return quantile(p, "cauchy")
+
+
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "tanh": (tanh_act, tanh_inv_act),
+    "sigmoid": (sigmoid_act, sigmoid_inv_act),
+    "normal": (normal_act, normal_inv_act),
+    "laplace": (laplace_act, laplace_inv_act),
+    "cauchy": (cauchy_act, cauchy_inv_act),
+}
+
+
+def build_cdf_act(act_name: str) -> tuple[Callable, Callable]:
+    """A distribution function and its inverse. Raises ValueError for a name that there is not."""
+    if act_name not in _ACTIVATIONS:
+        raise ValueError(f"act_name = {act_name!r}: must be one of {', '.join(map(repr, _ACTIVATIONS))}")
+    return _ACTIVATIONS[act_name]
+
+
+def batch_stats(batch: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, variance, skewness and excess kurtosis of [N, ...] along the first axis; standard deviations are at least `eps`."""
+    found = perturbation.moments(batch.unsqueeze(-1), torch.ones_like(batch), eps=eps)
+    mean, variance, skewness, kurtosis = (value.squeeze(-1) for value in found)
+    return mean, variance, skewness, kurtosis
+
+
+class VectorNorm(nn.Module):
+    """The squared distances of mean, variance, skewness and excess kurtosis of each scalar to targets, weighed."""
+
+    def __init__(
+        self,
+        l1_target: float = 0.0,
+        l1_weight: float = 0.1,
+        l2_target: float = 1.0,
+        l2_weight: float = 0.07,
+        l3_target: float = 0.0,
+        l3_weight: float = 0.06,
+        l4_target: float = 0.0,
+        l4_weight: float = 0.05,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__()
+        self.l1_target, self.l1_weight = l1_target, l1_weight
+        self.l2_target, self.l2_weight = l2_target, l2_weight
+        self.l3_target, self.l3_weight = l3_target, l3_weight
+        self.l4_target, self.l4_weight = l4_target, l4_weight
+        self.eps = eps
+
+    @property
+    def moments(self) -> Moments:
+        """The same as a choice of vqkit's."""
+        targets = (self.l1_target, self.l2_target, self.l3_target, self.l4_target)
+        return Moments(self.l1_weight, self.l2_weight, self.l3_weight, self.l4_weight, targets=targets)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, dict]:
+        """z [N, d] -> the loss, 0 for fewer than two vectors, and the moments [d] by name. Vectors that are not finite are left out."""
+        kept = finite_rows(z)
+        found = perturbation.moments(where_kept(kept, z), kept.to(z.dtype), eps=self.eps)
+        chosen = self.moments
+        terms = zip((chosen.mean, chosen.variance, chosen.skewness, chosen.kurtosis), found, chosen.targets or (), strict=True)
+        loss = sum(((value - target).square().mean() * weight for weight, value, target in terms), z.new_zeros(()))
+        return loss.where(kept.sum() > 1, 0.0), found._asdict()
+
+    @classmethod
+    def build(cls, name: str) -> VectorNorm:
+        """That of a name: "none", "var", "kurt", "var_tanh", "var_sigmoid" or "var_laplace"."""
+        presets: dict[str, dict[str, float]] = {
+            "none": {"l1_weight": 0.0, "l2_weight": 0.0},
+            "var": {},
+            "kurt": {"l3_weight": 0.06, "l4_weight": 0.05},
+            "var_tanh": {"l2_target": 0.8225},
+            "var_sigmoid": {"l2_target": 3.29},
+            "var_laplace": {"l2_target": 2.0},
+        }
+        if name not in presets:
+            raise ValueError(f"vector_norm = {name!r}: must be one of {', '.join(map(repr, presets))}")
+        return cls(**{"l3_weight": 0.0, "l4_weight": 0.0, **presets[name]})
+
+
+class FSP(Module):
+    """As the peer's: z [..., dim] or, with `channel_first`, [B, dim, ...] -> (quantized, indices int32 [P...], loss, what else is known).
+
+    Rounding is in float32 or wider. Raises ValueError and TypeError for what does not fit.
+    """
+
+    _levels: Tensor
+    native: fsp.FSP
+
+    def __init__(
+        self,
+        levels: list[int] | tuple[int, ...],
+        dim: int | None = None,
+        channel_first: bool = False,
+        projection_has_bias: bool = True,
+        act_name: str = "tanh",
+        quantize_rate: float = 0.0,
+        need_inv_act: bool = False,
+        vector_norm: str = "var_tanh",
+    ) -> None:
+        super().__init__()
+        self.act_func, self.inv_act_func = build_cdf_act(act_name)
+        native = fsp.FSP(
+            levels,
+            cdf=cast(Distribution, act_name),
+            output="latent" if need_inv_act else "uniform",
+            quantize_rate=quantize_rate,
+            moments=None,
+        )
+        self.codebook_dim = len(levels)
+        self.dim = self.codebook_dim if dim is None else dim
+        self.channel_first, self.act_name = channel_first, act_name
+        self.codebook_size, self.quantize_rate, self.need_inv_act = native.codebook_size, quantize_rate, need_inv_act
+        dtype = index_dtype(self.codebook_size)
+        places = [math.prod(native.levels[:number]) for number in range(self.codebook_dim)]
+        self.register_buffer("_levels", torch.tensor(native.levels, dtype=torch.int32), persistent=False)
+        self.register_buffer("_basis", torch.tensor(places, dtype=dtype), persistent=False)
+        self.has_projections = self.dim != self.codebook_dim
+        self.project_in = linear(self.dim, self.codebook_dim, self.has_projections, projection_has_bias)
+        self.project_out = linear(self.codebook_dim, self.dim, self.has_projections, projection_has_bias)
+        self.vector_norm = VectorNorm.build(vector_norm)
+        hide(self, native=native)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.native.levels}, dim={self.dim}, act_name={self.act_name!r}, quantize_rate={self.quantize_rate}"
+
+    # The parts of a call
+
+    def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Probabilities [..., d] -> the middles of their bins, with the gradient of the probabilities, and the bins."""
+        digits = perturbation.bins(act_z.clamp(max=1.0 - eps), self.native.levels)
+        middles = perturbation.centres(digits, self.native.levels, act_z.dtype)
+        return middles.detach() + (act_z - act_z.detach()), digits.to(act_z.dtype)
+
+    def level_indices_to_indices(self, level_indices: Tensor) -> Tensor:
+        """Bins [..., d] -> indices [...]."""
+        return self.native._join(level_indices.to(torch.int64)).to(index_dtype(self.codebook_size))
+
+    def indices_to_level_indices(self, indices: Tensor) -> Tensor:
+        """Indices [...] -> bins [..., d]."""
+        return self.native.digits(indices).to(indices.dtype)
+
+    def indices_to_act_value(self, indices: Tensor) -> Tensor:
+        """Indices [...] -> the middles of bins [..., d]."""
+        return perturbation.centres(self.native.digits(indices), self.native.levels, torch.float32)
+
+    def indices_to_codes(self, indices: Tensor, eps: float = 1e-6) -> Tensor:
+        """The `quantized` of the call in eval mode that gave the indices; -1 gives zeros. Raises ValueError for one that there is not."""
+        self.native.eps = eps
+        codes = self.native.decode_codes(indices)
+        weight = next(self.project_out.parameters(), None)
+        codes = project_out(self.project_out, codes if weight is None else codes.to(weight.dtype), indices)
+        return codes.movedim(-1, 1) if self.channel_first else codes
+
+    def forward(self, z: Tensor, eps: float | None = None) -> tuple[Tensor, Tensor, Tensor, dict]:
+        rows = self._rows(z)
+        scalars = project_in(self.project_in, rows)
+        loss, moments = self.vector_norm(scalars.reshape(-1, self.codebook_dim))
+        native, known = self.native, {}
+        native.training, native.eps = self.training, eps or None
+        noise = None
+        if self.training and self.quantize_rate < 1.0:
+            noise = torch.stack([torch.rand(scalars.shape, dtype=scalars.dtype, device=z.device) for _ in range(2)])
+            known["p_accept_prob"] = self._accepted(scalars, noise[0])
+        found = native.quantize(scalars, freeze_codebook=True, noise=noise)
+        out = project_out(self.project_out, found.quantized, found.indices).to(z.dtype)
+        info: dict[str, Any] = {"level_indices": native.digits(found.indices).to(scalars.dtype), "norm_info": moments, **known}
+        indices = found.indices.to(index_dtype(self.codebook_size))
+        return out.movedim(-1, 1) if self.channel_first else out, indices, loss, info
+
+    def _rows(self, z: Tensor) -> Tensor:
+        check_tensor("z", z)
+        if not z.is_floating_point():
+            raise TypeError(f"z is {z.dtype}: must be floating point")
+        axis = 1 if self.channel_first else -1
+        if z.dim() < 1 + bool(self.channel_first) or z.shape[axis] != self.dim:
+            shape = f"[batch, {self.dim}, ...]" if self.channel_first else f"[..., {self.dim}]"
+            raise ValueError(f"z has shape {tuple(z.shape)}: must be {shape}")
+        return z.movedim(1, -1) if self.channel_first else z
+
+    @torch.no_grad()
+    def _accepted(self, scalars: Tensor, noise: Tensor) -> Tensor:
+        """The share of scalars that noise leaves within 0 ... 1."""
+        moved = self.act_func(scalars) + (noise * 2 - 1) / (2 * self._levels)
+        return ((moved > 0) & (moved < 1)).to(torch.float32).mean()

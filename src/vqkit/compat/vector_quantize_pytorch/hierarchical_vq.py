@@ -1,0 +1,237 @@
+"""HierarchicalVQ by the names of vector-quantize-pytorch: `vqkit.quantizers.Hierarchical` of the codebooks of its VectorQuantize.
+
+Shapes: B batch, D width, P... positions (1 to 3 axes), G... cells of a level, L levels.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqkit.compat.vector_quantize_pytorch import translate
+from vqkit.compat.vector_quantize_pytorch.depth import get_maybe_sync_seed
+from vqkit.compat.vector_quantize_pytorch.functions import default, exists
+from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
+from vqkit.dist import LocalReducer
+from vqkit.ops.grids import average, interpolate
+from vqkit.quantizers.config import check_count
+from vqkit.quantizers.hierarchical import Hierarchical, Mixer
+from vqkit.quantizers.layout import check_tensor, is_integer
+
+__all__ = ["HierarchicalVQ", "default", "exists", "get_maybe_sync_seed", "to_level_shape"]
+
+
+def to_level_shape(scale: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """A number for all axes, or one an axis. Raises ValueError for another number of them."""
+    if isinstance(scale, int):
+        return (scale,) * spatial_dims
+    if len(scale) != spatial_dims:
+        raise ValueError(f"scale = {scale}: must be a number, or {spatial_dims}, one an axis")
+    return tuple(scale)
+
+
+class _Axes(nn.Module):
+    """A function of a tensor that moves, joins or splits axes."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.move = move
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.move(x)
+
+
+class HierarchicalVQ(nn.Module):
+    """As the peer's: x [B, D, P...], or [B, P..., D] -> (quantized, indices of each level [B, G...], loss), and the cutoff if asked for.
+
+    Raises ValueError and TypeError for what does not fit.
+    """
+
+    native: Hierarchical
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        codebook_size: int | tuple[int, ...],
+        scales: Sequence[int | Sequence[int]],
+        shared_codebook: bool = True,
+        channel_first: bool = True,
+        sync_codebook: bool | None = None,
+        decay: float = 0.99,
+        commitment_weight: float = 1.0,
+        rotation_trick: bool = False,
+        kmeans_init: bool = True,
+        kmeans_iters: int = 10,
+        threshold_ema_dead_code: float = 2,
+        stochastic_sample_codes: bool = False,
+        sample_codebook_temp: float = 0.1,
+        orthogonal_reg_weight: float = 0.0,
+        orthogonal_reg_max_codes: int | None = 128,
+        orthogonal_reg_active_codes_only: bool = False,
+        quant_resi: float = 0.5,
+        share_quant_resi: int = 1,
+        nested_dropout: float = 0.0,
+        nested_dropout_min_levels: int = 1,
+        accept_image_fmap: bool = False,
+        accept_3d_fmap: bool = False,
+    ) -> None:
+        super().__init__()
+        if accept_image_fmap and accept_3d_fmap:
+            raise ValueError("accept_image_fmap and accept_3d_fmap are True: must be at most one of them")
+        if not 0.0 <= nested_dropout <= 1.0:
+            raise ValueError(f"nested_dropout = {nested_dropout}: must be from 0 to 1")
+        check_count("nested_dropout_min_levels", nested_dropout_min_levels)
+        self.dim, self.channel_first, self.scales = dim, channel_first, tuple(scales)
+        self.spatial_dims = 2 if accept_image_fmap else 3 if accept_3d_fmap else 1
+        self.level_shapes = tuple(to_level_shape(scale, self.spatial_dims) for scale in scales)
+        self.num_levels = len(self.level_shapes)
+        sizes = (codebook_size,) * self.num_levels if isinstance(codebook_size, int) else tuple(codebook_size)
+        if len(sizes) != self.num_levels or (shared_codebook and len(set(sizes)) > 1):
+            allowed = "one size for all" if shared_codebook else f"one size, or {self.num_levels}, one a level"
+            raise ValueError(f"codebook_size = {codebook_size}: must be {allowed} with shared_codebook = {shared_codebook}")
+        self.codebook_sizes = sizes
+        self.nested_dropout, self.nested_dropout_min_levels = nested_dropout, nested_dropout_min_levels
+        self._register_axes()
+        options = {
+            "dim": dim,
+            "decay": decay,
+            "commitment_weight": commitment_weight,
+            "rotation_trick": rotation_trick,
+            "kmeans_init": kmeans_init,
+            "kmeans_iters": kmeans_iters,
+            "threshold_ema_dead_code": threshold_ema_dead_code,
+            "stochastic_sample_codes": stochastic_sample_codes,
+            "sample_codebook_temp": sample_codebook_temp,
+            "orthogonal_reg_weight": orthogonal_reg_weight,
+            "orthogonal_reg_max_codes": orthogonal_reg_max_codes,
+            "orthogonal_reg_active_codes_only": orthogonal_reg_active_codes_only,
+            "sync_codebook": sync_codebook,
+        }
+        self.vq = VectorQuantize(codebook_size=sizes[0], **options) if shared_codebook else None
+        self.vqs = None if shared_codebook else nn.ModuleList(VectorQuantize(codebook_size=size, **options) for size in sizes)
+        mixers = self.num_levels if share_quant_resi <= 0 else min(self.num_levels, int(share_quant_resi))
+        native = Hierarchical(
+            [self.get_vq(level).native for level in range(self.num_levels)],
+            self.level_shapes,
+            axes=self.spatial_dims,
+            mixing=abs(quant_resi) if abs(quant_resi) > 1e-8 else 0.0,
+            mixers=mixers,
+            layout="first" if channel_first else "last",
+        )
+        made = [*native.mixers] or [Mixer(dim, self.spatial_dims, 0.0) for _ in range(mixers)]
+        self.phi_shared = made[0] if share_quant_resi == 1 else None
+        self.phi_levels = None if share_quant_resi == 1 else nn.ModuleList(made)
+        if sync_codebook is False:
+            native.reducer = LocalReducer()
+        hide(self, native=native)
+
+    def _register_axes(self) -> None:
+        """Modules by the peer's names that move axes."""
+        first = self.channel_first
+        self.to_channel_first = nn.Identity() if first else _Axes(lambda x: x.movedim(-1, 1))
+        self.to_channel_last = nn.Identity() if first else _Axes(lambda x: x.movedim(1, -1))
+        self.mask_to_channel, self.mask_from_channel = _Axes(lambda x: x.unsqueeze(1)), _Axes(lambda x: x.squeeze(1))
+        self.flatten_spatial, self.flatten_indices = _Axes(lambda x: x.flatten(2).mT), _Axes(lambda x: x.flatten(1))
+        shapes = self.level_shapes
+        self.unflatten_spatial = nn.ModuleList(_Axes(lambda x, shape=shape: x.mT.unflatten(2, shape)) for shape in shapes)
+        self.indices_to_spatial = nn.ModuleList(_Axes(lambda x, shape=shape: x.unflatten(1, shape)) for shape in shapes)
+
+    def train(self, mode: bool = True) -> HierarchicalVQ:
+        super().train(mode)
+        self.native.training = mode
+        return self
+
+    # The parts of a level
+
+    def get_vq(self, level_index: int) -> VectorQuantize:
+        """The quantizer of a level."""
+        found: Any = self.vq if self.vqs is None else self.vqs[level_index]
+        return found
+
+    def choose_phi(self, level_index: int) -> Mixer:
+        """The convolution of a level."""
+        found: Any = self.phi_shared
+        if self.phi_levels is not None:
+            found = self.phi_levels[round(level_index / max(self.num_levels - 1, 1) * (len(self.phi_levels) - 1))]
+        return found
+
+    def pool_residual(self, t: Tensor, level_shape: tuple[int, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """t [B, D, P...] averaged over cells [B, D, G...], of what mask [B, P...] keeps; and the cells [B, G...] that have any."""
+        cells, share = average(t, level_shape, None if mask is None else mask.unsqueeze(1).to(t.dtype))
+        return cells, None if share is None else share.squeeze(1) > 0
+
+    def upsample_to_full(self, q: Tensor, full_shape: tuple[int, ...], level_index: int) -> Tensor:
+        """Cells [B, D, G...] spread over positions [B, D, P...]."""
+        spread = interpolate(q, full_shape)
+        return self.choose_phi(level_index)(spread) if len(self.native.mixers) else spread
+
+    def sample_nested_cutoff(self, device: torch.device | str) -> int | None:
+        """The last level that takes part in a step of training; None: all."""
+        least = self.nested_dropout_min_levels
+        if not self.training or self.nested_dropout <= 0.0 or self.num_levels <= 1 or least >= self.num_levels:
+            return None
+        drawn = random.Random(get_maybe_sync_seed(device))
+        if drawn.random() >= self.nested_dropout:
+            return None
+        return drawn.randrange(least - 1, self.num_levels - 1)
+
+    # Calls
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Any = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        sample_codebook_temp: float | None = None,
+        return_cutoff: bool = False,
+    ) -> Any:
+        if indices is not None:
+            raise ValueError("indices are given: must be None; get_output_from_indices decodes them")
+        if lens is not None and self.spatial_dims > 1:
+            raise ValueError(f"lens is given for {self.spatial_dims} axes of positions: must be a mask")
+        native, one = self.native, self.get_vq(0)
+        cutoff = self.sample_nested_cutoff(x.device)
+        for level in [self.vq] if self.vqs is None else self.vqs:
+            part: Any = level
+            part.native.training = self.training
+            part.native.estimator = part._estimator if self.training else "none"
+        native.training = self.training
+        found = native.quantize_and_learn(
+            x,
+            mask,
+            lengths=lens,
+            temperature=translate.temperature(one.native.assignment, sample_codebook_temp, one._codebook.sample_codebook_temp),
+            depth=None if cutoff is None else cutoff + 1,
+        )
+        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        if self.training:
+            weights = native.loss_weights
+            loss = sum((weights[name] * value for name, value in found.losses.items()), loss)
+        output = (found.quantized, native.split(found.indices), loss)
+        return (*output, cutoff) if return_cutoff else output
+
+    def get_output_from_indices(self, indices: Sequence[Tensor], full_shape: int | Sequence[int] | None = None) -> Tensor:
+        """The indices of each level -> vectors at the positions of the last level, or at `full_shape`; a cell of index -1 gives zeros.
+
+        Raises ValueError for another number of levels, other shapes, and indices that there are not.
+        """
+        if not isinstance(indices, (tuple, list)) or len(indices) != self.num_levels:
+            raise ValueError(f"indices: must be a tuple of {self.num_levels} tensors, one a level")
+        for level, (found, shape) in enumerate(zip(indices, self.level_shapes, strict=True)):
+            check_tensor(f"indices[{level}]", found)
+            if tuple(found.shape[1:]) != shape or not is_integer(found):
+                what = f"indices[{level}] is {tuple(found.shape)} {found.dtype}"
+                raise ValueError(f"{what}: must be integers of shape [batch, {', '.join(map(str, shape))}]")
+        positions = None if full_shape is None else to_level_shape(full_shape, self.spatial_dims)
+        joined = torch.cat(
+            [found.reshape(len(found), math.prod(shape)) for found, shape in zip(indices, self.level_shapes, strict=True)], 1
+        )
+        return self.native.decode(joined, positions)

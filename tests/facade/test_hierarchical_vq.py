@@ -1,0 +1,142 @@
+"""The facade's HierarchicalVQ beside the peer's: every pair of options, and what is right where the two differ."""
+
+import pytest
+import torch
+
+from facade.compare import compare
+from facade.covering import covering_array
+from facade.peer import facade, peer
+
+DIM, CODES = 5, 8
+OPTIONS = {
+    "axes": (1, 2, 3),
+    "shared_codebook": (False, True),
+    "codebook_size": (CODES, (8, 6, 4)),
+    "channel_first": (True, False),
+    "sync_codebook": (None, False),
+    "decay": (0.99, 0.7),
+    "commitment_weight": (1.0, 0.25),
+    "rotation_trick": (False, True),
+    "threshold_ema_dead_code": (0, 2),
+    "orthogonal_reg_weight": (0.0, 0.5),
+    "orthogonal_reg_max_codes": (128, None),
+    "orthogonal_reg_active_codes_only": (False, True),
+    "quant_resi": (0.5, 0.0, -0.25),
+    "share_quant_resi": (1, 0, 2),
+    "nested_dropout": (0.0, 0.9),
+    "nested_dropout_min_levels": (1, 2),
+    "mask": (False, True),
+    "return_cutoff": (False, True),
+}
+OF_CALL = ("axes", "mask", "return_cutoff")
+SCALES = {1: (1, 3, 6), 2: (1, (2, 3), (4, 6)), 3: (1, (1, 2, 2), (2, 4, 2))}
+POSITIONS = {1: (9,), 2: (4, 6), 3: (2, 4, 3)}
+
+
+def valid(row):
+    if isinstance(row["codebook_size"], tuple) and row["shared_codebook"]:
+        return False
+    return not (row["threshold_ema_dead_code"] and (row["mask"] or not row["shared_codebook"]))  # what replaces codes is drawn
+
+
+def setting(row):
+    kwargs = {name: value for name, value in row.items() if name not in OF_CALL}
+    kwargs |= {"dim": DIM, "scales": SCALES[row["axes"]], "kmeans_init": False}
+    kwargs |= {"accept_image_fmap": row["axes"] == 2, "accept_3d_fmap": row["axes"] == 3}
+    positions = POSITIONS[row["axes"]]
+    x = 1.5 * torch.randn(4, *positions, DIM, generator=torch.Generator().manual_seed(1))
+    calls = {"return_cutoff": True} if row["return_cutoff"] else {}
+    if row["mask"]:
+        mask = torch.rand(4, *positions, generator=torch.Generator().manual_seed(2)) < 0.6
+        mask[1] = True
+        calls["mask"] = mask
+    return kwargs, x.movedim(-1, 1).contiguous() if row["channel_first"] else x, calls
+
+
+@pytest.mark.parametrize("row", covering_array(OPTIONS, valid), ids=str)
+def test_a_pair_of_options_is_the_peers(row):
+    kwargs, x, calls = setting(row)
+    compare("HierarchicalVQ", kwargs, x, calls=calls).check()
+
+
+def test_decoding_is_the_peers():
+    made = [
+        package.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 2, 4), kmeans_init=False, accept_image_fmap=True)
+        for package in (peer, facade)
+    ]
+    made[1].load_state_dict(made[0].state_dict())
+    x = torch.randn(2, DIM, 7, 6)
+    found = [m.eval()(x) for m in made]
+    for there, here in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(here, there)
+    for shape in (None, 8, (7, 6)):
+        torch.testing.assert_close(*(m.get_output_from_indices(found[0][1], full_shape=shape) for m in made))
+    torch.testing.assert_close(made[1].get_output_from_indices(found[1][1], full_shape=(7, 6)), found[1][0])
+    t, mask = torch.randn(2, DIM, 4, 6), torch.rand(2, 4, 6) < 0.5
+    for there, here in zip(*(m.pool_residual(t, (2, 3), mask) for m in made), strict=True):
+        torch.testing.assert_close(here, there)
+    torch.testing.assert_close(*(m.upsample_to_full(t, (9, 7), 1) for m in made))
+
+
+def test_lengths_are_a_mask():
+    vq = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 2), kmeans_init=False).eval()
+    x, lens = torch.randn(2, DIM, 6), torch.tensor([6, 3])
+    mask = torch.arange(6) < lens.unsqueeze(1)
+    for one, other in zip(vq(x, lens=lens)[1], vq(x, mask=mask)[1], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_k_means_starts_at_what_all_levels_see():
+    vq = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 4), threshold_ema_dead_code=0)
+    x = torch.randn(20, DIM, 8)
+    vq(x)
+    assert vq.vq._codebook.cluster_size.sum().item() == pytest.approx(20 * 5, rel=0.05)
+    with pytest.raises(ValueError, match="k-means"):
+        facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 4)).eval()(x)
+
+
+def test_a_call_of_shared_levels_sees_one_codebook():
+    vq = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 3), kmeans_init=False, decay=0.5, threshold_ema_dead_code=0)
+    x = torch.randn(6, DIM, 6)
+    still = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 3), kmeans_init=False, decay=0.5, threshold_ema_dead_code=0)
+    still.load_state_dict(vq.state_dict())
+    quantized, indices, _ = vq(x)
+    torch.testing.assert_close(still.eval()(x)[0], quantized)
+    counts = torch.bincount(torch.cat([grid.flatten() for grid in indices]), minlength=CODES).float()
+    torch.testing.assert_close(vq.vq._codebook.cluster_size[0], torch.lerp(counts, still.vq._codebook.cluster_size[0], 0.5))
+
+
+def test_the_regularisation_is_that_of_the_codes_of_the_call():
+    vq = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 3), kmeans_init=False, orthogonal_reg_weight=0.5)
+    x, codes = torch.randn(6, DIM, 6), vq.vq.codebook.detach().clone()
+    cosines = torch.nn.functional.normalize(codes, dim=-1)
+    expected = (cosines @ cosines.T - torch.eye(CODES)).square().mean()
+    plain = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 3), kmeans_init=False)
+    plain.load_state_dict(vq.state_dict())
+    torch.testing.assert_close(vq(x)[2] - plain(x)[2], 0.5 * expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_cell_without_a_code_gives_zeros_and_wrong_indices_are_named():
+    vq = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 2), kmeans_init=False, quant_resi=0.0).eval()
+    none = (torch.full((1, 1), -1), torch.full((1, 2), -1))
+    assert not vq.get_output_from_indices(none).any()
+    for bad, message in (
+        ((torch.zeros(1, 1).long(),), r"^indices: must be a tuple of 2"),
+        ((torch.zeros(1, 1).long(), torch.full((1, 2), 8)), r"^indices holds 8"),
+        ((torch.zeros(1, 1).long(), torch.zeros(1, 3).long()), r"^indices\[1\] is \(1, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vq.get_output_from_indices(bad)
+    x = torch.randn(1, DIM, 4)
+    for calls, message in (({"indices": none}, r"^indices are given"), ({"mask": torch.ones(1, 3).bool()}, r"^mask has shape")):
+        with pytest.raises(ValueError, match=message):
+            vq(x, **calls)
+
+
+def test_the_codes_that_are_drawn_follow_the_temperature():
+    vq = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 4), kmeans_init=False, stochastic_sample_codes=True, decay=0.999)
+    x = torch.randn(4, DIM, 8)
+    plain = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 4), kmeans_init=False)
+    plain.load_state_dict(vq.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(vq(x, sample_codebook_temp=0.0)[1], plain.eval()(x)[1], strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(vq(x, sample_codebook_temp=9.0)[1], plain(x)[1], strict=True))
