@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from vqkit.cli.report import next_commands
 from vqkit.data import Split
 from vqkit.generate import load
 from vqkit.recipes import RECIPES, enwik8, text
+from vqkit.train import Evaluation, evaluate
 
 MODEL = "--model.dim 8 --model.key-dim 4 --model.value-dim 8 --model.layers 1 --model.codebook-size 4 --model.block-len 8 --model.mem-len 8"
 TRAIN = "--train.steps 3 --train.warmup-steps 1 --train.log-every 1 --train.eval-every 3 --train.batch-size 2 --train.eval-batch-size 2"
@@ -99,6 +101,19 @@ def test_eval_measures_by_the_conventions_that_are_asked_for(vqkit: Callable[...
     assert row in figures and "\ncarry  " not in alone
     assert float(alone.split()[1]) == float(row.split()[2])
     assert Split(run / "data", "test").num_documents > 1
+
+
+def test_each_way_is_measured_as_it_says(vqkit: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = tmp_path / "run", []
+    vqkit("train", "text", "--data.path", write_data(tmp_path, "bytes"), "--run", run, *LENGTH, *TINY)
+
+    def recording(*things: Any, **options: Any) -> Evaluation:
+        asked.append((options["sequence_len"], options["segments"]))
+        return evaluate(*things, **options)
+
+    monkeypatch.setattr("vqkit.cli.report.evaluate", recording)
+    vqkit("eval", run)
+    assert asked == [(None, True), (None, False), (16, True), (16, False)]
 
 
 def test_which_ways_there_are() -> None:

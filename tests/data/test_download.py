@@ -352,6 +352,10 @@ def test_parts_of_the_images_are_fetched_alone_and_added_to(server: Server, tmp_
     download("imagenet64", tmp_path, home=home, parts=("validation",))
     assert [path for path, _ in server.asked] == ["/2.zip", "/0.zip", "/1.zip"]
     assert np.array_equal(np.load(tmp_path / "validation.npy"), images[5:7])
+    for archive in tmp_path.glob("*.zip"):
+        archive.unlink()
+    download("imagenet64", tmp_path, home=home)
+    assert len(server.asked) == 3, "of what is unpacked no archive is needed"
     (tmp_path / "test.npy").write_bytes(b"")
     assert len(find_download_defects(tmp_path)) == 1
 
