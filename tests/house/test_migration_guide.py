@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import vqkit.quantizers
-from vqkit.quantizers import GroupedResidualVQ, ResidualVQ, VectorQuantize, config
+from vqkit.quantizers import FSQ, LFQ, GroupedResidualVQ, LatentQuantize, Residual, ResidualVQ, VectorQuantize, config
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "from-vector-quantize-pytorch.md").read_text(encoding="utf-8")
 
@@ -83,11 +83,13 @@ def test_what_it_tells_to_write_exists() -> None:
             )
         elif name not in ("ResidualVQ", "GroupedResidualVQ", "VectorQuantize", "ImplicitVQ", "LocalReducer"):
             assert hasattr(vqkit.quantizers, name), name
-    kinds = (VectorQuantize, ResidualVQ, GroupedResidualVQ)
+    more = (FSQ, LFQ, LatentQuantize, Residual)
+    kinds = (VectorQuantize, ResidualVQ, GroupedResidualVQ, *more)
     known = {p for kind in kinds for method in (kind.__init__, kind.quantize) for p in inspect.signature(method).parameters}
     table = "\n".join(here for _, here in rows(GUIDE))
     for name in re.findall(r"`(\w+)=[^`]*`", table):
         assert name in known, name
     for name in re.findall(r"`([a-z]\w*)`", table):
-        places = (*known, *dir(VectorQuantize), *dir(ResidualVQ), *(f for c in classes.values() for f in inspect.signature(c).parameters))
+        attributes = {name for kind in kinds for name in dir(kind)} | {"project_in", "project_out"}
+        places = (*known, *attributes, *(f for c in classes.values() for f in inspect.signature(c).parameters))
         assert name in places or name in [*CONSTRUCTOR.split(), "reset_cluster_size", "inplace_optimize", "return_all_codes"], name
