@@ -11,6 +11,7 @@ from rich.console import Console
 
 from vqkit.cli.console import TrainingView, duration, write_text
 from vqkit.cli.tables import table
+from vqkit.data.events import Packing
 from vqkit.train.events import Finished, Progress, Resumed
 from vqkit.train.units import LossUnit
 
@@ -39,6 +40,18 @@ def test_a_terminal_gets_one_bar() -> None:
     for text in ("step 1/100", "step 50/100", "step 100/100", "2.125 bits/byte", "12,346 tokens/s", "1m07s left", "95% codes active"):
         assert text in shown
     assert shown.count("\n") == 1, "each state of the bar overwrites the one before"
+
+
+def test_packing_large_data_is_shown_before_the_first_step() -> None:
+    for terminal in (False, True):
+        out = io.StringIO()
+        with TrainingView(Console(file=out, width=200, force_terminal=terminal, color_system=None), clock=lambda: 0.0) as view:
+            view(Packing(1_000, 4_000))
+            view(Packing(4_000, 4_000))
+            view(_progress(1))
+        shown = out.getvalue()
+        assert "packing" in shown and "1,000 of 4,000" in shown, f"terminal: {terminal}"
+        assert ("step 1/100" in shown) == terminal, "without a terminal the first line of the steps waits its time"
 
 
 def test_notes_of_a_resumed_run_are_shown_as_they_are() -> None:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
 from vqkit.data import read_summary
+from vqkit.data.events import Note, Packing
 from vqkit.models.weights import broken_checkpoints, newest_whole_checkpoint
 from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Skipped, Spiked, Started
 
@@ -33,8 +34,8 @@ class TrainingView:
         self.steps_done = 0
         """Steps since the run was started or resumed."""
         self._first_step = 0
-        count, figures = TextColumn("step {task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[figures]}", markup=False)
-        self._bar = Bar(count, BarColumn(), figures, console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        what, figures = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[figures]}", markup=False)
+        self._bar = Bar(what, BarColumn(), figures, console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._task: TaskID | None = None
 
     def __enter__(self) -> TrainingView:
@@ -48,6 +49,10 @@ class TrainingView:
 
     def __call__(self, event: Event) -> None:
         match event:
+            case Note():
+                self._say(event.text)
+            case Packing():
+                self._show("packing", event.done, event.total, f"{event.done:,} of {event.total:,}")
             case Started():
                 data = read_summary(event.run_dir / "data")
                 skipped = data.empty_files + data.short_files
@@ -81,14 +86,17 @@ class TrainingView:
             f"{event.bits:.3f} {event.unit.short}  {event.tokens_per_second:,.0f} tokens/s  "
             f"{duration(event.seconds_left)} left{_activity(event, '  ')}"
         )
+        self._show(f"step {event.step:,}/{event.steps:,}", event.step, event.steps, figures)
+
+    def _show(self, what: str, done: int, total: int, figures: str) -> None:
         if self._bar:
             if self._task is None:
-                self._task = self._bar.add_task("", total=event.steps, figures="")
-            self._bar.update(self._task, completed=event.step, figures=figures)
+                self._task = self._bar.add_task(what, figures=figures)
+            self._bar.update(self._task, description=what, completed=done, total=total, figures=figures)
             self._bar.refresh()
-        elif self._clock() - self._last_line >= LINE_SECONDS or event.step == event.steps:
+        elif self._clock() - self._last_line >= LINE_SECONDS or done == total:
             self._last_line = self._clock()
-            self._say(f"step {event.step:,}/{event.steps:,}  {figures}")
+            self._say(f"{what}  {figures}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)

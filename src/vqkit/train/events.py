@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqkit.data.events import DataEvent
 from vqkit.train.units import LossUnit
 
 
@@ -97,4 +98,5 @@ class Finished:
     seconds: float
 
 
-Event = Started | Resumed | Progress | Evaluated | Skipped | Spiked | CheckpointSaved | Finished
+Event = Started | Resumed | Progress | Evaluated | Skipped | Spiked | CheckpointSaved | Finished | DataEvent
+"""Those of the data come first, while they are packed."""
