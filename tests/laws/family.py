@@ -349,6 +349,7 @@ _VECTOR_QUANTIZE = [
     _vq(transform=tanh_of_linear, update=Gradient()),
     _vq(transform=VQBridge(patch=4, hidden=12, depth=2, heads=2), update=Gradient(), represents=True),
     _vq(affine=Affine(batch_decay=0.5, codebook_decay=0.5), represents=True),
+    _vq(affine=Affine(current=True)),
     _vq(code_weights=slow_where_many),
     # Losses
     _vq(losses=()),

@@ -88,7 +88,8 @@ def orthogonality_loss(
     """The squared cosines of all pairs of different codes of a head, added up and divided by n^2; averaged over heads (Shin et al., 2021).
 
     Each of the n codes that take part meets the n - 1 others: the value is (n - 1) / n times the mean over pairs, from 0 for orthogonal
-    codes to (n - 1) / n for parallel ones. A code of length 0 has cosine 0. Only the codes get a gradient; no vector takes part.
+    codes to (n - 1) / n for parallel ones. It is their mean squared difference from the identity: a code of length 0, which has cosine 0
+    with others and with itself, adds 1 / n^2. Only the codes get a gradient; no vector takes part.
 
     codebook [..., C, K]; `active` [..., C] bool, the codes that take part. With `max_codes`, at most so many of these, drawn without
     replacement by `noise` [..., C] uniform in [0, 1), from the global random generator where not given. No C x C matrix where K < C.
@@ -102,9 +103,10 @@ def orthogonality_loss(
     size, width = codes.shape[-2:]
     with without_autocast(codes.device.type):
         gram = codes.mT @ codes if width < size else codes @ codes.mT  # both have the same sum of squares
-    with_itself = codes.square().sum(-1).square().sum(-1)
-    pairs = gram.square().sum((-2, -1)) - with_itself
-    return (pairs / chosen.sum(-1).clamp(min=1).square()).mean()
+    with_itself = codes.square().sum(-1)
+    zero = (chosen & (with_itself == 0)).sum(-1)
+    pairs = gram.square().sum((-2, -1)) - with_itself.square().sum(-1)
+    return ((pairs + zero) / chosen.sum(-1).clamp(min=1).square()).mean()
 
 
 def _draw(chosen: Tensor, num: int, noise: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from vqkit.ops.kmeans import kmeans
 from vqkit.ops.precision import without_autocast
 from vqkit.ops.usage import dead_fraction
 from vqkit.quantizers.bridge import Bridge
+from vqkit.quantizers.commit import sum_in_forward
 from vqkit.quantizers.committed import WIDE, Counting, in_backward, rare_fraction
 from vqkit.quantizers.config import (
     EMA,
@@ -121,6 +122,7 @@ class Codebook(Counting):
         self._frozen = isinstance(update, Frozen)
         self._learning = self._frozen_call = False
         self._reducer: Reducer | None = None
+        self._code_moments: tuple[Tensor, Tensor] | None = None
         self.initialized = not isinstance(init, KMeans)
         empty = torch.empty(heads, size, dim, dtype=dtype, device=device)
         start = start_state(update, empty, empty.new_empty(heads, size))
@@ -204,6 +206,23 @@ class Codebook(Counting):
         codes = self._codes(self._settled())
         return codes.detach() if self._frozen_call else codes
 
+    def codes_for(self, x: Tensor, kept: Tensor) -> Tensor:
+        """`codes()` as a training forward reads them for x [H, N, K], kept [H, N] bool: where affine, by the moments of x, too."""
+        if not self.affine or not self.affine.current:
+            return self.codes()
+        state = self._settled()
+        return self._codes({**state, **self._follow(self.affine, state, state, *self._moments_of(x, kept))})
+
+    @torch.no_grad()
+    def _moments_of(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The number [H] of the vectors of all ranks, their sum and that of their squared differences from the mean, [H, 2, K]."""
+        x = x.to(self.dtype).where(kept.unsqueeze(-1), 0.0)
+        counted = torch.cat([kept.sum(-1, keepdim=True).to(x.dtype), x.sum(1)], dim=-1)
+        vectors, total = sum_in_forward(counted, self._reducer).tensor_split([1], dim=-1)
+        mean = (total / vectors.clamp(min=1)).unsqueeze(1)
+        squares = sum_in_forward((x - mean).where(kept.unsqueeze(-1), 0.0).square().sum(1), self._reducer)
+        return vectors.squeeze(-1), torch.stack([total, squares], dim=1)
+
     def _codes(self, state: State) -> Tensor:
         codes = stored_codes(self.update, state)
         if codes is state.get("weight") and not isinstance(self.update, Frozen):
@@ -282,6 +301,11 @@ class Codebook(Counting):
             moments=self._moments,
         )
 
+    def replace_statistics_(self, statistics: CodebookStatistics, outside: Tensor | bool | None = None) -> None:
+        super().replace_statistics_(statistics, outside)
+        if self.affine and self.affine.current and outside is not False:  # an optimizer may move the codes before the commit
+            self._code_moments = _mean_and_variance(stored_codes(self.update, self.committed_state()))
+
     # Committing
 
     def committed_state(self) -> State:
@@ -293,14 +317,17 @@ class Codebook(Counting):
         if self._frozen:
             return state
         statistics = self.pending
+        moments = statistics.vectors, statistics.moments
         if self.affine:
+            if self.affine.current:
+                state = {**state, **self._follow(self.affine, state, state, *moments, self._code_moments)}
             statistics = self._without_affine(statistics, state)
         rows = {name: state[name] for name in self._rule_names}
         after = advance(self._rule(), self.dead_codes, rows, statistics, self._weigh_codes(statistics))
         if self.metric == "cosine" and isinstance(self.update, StoredEMA):
             after["weight"] = directions(after["weight"])
-        if self.affine:
-            after = after | self._follow(self.affine, state, after)
+        if self.affine and not self.affine.current:
+            after = after | self._follow(self.affine, state, after, *moments)
         return {**state, **after, "updates": state["updates"] + 1}
 
     def _rule(self) -> Update:
@@ -351,12 +378,12 @@ class Codebook(Counting):
         check_range("code_weights", weights, 0.0, 1 / (1 - decay))
         return weights
 
-    def add_gradient_(self, gradient: Tensor) -> None:
-        """Add to the gradients of the parameters what `gradient` [H, C, K] of the codes gives, without any hook of theirs."""
+    def add_gradient_(self, gradient: Tensor, x: Tensor, kept: Tensor) -> None:
+        """Add to the gradients of the parameters what `gradient` [H, C, K] of `codes_for(x, kept)` gives, without any hook of theirs."""
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # hides those of a checkpoint
         with torch.enable_grad(), hooks:
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            found = torch.autograd.grad(self.codes(), parameters, gradient, allow_unused=True)
+            found = torch.autograd.grad(self.codes_for(x, kept), parameters, gradient, allow_unused=True)
         for parameter, part in zip(parameters, found, strict=True):
             if part is not None:
                 parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
@@ -375,19 +402,30 @@ class Codebook(Counting):
             candidates=(statistics.candidates - batch_mean) / scale + code_mean,
         )
 
-    def _follow(self, affine: Affine, state: State, after: State) -> State:
-        """The mean and variance of vectors and codes after a commit; the first vectors set those of the vectors at once."""
-        vectors, moments = self.pending.vectors, self.pending.moments
+    @torch.no_grad()
+    def _follow(
+        self,
+        affine: Affine,
+        state: State,
+        after: State,
+        vectors: Tensor,
+        moments: Tensor,
+        of_codes: tuple[Tensor, Tensor] | None = None,
+    ) -> State:
+        """The mean and variance of vectors, whose number and moments are new, and of codes: `of_codes`, or those of `after`.
+
+        The first vectors set those of the vectors at once.
+        """
         mean, variance = (moments / vectors.clamp(min=1)[:, None, None]).unbind(1)
-        codes = stored_codes(self.update, after).detach()
+        code_mean, code_variance = _mean_and_variance(stored_codes(self.update, after)) if of_codes is None else of_codes
         seen = state["batch_seen"]
         batch_decay = torch.where(vectors > 0, affine.batch_decay * seen, 1.0).unsqueeze(-1)
         code_decay = (affine.codebook_decay * seen).unsqueeze(-1)
         return {
             "batch_mean": torch.lerp(mean, state["batch_mean"], batch_decay),
             "batch_variance": torch.lerp(variance, state["batch_variance"], batch_decay),
-            "code_mean": torch.lerp(codes.mean(1), state["code_mean"], code_decay),
-            "code_variance": torch.lerp(codes.var(1, correction=0), state["code_variance"], code_decay),
+            "code_mean": torch.lerp(code_mean.to(seen.device), state["code_mean"], code_decay),
+            "code_variance": torch.lerp(code_variance.to(seen.device), state["code_variance"], code_decay),
             "batch_seen": torch.where(vectors > 0, 1.0, seen),
         }
 
@@ -501,7 +539,7 @@ class Codebook(Counting):
         new = start_state(self.update, codes, count)
         if self.affine:
             mean, variance = codes.mean(1), codes.var(1, correction=0)
-            seen = torch.full_like(state["batch_seen"], float(started))
+            seen = torch.full_like(state["batch_seen"], float(started and not self.affine.current))
             new |= {"batch_mean": mean, "batch_variance": variance, "code_mean": mean, "code_variance": variance, "batch_seen": seen}
         for name, value in new.items():
             state[name].copy_(value)
@@ -563,6 +601,12 @@ class Codebook(Counting):
 def _row(values: Tensor) -> Tensor:
     """[H, K] -> [H, 1, K]."""
     return values.unsqueeze(1)
+
+
+def _mean_and_variance(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """[H, C, K] -> [H, K] each."""
+    codes = codes.detach()
+    return codes.mean(1), codes.var(1, correction=0)
 
 
 def _make_transform(

@@ -245,6 +245,8 @@ class Affine:
     """Of the mean and variance of the vectors."""
     codebook_decay: float = 0.9
     """Of the mean and variance of the codes."""
+    current: bool = False
+    """Whether a training forward already reads the codes by the moments of its own vectors; else by those up to the last commit."""
 
     def __post_init__(self) -> None:
         _check_decay(self, "batch_decay")

@@ -95,7 +95,7 @@ def expire(rule: Update, state: State, candidates: Tensor, keys: Tensor, thresho
         return {"sum": torch.where(replaced, rows / reset_count * _weights(rule, count).unsqueeze(-1), rows), "count": count}
     state = {**state, "weight": torch.where(replaced, rows / reset_count, state["weight"]), "count": count}
     if isinstance(rule, StoredEMA):
-        state["sum"] = torch.where(replaced, follow_codes(rule, state)["sum"], state["sum"])
+        state["sum"] = torch.where(replaced, rows, state["sum"])
     for name in ("first_moment", "second_moment"):
         if name in state:
             state[name] = torch.where(replaced, 0.0, state[name])

@@ -27,7 +27,7 @@ from vqkit.ops.precision import finite_rows
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.codebook import Codebook, CodeWeights
 from vqkit.quantizers.commit import sum_in_forward
-from vqkit.quantizers.committed import in_backward
+from vqkit.quantizers.committed import in_backward, outside_backward
 from vqkit.quantizers.config import (
     MLP,
     Affine,
@@ -259,6 +259,7 @@ class VectorQuantize(Quantizer):
         top_k: int | None = None,
         reduction: Reduction = "mean",
         project: bool = True,
+        codes_of: Callable[[Tensor], Tensor] | None = None,
     ) -> Quantized:
         """x [B, ..., D] or, with layout "first", [B, D, ...]; mask [P...] bool, or lengths [B] of sequences.
 
@@ -271,11 +272,12 @@ class VectorQuantize(Quantizer):
         [P..., k]; losses are means over all k; nothing enters the codebook. With reduction="none" the losses that are means over vectors
         have the shape of the indices, 0 where there is no code; so has, then, the loss that a call returns.
 
-        With project=False the output is that before the output projection, of width heads * codebook_dim.
+        With project=False the output is that before the output projection, of width heads * codebook_dim. `codes_of` makes of the codes
+        [H, C, K] a codebook for every vector, [H, P..., C, K], among which it chooses; without the loss Diversity.
 
         Raises ValueError or TypeError for what does not fit, and ValueError before a k-means start.
         """
-        self._check_options(indices, targets, weights, temperature, top_k, reduction)
+        self._check_options(indices, targets, weights, temperature, top_k, reduction, codes_of)
         given = self._read(x, mask, lengths)
         positions = given.rows.shape[:-1]
         if weights is not None and not callable(weights):
@@ -284,12 +286,15 @@ class VectorQuantize(Quantizer):
         self._refuse_nonfinite(given)
         kept = self._spread(given.kept)
         self.table.start_(given.vectors, kept)
-        codes = self.table.codes()
+        codes = self.table.codes_for(given.vectors, kept) if self.training and not freeze_codebook else self.table.codes()
         codes = codes.detach() if freeze_codebook else codes
         vectors, several = given.vectors, () if top_k is None else (top_k,)
         temperature = self._temperature(temperature) if own is None else 0.0
+        if codes_of is not None:
+            options = {"temperature": temperature, "labels": labels, "counted": self._counts(freeze_codebook), "project": project}
+            return self._quantize_by_own_codes(given, codes_of(codes), **options)
         picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
-        counted = self.training and not freeze_codebook and top_k is None and self.table.counts
+        counted = self._counts(freeze_codebook) and top_k is None
         constant = freeze_codebook or not self._have_gradient(codes)
         if constant and not several and labels is None and weights is None and reduction == "mean" and self._is_plain(temperature):
             return self._quantize_plain(given, codes, picked.where(kept, -1), own, counted, project)
@@ -299,10 +304,14 @@ class VectorQuantize(Quantizer):
         losses = self._losses(vectors, codes, chosen, labels, reduction)
         if reduction == "none":
             losses = {name: self._join_indices(loss, positions, several) if loss.dim() else loss for name, loss in losses.items()}
-        statistics = self._statistics(given, chosen, own, weights) if counted else None
         found = self._join_indices(chosen.indices, positions, several)
         output = self._write(given, self._estimate(vectors, chosen), found, several, project)
+        statistics = self._statistics(given, chosen, own, weights) if counted else None
         return Quantized(output, found, losses, statistics)
+
+    def _counts(self, frozen: bool) -> bool:
+        """Whether a call gives statistics."""
+        return self.training and not frozen and self.table.counts
 
     def _is_plain(self, temperature: float) -> bool:
         """Whether, if codes are constants, one pass over the vectors does: nothing is drawn, and no loss but the commitment's."""
@@ -315,6 +324,37 @@ class VectorQuantize(Quantizer):
             return codes.requires_grad
         with torch.enable_grad():
             return self.table.codes().requires_grad
+
+    def _quantize_by_own_codes(
+        self, given: _Vectors, codes: Tensor, *, temperature: float, labels: Tensor | None, counted: bool, project: bool
+    ) -> Quantized:
+        """As `quantize`, with a codebook [H, P..., C, K] for every vector."""
+        vectors, kept = given.vectors.unsqueeze(-2), self._spread(given.kept)
+        wanted = (*kept.shape, self.codebook_size, self.codebook_dim)
+        if codes.dim() < 4 or (codes.shape[0], codes.shape[1:-2].numel(), *codes.shape[-2:]) != wanted:
+            raise ValueError(f"codes_of returned shape {tuple(codes.shape)}: must be [heads, *positions, codes, width], in all {wanted}")
+        codes = codes.reshape(wanted)
+        codes = directions(codes) if self.metric == "cosine" else codes
+        indices = self._pick(vectors, codes.detach(), temperature).flatten(1).where(kept, -1)
+        taken = self._take(vectors, codes, indices.unsqueeze(-1), temperature)
+        chosen = _Chosen(indices, taken.codes.squeeze(-2), taken.soft)
+        losses = {}
+        for loss in self.losses:
+            if isinstance(loss, Commitment):
+                losses["commitment"] = self._loss(loss, given.vectors, codes, chosen, "mean")
+            elif isinstance(loss, CrossEntropyCommitment):
+                own = cross_entropy_commitment(vectors, codes, indices.unsqueeze(-1), metric=self.metric)
+                losses["cross_entropy_commitment"] = own
+            elif isinstance(loss, Orthogonality):
+                losses["orthogonality"] = self._loss(loss, given.vectors, self.table.codes(), chosen, "mean")
+            else:
+                raise ValueError(f"losses holds {loss}: must not, where codes_of gives every vector a codebook")
+        if labels is not None:
+            targets = labels.where(kept, -1).unsqueeze(-1)
+            losses["cross_entropy"] = cross_entropy_commitment(vectors, codes, targets, metric=self.metric)
+        statistics = self._statistics(given, chosen, None, None) if counted else None
+        found = self._join_indices(indices, given.rows.shape[:-1], ())
+        return Quantized(self._write(given, self._estimate(given.vectors, chosen), found, (), project), found, losses, statistics)
 
     def _quantize_plain(
         self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, counted: bool, project: bool
@@ -391,21 +431,31 @@ class VectorQuantize(Quantizer):
         `quantize`. Returns the error, [] float32 or wider. With several ranks error and gradients are those of all their vectors. Changes
         nothing in a backward, where a forward is computed again.
         """
-        with torch.no_grad():
-            given = self._read(x, mask, lengths)
-            kept = self._spread(given.kept)
-            codes = self.table.codes().detach()
-            indices = self._pick(given.vectors, codes, self._temperature(temperature)).where(kept, -1)
-            found = coded(given.vectors, codes.to(given.vectors.dtype), indices, estimator="none", count=True)
-            of_vectors = torch.cat([found.squared_error, found.count.sum(-1)])
-            reduced = sum_in_forward(torch.cat([of_vectors, found.count.flatten(), found.sum.flatten()]), self.reducer)
-            error, number = reduced[: len(of_vectors)].unflatten(0, (2, -1)).sum(-1)
-            count, total = reduced[len(of_vectors) :].split([found.count.numel(), found.sum.numel()])
-            share = (number * self.codebook_dim).clamp(min=1)
-            gradient = 2 * (count.view_as(found.count).unsqueeze(-1) * codes - total.view_as(found.sum)) / share
-        if not in_backward():
-            self.table.add_gradient_(gradient)
-        return error / share
+        if self.training and self.commit == "auto":
+            self._begin_([self.table], outside_backward(x))
+        self.table.enter_(learning=True, reducer=self.reducer)
+        try:
+            with torch.no_grad():
+                given = self._read(x, mask, lengths)
+                kept = self._spread(given.kept)
+                self.table.start_(given.vectors, kept)
+                error, gradient = self._pull(given, kept, self._temperature(temperature))
+            if not in_backward():
+                self.table.add_gradient_(gradient, given.vectors, kept)
+        finally:
+            self.table.leave_()
+        return error
+
+    def _pull(self, given: _Vectors, kept: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The mean squared error of the vectors of all ranks to their codes, and its gradient of the codes [H, C, K]."""
+        codes = self.table.codes_for(given.vectors, kept).detach()
+        indices = self._pick(given.vectors, codes, temperature).where(kept, -1)
+        found = coded(given.vectors, codes.to(given.vectors.dtype), indices, estimator="none", count=True)
+        own = [found.squared_error.sum().reshape(1), found.count.flatten(), found.sum.flatten()]
+        error, count, total = sum_in_forward(torch.cat(own), self.reducer).split([len(part) for part in own])
+        share = (count.sum() * self.codebook_dim).clamp(min=1)
+        gradient = 2 * (count.view_as(found.count).unsqueeze(-1) * codes - total.view_as(found.sum)) / share
+        return error.squeeze(0) / share, gradient
 
     # Setting
 
@@ -578,7 +628,7 @@ class VectorQuantize(Quantizer):
     def _loss(self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen, reduction: Reduction) -> Tensor:
         counted = chosen.indices >= 0
         if isinstance(loss, Commitment):
-            own = gather_codes(codes, chosen.indices)
+            own = gather_codes(codes, chosen.indices) if chosen.soft and codes.dim() == 3 else chosen.codes
             value = mean_commitment_loss(vectors, own, counted, reduction=reduction)
             if not own.requires_grad or loss.pull == 0:
                 return value
@@ -648,6 +698,7 @@ class VectorQuantize(Quantizer):
         temperature: float | None,
         top_k: int | None,
         reduction: Reduction,
+        codes_of: Callable[[Tensor], Tensor] | None,
     ) -> None:
         check_choice("reduction", reduction, get_args(Reduction))
         if temperature is not None:
@@ -660,7 +711,7 @@ class VectorQuantize(Quantizer):
             raise ValueError(f"temperature = {temperature}: must be None where indices are given, as nothing is drawn")
         if top_k is None:
             return
-        for name, value in (("indices", indices), ("targets", targets), ("weights", weights)):
+        for name, value in (("codes_of", codes_of), ("indices", indices), ("targets", targets), ("weights", weights)):
             if value is not None:
                 raise ValueError(f"{name} is given together with top_k = {top_k}: must be one of them")
         if self.heads > 1:

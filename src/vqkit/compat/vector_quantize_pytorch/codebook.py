@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch import functions
 from vqkit.compat.vector_quantize_pytorch.translate import codebook_options
-from vqkit.dist import LocalReducer
+from vqkit.dist import LocalReducer, Reducer
 from vqkit.ops.codebook import CodebookStatistics, largest_keys, merge_statistics
 from vqkit.quantizers.codebook import Codebook as _Codebook
 from vqkit.quantizers.commit import reduce_in_forward
@@ -23,6 +23,8 @@ from vqkit.quantizers.committed import in_backward, outside_backward
 from vqkit.quantizers.config import StoredEMA
 from vqkit.quantizers.layout import check_indices
 from vqkit.quantizers.update import expire, follow_averages
+
+_AFFINE_KEYS = tuple(key for name in ("mean", "variance") for key in (f"batch_{name}", f"codebook_{name}", f"codebook_{name}_needs_init"))
 
 CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor]
 
@@ -129,6 +131,11 @@ class Codebook(_Codebook):
         raise AttributeError(name)
 
     # What vqkit reads
+
+    @property
+    def _start_count(self) -> float:
+        """Twice the threshold, so that a code that was merely not yet used is not dead after the first step."""
+        return max(1.0, 2.0 * self.dead_codes.threshold) if self.dead_codes else 1.0
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -272,6 +279,8 @@ class Codebook(_Codebook):
         for name, there in (("weight", "embed"), ("sum", "embed_avg"), ("count", "cluster_size")):
             if settled[name] is not self._stored(there):
                 destination[prefix + there] = settled[name].detach()
+        if self.affine:
+            self._save_affine(destination, prefix, settled)
         destination[f"{prefix}initted"] = self._initted.to(self.updates.device, copy=True)
 
     def _load_from_state_dict(
@@ -284,6 +293,8 @@ class Codebook(_Codebook):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if self.affine:
+            state_dict = self._load_affine(state_dict, prefix)
         arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         nn.Module._load_from_state_dict(self, *arguments)
         started = state_dict.get(f"{prefix}initted")
@@ -293,6 +304,52 @@ class Codebook(_Codebook):
         self.forget_pending_()
         if started is not None:
             self.initialized = bool(started)
+
+    def _save_affine(self, destination: dict[str, Any], prefix: str, settled: Mapping[str, Tensor]) -> None:
+        """Mean and variance as the peer has them: [H, 1, K] each, those of the vectors once there were any."""
+        seen = bool(settled["batch_seen"].all())
+        for name in ("batch_mean", "batch_variance", "code_mean", "code_variance", "batch_seen"):
+            destination.pop(prefix + name, None)
+        for name in ("mean", "variance"):
+            destination[f"{prefix}codebook_{name}_needs_init"] = torch.tensor(not seen, device=self.updates.device)
+            destination[f"{prefix}codebook_{name}"] = settled[f"code_{name}"].detach().unsqueeze(1)
+            if seen:
+                destination[f"{prefix}batch_{name}"] = settled[f"batch_{name}"].detach().unsqueeze(1)
+
+    def _load_affine(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """The state dict with mean and variance as they are kept here."""
+        found = dict(state_dict)
+        there = {key: found.pop(prefix + key) for key in _AFFINE_KEYS if prefix + key in found}
+        seen = "batch_mean" in there and not bool(there.get("codebook_mean_needs_init", False))
+        for name in ("mean", "variance") if f"{prefix}embed" in found else ():
+            codes = found[f"{prefix}embed"]
+            of_codes = codes.mean(1) if name == "mean" else codes.var(1, correction=0)
+            found[f"{prefix}code_{name}"] = there[f"codebook_{name}"].squeeze(1) if seen else of_codes
+            found[f"{prefix}batch_{name}"] = there[f"batch_{name}"].squeeze(1) if seen else of_codes
+        found[f"{prefix}batch_seen"] = torch.full((self.heads,), float(seen))
+        return found
+
+    @property
+    def codebook_mean(self) -> Tensor:
+        """[H, 1, K] moving mean of the codes, with affine_param."""
+        return self._settled()["code_mean"].unsqueeze(1)
+
+    @property
+    def codebook_variance(self) -> Tensor:
+        """[H, 1, K] their moving variance."""
+        return self._settled()["code_variance"].unsqueeze(1)
+
+    @torch.no_grad()
+    def initialize_(self, x: Tensor, mask: Tensor | None = None, *, seed: int = 0, reducer: Reducer | None = None) -> None:
+        """As in vqkit; the averages are then sum and number of the vectors of each code, and the codes follow them."""
+        super().initialize_(x, mask, seed=seed, reducer=reducer)
+        self.sum.copy_(self.weight * self.count.unsqueeze(-1))
+        self._follow_averages_()
+
+    def _follow_averages_(self) -> None:
+        state = {"weight": self.weight, "sum": self.sum, "count": self.count}
+        codes = follow_averages(cast(StoredEMA, self.update), state)["weight"]
+        self.weight.copy_(functions.l2norm(codes) if self.use_cosine_sim else codes)
 
     # The peer's methods
 
@@ -309,9 +366,7 @@ class Codebook(_Codebook):
             return
         self.settle_()
         self.follows.fill_(-1)
-        rule = cast(StoredEMA, self.update)
-        codes = follow_averages(rule, {"weight": self.weight, "sum": self.sum, "count": self.count})["weight"]
-        self.weight.copy_(functions.l2norm(codes) if self.use_cosine_sim else codes)
+        self._follow_averages_()
 
     @torch.no_grad()
     def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:

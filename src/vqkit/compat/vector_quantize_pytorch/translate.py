@@ -105,6 +105,7 @@ def codebook_options(
 ) -> dict[str, Any]:
     """Keyword arguments of `vqkit.quantizers.Codebook`, from those of the peer's Codebook."""
     expires = threshold_ema_dead_code > 0
+    reset = threshold_ema_dead_code if reset_cluster_size is None else reset_cluster_size
     rule = update_rule(
         decay=decay,
         eps=eps,
@@ -117,9 +118,9 @@ def codebook_options(
         "metric": "cosine" if use_cosine_sim else "euclidean",
         "update": rule,
         "init": KMeans(iterations=kmeans_iters, start="random") if kmeans_init else "uniform",
-        "dead_codes": DeadCodes(threshold_ema_dead_code, reset_cluster_size) if expires else None,
+        "dead_codes": DeadCodes(threshold_ema_dead_code, reset) if expires else None,
         "transform": vq_bridge,
-        "affine": Affine(affine_param_batch_decay, affine_param_codebook_decay) if affine_param else None,
+        "affine": Affine(affine_param_batch_decay, affine_param_codebook_decay, current=True) if affine_param else None,
     }
 
 

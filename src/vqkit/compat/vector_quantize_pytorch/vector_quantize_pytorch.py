@@ -282,6 +282,10 @@ class VectorQuantize(nn.Module):
         self._check_input(x, mask)
         if topk is not None:
             topk = self._check_topk(topk)
+        if codebook_transform_fn is not None:
+            self._check_transform(topk)
+        if indices is None:
+            self._check_orthogonal()
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         native, codebook = self.native, self._codebook
         native.training = self.training
@@ -296,6 +300,8 @@ class VectorQuantize(nn.Module):
             options |= {"top_k": topk, "reduction": "none"}
         if indices is not None:
             options |= {"targets": self._as_positions(indices, x), "project": False}
+        if codebook_transform_fn is not None:
+            options["codes_of"] = codebook_transform_fn
         native.estimator = self._estimator_of(x)
         codebook.call = None
         if ema_update is not None or ema_update_weight is not None or accum_ema_update:
@@ -306,8 +312,12 @@ class VectorQuantize(nn.Module):
             codebook.call = None
         if indices is not None:
             return self._in_code_space(found.quantized, x), found.losses["cross_entropy"]
+        if topk is not None and x.dim() == 2:  # the codes of one vector stand one after the other, whatever the layout
+            found = found._replace(quantized=found.quantized.movedim(-1 if native.layout == "last" else 1, -1))
         losses = self._name_losses(found, in_place, topk is not None)
         loss = self._weigh(losses, topk is not None)
+        if topk is not None:
+            losses = losses._replace(commitment=losses.commitment.reshape(len(x), -1, topk))
         return (found.quantized, found.indices, loss, losses) if return_loss_breakdown else (found.quantized, found.indices, loss)
 
     def _estimator_of(self, x: Tensor) -> Estimator:
@@ -348,6 +358,18 @@ class VectorQuantize(nn.Module):
             raise ValueError(f"mask is given: must be None with {one[1]} = True")
         if mask is not None and x.dim() == 2:
             raise ValueError(f"mask is given for x {tuple(x.shape)}, one vector each: must come with sequences")
+
+    def _check_orthogonal(self) -> None:
+        active = self.has_codebook_orthogonal_loss and self.orthogonal_reg_active_codes_only
+        if self.training and active and self.separate_codebook_per_head and self.heads > 1:
+            raise ValueError("orthogonal_reg_active_codes_only = True: must be False with separate_codebook_per_head")
+
+    def _check_transform(self, topk: int | None) -> None:
+        for clash, what in ((topk is not None, "topk"), (self.in_place_codebook_optimizer is not None, "in_place_codebook_optimizer")):
+            if clash:
+                raise ValueError(f"codebook_transform_fn is given: must be None with {what}")
+        if self.training and self.has_codebook_diversity_loss:
+            raise ValueError("codebook_transform_fn is given: must be None with codebook_diversity_loss_weight, as codes differ by vector")
 
     def _check_topk(self, topk: int) -> int:
         if self.heads > 1:
