@@ -227,10 +227,10 @@ def test_a_loss_of_each_vector_adds_up_to_the_mean(metric):
 
 
 def test_the_loss_of_orthogonality_counts_pairs():
-    """(n - 1) / n times the mean over pairs of different codes; a code of length 0 has no direction and adds nothing."""
+    """(n - 1) / n times the mean over pairs of different codes; a code of length 0 adds what it lacks to the identity."""
     codes = torch.randn(6, 4, dtype=torch.float64)
     cosine = torch.nn.functional.cosine_similarity(codes.unsqueeze(0), codes.unsqueeze(1), dim=-1).square()
     pairs = cosine[~torch.eye(6, dtype=torch.bool)]
     torch.testing.assert_close(orthogonality_loss(codes), pairs.mean() * 5 / 6)
     with_zero = torch.cat([codes, torch.zeros(1, 4, dtype=torch.float64)])
-    torch.testing.assert_close(orthogonality_loss(with_zero), pairs.sum() / 49)
+    torch.testing.assert_close(orthogonality_loss(with_zero), (pairs.sum() + 1) / 49)

@@ -316,7 +316,7 @@ class VectorQuantize(nn.Module):
             found = found._replace(quantized=found.quantized.movedim(-1 if native.layout == "last" else 1, -1))
         losses = self._name_losses(found, in_place, topk is not None)
         loss = self._weigh(losses, topk is not None)
-        if topk is not None:
+        if topk is not None and losses.commitment.dim():
             losses = losses._replace(commitment=losses.commitment.reshape(len(x), -1, topk))
         return (found.quantized, found.indices, loss, losses) if return_loss_breakdown else (found.quantized, found.indices, loss)
 
