@@ -32,9 +32,11 @@ from torch import Tensor, nn
 
 from vqkit.files import write_text_atomic
 from vqkit.quantizers import (
+    FSP,
     FSQ,
     LFQ,
     MLP,
+    BinaryMapper,
     Commitment,
     DeadCodes,
     Diversity,
@@ -42,7 +44,9 @@ from vqkit.quantizers import (
     Gradient,
     Grouped,
     GroupedResidualVQ,
+    HierarchicalVQ,
     KMeans,
+    LatentQuantize,
     ProductVQ,
     Quantizer,
     Residual,
@@ -50,6 +54,7 @@ from vqkit.quantizers import (
     SimVQ,
     Softmax,
     VectorQuantize,
+    VQBridge,
 )
 
 HAS_PEER = importlib.util.find_spec("vector_quantize_pytorch") is not None
@@ -74,10 +79,18 @@ MEMBERS: dict[str, Made] = {
     ),
     "SimVQ": lambda: SimVQ(WIDTH, 256),
     "SimVQ, MLP": lambda: SimVQ(WIDTH, 256, transform=MLP(hidden=32)),
+    "VectorQuantize, VQBridge (FVQ)": lambda: VectorQuantize(
+        WIDTH, 256, update=Gradient(), transform=VQBridge(patch=8, hidden=64), losses=(Commitment(0.25, pull=4.0),)
+    ),
     "ProductVQ, 2 x 16": lambda: ProductVQ(WIDTH, 16, 2, **_HEALTHY),
     "ResidualVQ, 2 x 16": lambda: ResidualVQ(WIDTH, 16, 2, **_HEALTHY),
     "ResidualVQ, implicit, 2 x 16": lambda: ResidualVQ(WIDTH, 16, 2, implicit=MLP(hidden=32)),
     "GroupedResidualVQ, 2 x 2 x 4": lambda: GroupedResidualVQ(WIDTH, 4, 2, groups=2, **_HEALTHY),
+    "FSP (8, 8, 4)": lambda: FSP((8, 8, 4), WIDTH),
+    "FSP (8, 8, 4), half quantized": lambda: FSP((8, 8, 4), WIDTH, quantize_rate=0.5),
+    "BinaryMapper, 8 bits": lambda: BinaryMapper(8, WIDTH, free_bits=None),
+    "LatentQuantize (8, 8, 4)": lambda: LatentQuantize((8, 8, 4), WIDTH),
+    "HierarchicalVQ, 1 x 1 and 2 x 2, 84 codes": lambda: HierarchicalVQ(WIDTH, 84, (1, 2), **_HEALTHY),
     "FSQ (8, 8, 4)": lambda: FSQ((8, 8, 4), WIDTH),
     "FSQ (4, 4, 4, 4), symmetric": lambda: FSQ((4, 4, 4, 4), WIDTH, symmetric=True),
     "Residual of FSQ, 2 x (4, 4)": lambda: Residual(_coarse_fine(4, 2), dim=WIDTH, soft_clamp=1.0),
@@ -156,13 +169,14 @@ class _Nothing(nn.Module):
 
 
 def use(quantizer: Quantizer, x: Tensor) -> dict[str, float]:
-    """Of all combinations of codes that a vector can have: perplexity, and the share that occurs."""
+    """Of all combinations of codes that a vector can have: perplexity, and the share that occurs; of items, of the codes of a cell."""
     indices = quantizer.encode(x)
-    rows = indices.reshape(x.shape[:-1].numel(), -1)
+    sizes = quantizer.codebook_sizes[:1] if quantizer.whole_items else quantizer.codebook_sizes
+    rows = indices.reshape(-1, len(sizes))
     joint = torch.zeros(len(rows), dtype=torch.int64)
-    for size, column in zip(quantizer.codebook_sizes, rows.unbind(-1), strict=True):
+    for size, column in zip(sizes, rows.unbind(-1), strict=True):
         joint = joint * size + column
-    number = math.prod(quantizer.codebook_sizes)
+    number = math.prod(sizes)
     count = torch.bincount(joint, minlength=number).double()
     share = count / count.sum()
     return {"perplexity": torch.special.entr(share).sum().exp().item(), "active": (count > 0).double().mean().item(), "codes": number}
@@ -185,6 +199,14 @@ PAIRS: dict[str, Pair] = {
     "FSQ (8, 8, 8, 5, 5, 5)": Pair(65_536, 6, lambda: FSQ((8, 8, 8, 5, 5, 5)), lambda v: v.FSQ(levels=[8, 8, 8, 5, 5, 5])),
     "FSQ (8, 5, 5, 5), dim 64": Pair(65_536, 64, lambda: FSQ((8, 5, 5, 5), 64), lambda v: v.FSQ(levels=[8, 5, 5, 5], dim=64)),
     "FSQ (8, 5, 5, 5), few": Pair(1_024, 4, lambda: FSQ((8, 5, 5, 5)), lambda v: v.FSQ(levels=[8, 5, 5, 5])),
+    "FSP (8, 5, 5, 5), dim 64": Pair(65_536, 64, lambda: FSP((8, 5, 5, 5), 64, cdf="tanh"), lambda v: v.FSP(levels=[8, 5, 5, 5], dim=64)),
+    "BinaryMapper, 8 bits": Pair(8_192, 8, lambda: BinaryMapper(8), lambda v: v.BinaryMapper(bits=8)),
+    "HierarchicalVQ, 4 levels": Pair(
+        4_096,
+        64,
+        lambda: HierarchicalVQ(64, 512, (1, 16, 256, 4_096), axes=1, estimator="straight_through"),
+        lambda v: v.HierarchicalVQ(dim=64, codebook_size=512, scales=(1, 16, 256, 4_096), channel_first=False, kmeans_init=False),
+    ),
     "LFQ, 12 bits": Pair(4_096, 12, lambda: LFQ(12), lambda v: v.LFQ(dim=12, codebook_size=4_096)),
     "LFQ, 16 bits": Pair(1_024, 16, lambda: LFQ(16), lambda v: v.LFQ(dim=16, codebook_size=65_536)),
     "LFQ, spherical, 12 bits": Pair(
@@ -230,7 +252,7 @@ def step_of(pair: Pair, who: str) -> Callable[[], None]:
     def step() -> None:
         x.grad = None
         quantized, *rest = module(x)
-        losses = [loss.sum() for loss in rest[1:] if loss.requires_grad]
+        losses = [loss.sum() for loss in rest[1:] if isinstance(loss, Tensor) and loss.requires_grad]
         torch.autograd.backward([quantized, *losses], [gradient, *map(torch.ones_like, losses)])
 
     return step
@@ -294,7 +316,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Digits of scikit-learn, 8 x 8; 4 vectors of 8 bits an image; {result['steps']} steps of {BATCH} images; "
         f"mean (least - most) of {len(SEEDS)} seeds. Error: mean squared, pixels from 0 to 1, on images that training did not see.",
-        "Perplexity and active are of the 256 combinations of codes that a vector can have. Time is of the whole step.",
+        "Perplexity and active are of the 256 combinations of codes that a vector can have; of HierarchicalVQ, whose five indices are the "
+        "32 bits of an image, of its 84 codes. Time is of the whole step.",
         "",
         "| quantizer | 1,000 x error | perplexity | active % | ms a step |",
         "|---|---|---|---|---|",
