@@ -247,7 +247,7 @@ def step_of(pair: Pair, who: str) -> Callable[[], None]:
 
         module = pair.peer(vector_quantize_pytorch)
     x = torch.randn(1, pair.num, pair.dim).requires_grad_()
-    gradient = torch.randn(x.shape)
+    gradient = torch.randn(module(x)[0].shape)
 
     def step() -> None:
         x.grad = None
