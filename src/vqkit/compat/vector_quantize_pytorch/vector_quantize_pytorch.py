@@ -172,6 +172,7 @@ class VectorQuantize(nn.Module):
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
         options = translate.quantizer_options(given)
         self._estimator: Estimator = options["estimator"]
+        self._losses = options["losses"]
         # Not registered: it owns nothing but what is registered here.
         object.__setattr__(self, "native", self._join(options, sync=sync_codebook is not False))
 
@@ -303,6 +304,7 @@ class VectorQuantize(nn.Module):
         if codebook_transform_fn is not None:
             options["codes_of"] = codebook_transform_fn
         native.estimator = self._estimator_of(x)
+        native.losses = self._losses if self.training else self._losses[:1]  # what eval mode returns holds none of the others
         codebook.call = None
         if ema_update is not None or ema_update_weight is not None or accum_ema_update:
             codebook.call = Call(ema_update, ema_update_weight, accum_ema_update)
