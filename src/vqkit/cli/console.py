@@ -29,6 +29,7 @@ class TrainingView:
         self._console = console or Console()
         self._clock = clock
         self._last_line = -LINE_SECONDS
+        self._packed_at: float | None = None
         self.seconds = 0.0
         """What `Finished` says."""
         self.steps_done = 0
@@ -52,7 +53,7 @@ class TrainingView:
             case Note():
                 self._say(event.text)
             case Packing():
-                self._show("packing", event.done, event.total, f"{event.done:,} of {event.total:,}")
+                self._packing(event)
             case Started():
                 data = read_summary(event.run_dir / "data")
                 skipped = data.empty_files + data.short_files
@@ -86,17 +87,27 @@ class TrainingView:
             f"{event.bits:.3f} {event.unit.short}  {event.tokens_per_second:,.0f} tokens/s  "
             f"{duration(event.seconds_left)} left{_activity(event, '  ')}"
         )
-        self._show(f"step {event.step:,}/{event.steps:,}", event.step, event.steps, figures)
-
-    def _show(self, what: str, done: int, total: int, figures: str) -> None:
         if self._bar:
-            if self._task is None:
-                self._task = self._bar.add_task(what, figures=figures)
-            self._bar.update(self._task, description=what, completed=done, total=total, figures=figures)
-            self._bar.refresh()
-        elif self._clock() - self._last_line >= LINE_SECONDS or done == total:
+            self._draw(self._bar, f"step {event.step:,}/{event.steps:,}", event.step, event.steps, figures)
+        elif self._clock() - self._last_line >= LINE_SECONDS or event.step == event.steps:
             self._last_line = self._clock()
-            self._say(f"{what}  {figures}")
+            self._say(f"step {event.step:,}/{event.steps:,}  {figures}")
+
+    def _packing(self, event: Packing) -> None:
+        figures = f"{event.done:,} of {event.total:,}"
+        if self._bar:
+            self._draw(self._bar, "packing", event.done, event.total, figures)
+        elif self._packed_at is None:
+            self._packed_at = self._clock()  # what is soon done needs no words
+        elif self._clock() - self._packed_at >= LINE_SECONDS:
+            self._packed_at = self._clock()
+            self._say(f"packing  {figures}")
+
+    def _draw(self, bar: Bar, what: str, done: int, total: int, figures: str) -> None:
+        if self._task is None:
+            self._task = bar.add_task(what, figures=figures)
+        bar.update(self._task, description=what, completed=done, total=total, figures=figures)
+        bar.refresh()
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
