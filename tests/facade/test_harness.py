@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from facade import deviations
+from facade import deviations, migration
 from facade.compare import compare_kinds
 from facade.covering import covering_array
 from facade.deviations import DEVIATIONS, USED, Deviation, excused
@@ -155,6 +155,10 @@ def test_every_deviation_has_its_test() -> None:
         assert (ROOT / path).is_file(), row.test
         assert name.partition("[")[0] in defined_tests(ROOT / path), row.test
         assert row.defect and row.option, row
+
+
+def test_the_guide_has_the_table() -> None:
+    assert migration.written() == migration.table(), "run in tests/: python -m facade.migration"
 
 
 @pytest.mark.closing

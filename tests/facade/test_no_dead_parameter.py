@@ -335,11 +335,11 @@ ALONE: dict[str, dict[str, str]] = {
     "FSQ": dict.fromkeys(("allowed_dtypes", "force_quantization_f32"), "arithmetic is in float32 or wider, always"),
     "LFQ": {"force_quantization_f32": "arithmetic is in float32 or wider, always"},
     "HierarchicalVQ": {"sync_codebook": "what each of several processes learns from"},
-    "EvoLFQ": dict.fromkeys(
-        ("pop_size", "mutation_rate", "tournament_size", "elitism_count", "generations", "encoder", "decoder", "lfq"),
-        "the classes of its test look at it",
-    )
-    | dict.fromkeys(("dim", "codebook_size", "num_codebooks"), "as of LFQ"),
+    "EvoLFQ": {
+        **dict.fromkeys(("encoder", "decoder", "lfq", "pop_size", "mutation_rate"), "its own tests look at it"),
+        **dict.fromkeys(("tournament_size", "elitism_count", "generations"), "its own tests look at it"),
+        **dict.fromkeys(("dim", "codebook_size", "num_codebooks"), "as of LFQ"),
+    },
 }
 """Arguments that one process and one call cannot tell, and why."""
 
