@@ -15,7 +15,7 @@ from torch import nn
 
 from facade.peer import FACADE, PEER, facade_module, peer, peer_modules
 
-NOT_YET: tuple[str, ...] = ("utils",)
+NOT_YET: tuple[str, ...] = ()
 """Modules that are still to come."""
 
 OWN: tuple[str, ...] = ("exists", "default", "noop", "identity", "maybe", "first", "unique", "pack_one", "unpack_one", "pack_with_inverse")

@@ -174,7 +174,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "quantize_rate": Flip(1.0),
         "need_inv_act": Flip(True),
         "vector_norm": Flip("none"),
-        "call.eps": Flip(0.1, {"vector_norm": "none"}),
+        "call.eps": Flip(0.5),
     },
     "LFQ": {
         "dim": Flip(6),
@@ -295,7 +295,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "commitment_weight": Flip(0.5),
         "rotation_trick": Flip(True),
         "kmeans_init": Flip(False),
-        "kmeans_iters": Flip(1),
+        "kmeans_iters": Flip(1, {"codebook_size": 4}),
         "threshold_ema_dead_code": Flip(0),
         "stochastic_sample_codes": Flip(True),
         "sample_codebook_temp": Flip(10.0, {"stochastic_sample_codes": True}),
@@ -312,7 +312,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "call.mask": Flip(MASK),
         "call.lens": Flip(torch.tensor([5, 12])),
         "call.sample_codebook_temp": Flip(10.0, {"stochastic_sample_codes": True}),
-        "call.return_cutoff": Flip(True),
+        "call.return_cutoff": Flip(True, {"nested_dropout": 1.0}),
     },
 }
 """By class and argument; a name of a call is "call.NAME". What is not named there stands in ALONE."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vqkit.compat.vector_quantize_pytorch.residual_vq import GroupedResidualVQ as GroupedResidualVQ
     from vqkit.compat.vector_quantize_pytorch.residual_vq import ResidualVQ as ResidualVQ
     from vqkit.compat.vector_quantize_pytorch.sim_vq import SimVQ as SimVQ
+    from vqkit.compat.vector_quantize_pytorch.utils import Sequential as Sequential
     from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize as VectorQuantize
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "ResidualLFQ",
     "ResidualSimVQ",
     "ResidualVQ",
+    "Sequential",
     "SimVQ",
     "VectorQuantize",
 ]
@@ -64,6 +66,7 @@ _MODULES = {
     "ResidualLFQ": "residual_lfq",
     "ResidualSimVQ": "residual_sim_vq",
     "ResidualVQ": "residual_vq",
+    "Sequential": "utils",
     "SimVQ": "sim_vq",
     "VectorQuantize": "vector_quantize_pytorch",
 }
