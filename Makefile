@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint types unit wheel laws triton format bench-conventions bench-twin bench-train bench-attention bench-quantizers bench-codebooks clean
+.PHONY: help demo test lint types unit wheel laws triton format bench-conventions bench-twin bench-train bench-attention bench-quantizers bench-codebooks bench-facade clean
 
 help:
 	@echo "make demo         train on this machine's Python library, measure, sample (minutes)"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-attention  the attention alone, models and decoding against ordinary attention"
 	@echo "make bench-quantizers  the quantizers against the peer, faiss and a bare matrix product"
 	@echo "make bench-codebooks   every quantizer in the same autoencoder at equal bits, and beside the peer"
+	@echo "make bench-facade   the facade for vector-quantize-pytorch beside the library itself"
 	@echo "make clean        remove .venv and what was built"
 
 demo: $(VENV)/.train
@@ -80,6 +81,9 @@ bench-quantizers: $(VENV)/.bench
 
 bench-codebooks: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench_codebooks.py $(ARGS)
+
+bench-facade: $(VENV)/.bench
+	$(BIN)/python benchmarks/bench_facade.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build

@@ -295,7 +295,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "commitment_weight": Flip(0.5),
         "rotation_trick": Flip(True),
         "kmeans_init": Flip(False),
-        "kmeans_iters": Flip(1, {"codebook_size": 4}),
+        "kmeans_iters": Flip(1, {"codebook_size": 3}, vectors(8, WIDTH, 40)),
         "threshold_ema_dead_code": Flip(0),
         "stochastic_sample_codes": Flip(True),
         "sample_codebook_temp": Flip(10.0, {"stochastic_sample_codes": True}),
@@ -357,6 +357,8 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for number, part in enumerate(value):
             yield from leaves(part, f"{path}.{number}")
+    else:
+        yield f"{path}.{type(value).__name__}", torch.as_tensor(value if isinstance(value, (bool, int, float)) else 0)
 
 
 def behaviour(kind: str, arguments: dict[str, Any], x: Tensor) -> dict[str, Tensor] | Exception:
