@@ -202,6 +202,15 @@ def test_a_small_share_of_the_vectors_is_at_least_one():
     torch.testing.assert_close(found.entropy_aux_loss, expected.entropy_aux_loss)
 
 
+def test_narrow_inputs_have_the_entropy_of_float32():
+    x = (0.1 * draw(2, 50, 4)).bfloat16()
+    expected = LFQ(dim=4)(x.float())
+    for forced in (True, False):
+        quantized, indices, loss = LFQ(dim=4, force_quantization_f32=forced)(x)
+        assert quantized.dtype == torch.bfloat16 and torch.equal(indices, expected.indices)
+        torch.testing.assert_close(loss.float(), expected.entropy_aux_loss, rtol=1e-6, atol=1e-6)
+
+
 def test_the_entropy_is_that_of_all_ranks():
     x = draw(4, 6, 4)
     whole = LFQ(dim=4)(x, inv_temperature=1.0, return_loss_breakdown=True)[1].batch_entropy

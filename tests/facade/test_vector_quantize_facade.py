@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import vqkit.ops.codebook
 import vqkit.ops.coding
@@ -15,6 +17,7 @@ import vqkit.quantizers.vector_quantize as native
 from facade.compare import compare
 from facade.covering import covering_array
 from facade.peer import facade_module, peer
+from thread_ranks import in_ranks
 
 DIM, CODES = 8, 16
 there, here = peer.vector_quantize_pytorch, facade_module("vector_quantize_pytorch")
@@ -531,3 +534,146 @@ def test_dead_affine_codes_start_where_vectors_are() -> None:
         vq(x)
     codes = vq.eval().native.codebook
     assert torch.cdist(codes, x.reshape(-1, DIM)).amin(-1).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"codebook_dim": 4}, {"use_cosine_sim": True}, {**LEARNED, "in_place_codebook_optimizer": sgd}], ids=str
+)
+def test_recomputation_updates_once(kwargs: dict[str, Any]) -> None:
+    plain, again = twins(**kwargs)
+    for step in range(2):
+        x, y = (vectors(seed=step).requires_grad_() for _ in range(2))
+        expected, found = plain(x), checkpoint(again, y, use_reentrant=False)
+        for quantized, _, loss in (expected, found):
+            (quantized.sin().sum() + loss).backward()
+        torch.testing.assert_close(y.grad, x.grad)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (20, 0, 4)])
+@pytest.mark.parametrize("kwargs", [{}, {"use_cosine_sim": True}, {"heads": 2, "separate_codebook_per_head": True}], ids=str)
+def test_ranks_end_with_the_codebook_of_one_process(kwargs: dict[str, Any], sizes: tuple[int, ...]) -> None:
+    whole = make(**kwargs)
+    ranks = [copy.deepcopy(whole) for _ in sizes]
+
+    def work(reducer: Any) -> dict[str, Tensor]:
+        vq = ranks[reducer.rank]
+        vq.native.reducer = reducer
+        for step in range(2):
+            vq(vectors(1, 24, DIM, seed=step).split(sizes, 1)[reducer.rank])
+        return vq.state_dict()
+
+    states = in_ranks(len(sizes), work)
+    for step in range(2):
+        whole(vectors(1, 24, DIM, seed=step))
+    for key, value in whole.state_dict().items():
+        for state in states:
+            torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_agree_on_new_codes_where_one_of_them_has_no_vectors() -> None:
+    ranks = [make(**LEARNED, threshold_ema_dead_code=10.0) for _ in range(2)]
+    before = ranks[0].codebook.detach().clone()
+
+    def work(reducer: Any) -> Tensor:
+        vq = ranks[reducer.rank]
+        vq.native.reducer = reducer
+        for step in range(20):
+            vq(vectors(1, 24, DIM, seed=step).split([24, 0], 1)[reducer.rank])
+        return vq.codebook.detach().clone()
+
+    first, second = in_ranks(2, work)
+    assert torch.equal(first, second) and not torch.equal(first, before)
+
+
+def test_the_peers_checkpoint_trains_on_here() -> None:
+    kwargs = {"dim": DIM, "codebook_size": CODES, "codebook_dim": 4, **LEARNED}
+    torch.manual_seed(0)
+    models = there.VectorQuantize(**kwargs), here.VectorQuantize(**kwargs)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+
+    def step(number: int, side: int) -> Tensor:
+        optimizers[side].zero_grad()
+        x = vectors(seed=number).requires_grad_()
+        quantized, _, loss = models[side](x)
+        total = (quantized - x).square().mean() + loss
+        total.backward()
+        optimizers[side].step()
+        return total.detach()
+
+    for number in range(3):
+        step(number, 0)
+    models[1].load_state_dict(copy.deepcopy(models[0].state_dict()))
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    start = {key: value.clone() for key, value in models[0].state_dict().items()}
+    for number in range(3, 5):
+        torch.testing.assert_close(step(number, 1), step(number, 0), rtol=1e-5, atol=1e-6)
+    for key, value in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    for key in ("_codebook.embed", "project_in.weight", "project_out.weight"):
+        assert not torch.equal(models[1].state_dict()[key], start[key]), key
+
+
+@pytest.mark.parametrize("index", [-2, CODES])
+def test_indices_that_there_are_not_are_refused(index: int) -> None:
+    vq = make()
+    indices = torch.full((2, 12), index)
+    calls = (
+        lambda: vq.get_codes_from_indices(indices),
+        lambda: vq.get_output_from_indices(indices),
+        lambda: vq.update_ema_indices(vectors(), indices),
+        lambda: vq(vectors(), indices=indices),
+    )
+    before = vq.codebook.clone()
+    for call in calls:
+        with pytest.raises(ValueError, match=f"holds {index}: must lie in -1 ... {CODES - 1}"):
+            call()
+    assert torch.equal(vq.codebook, before)
+
+
+def test_a_vector_that_is_not_finite_has_no_code_and_enters_no_codebook() -> None:
+    vq, masked = twins()
+    x, mask = vectors(), torch.ones(2, 12, dtype=torch.bool)
+    spoilt = x.clone()
+    spoilt[0, 1, 2], spoilt[1, 3, 0], mask[0, 1], mask[1, 3] = torch.nan, torch.inf, False, False
+    quantized, indices, loss = vq(spoilt)
+    expected = masked(x, mask=mask)
+    assert torch.equal(indices == -1, ~mask) and torch.equal(indices, expected[1])
+    torch.testing.assert_close((quantized, loss), (expected[0], expected[2]))
+    for key, value in masked.state_dict().items():
+        torch.testing.assert_close(vq.state_dict()[key], value)
+
+
+def test_at_most_64_dead_codes_a_step_start_anew_and_the_others_later() -> None:
+    vq = make(codebook_size=150, threshold_ema_dead_code=0.5, **LEARNED)
+    vq.codebook = torch.cat([torch.full((100, DIM), 1e3), vq.codebook[100:].detach()])
+    last, numbers = vq.codebook.detach().clone(), []
+    for step in range(8):
+        vq(vectors(2, 500, DIM, seed=step))
+        codes = vq.codebook.detach().clone()
+        numbers.append(int((codes != last).any(-1).sum()))
+        last = codes
+    assert max(numbers) == 64 and sum(numbers) > 64
+    assert (vq._codebook.cluster_size >= 0.5).all()
+
+
+@pytest.mark.parametrize("name", ["learnable_codebook", "straight_through", "directional_reparam"])
+def test_ways_of_learning_work_alone(name: str) -> None:
+    vq = make(**{name: True})
+    x = vectors().requires_grad_()
+    quantized, indices, loss = vq(x)
+    (quantized.sin().sum() + loss).backward()
+    assert x.grad is not None and x.grad.any() and (indices >= 0).all()
+    learns = dict(vq.named_parameters())
+    assert ("_codebook.embed" in learns) == (name != "straight_through")
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learns.values())
+
+
+def test_an_input_without_gradient_trains_the_projection() -> None:
+    vq, other = twins(codebook_dim=4, commitment_weight=0.0)
+    for made, x in ((vq, vectors()), (other, vectors().requires_grad_())):
+        made(x)[0].sin().sum().backward()
+    weight = vq.project_in.weight.grad
+    assert weight is not None and weight.any()
+    assert torch.equal(weight, other.project_in.weight.grad)
