@@ -24,6 +24,8 @@ import vector_quantize_pytorch as peer
 from machine import RESULTS, describe
 from torch import Tensor
 
+from vqkit.ops.nearest_code import compiled
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 facade = importlib.import_module("vqkit.compat.vector_quantize_pytorch")
@@ -103,6 +105,7 @@ def cases(kind: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Tens
 
 
 def differentiable(output: Any) -> Iterator[Tensor]:
+    """The sums of all of it that has a gradient."""
     if isinstance(output, Tensor):
         if output.requires_grad:
             yield output.float().sum()
@@ -112,6 +115,8 @@ def differentiable(output: Any) -> Iterator[Tensor]:
 
 
 def call(module: torch.nn.Module, part: str, x: Tensor, calls: dict[str, Any]) -> Callable[[], None]:
+    """A training step, or an encoding."""
+
     def train() -> None:
         module.zero_grad()
         parts = [*differentiable(module(x.clone().requires_grad_(), **calls))]
@@ -141,6 +146,7 @@ def interleaved(runs: list[Callable[[], None]], budget: float) -> list[float]:
 
 
 def measure(kind: str, budget: float) -> Iterator[dict[str, Any]]:
+    """The rows of a class."""
     for name, kwargs, calls, x in cases(kind):
         row: dict[str, Any] = {"class": kind, "case": name, "arguments": {k: repr(v)[:60] for k, v in {**kwargs, **calls}.items()}}
         try:
@@ -155,6 +161,7 @@ def measure(kind: str, budget: float) -> Iterator[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
+    """The page."""
     rows = result["rows"]
     known = [(row, part) for row in rows for part in PARTS if part in row]
     slower = [(row, part) for row, part in known if row[part]["ratio"] < 1.0]
@@ -177,6 +184,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any]) -> None:
+    """The sorted ratios."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -190,6 +198,7 @@ def plot(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Measure, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classes", nargs="*", default=[*PLAIN, *MODULES])
     parser.add_argument("--budget", type=float, default=0.3, help="seconds a figure")
@@ -201,7 +210,10 @@ def main() -> None:
         for row in measure(kind, options.budget):
             rows.append(row)
             print(kind, row["case"], row.get("not measured") or [f"{row[part]['ratio']:.2f}" for part in PARTS], flush=True)
-    result = {"machine": {**describe(), "peer": importlib.metadata.version("vector-quantize-pytorch")}, "rows": rows}
+    result = {
+        "machine": {**describe(), "peer": importlib.metadata.version("vector-quantize-pytorch"), "compiled search": compiled.is_there()},
+        "rows": rows,
+    }
     path.write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "facade.md").write_text(table(result))
     plot(result)
