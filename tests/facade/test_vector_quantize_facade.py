@@ -537,7 +537,9 @@ def test_dead_affine_codes_start_where_vectors_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"codebook_dim": 4}, {"use_cosine_sim": True}, {**LEARNED, "in_place_codebook_optimizer": sgd}], ids=str
+    "kwargs",
+    [{"codebook_dim": 4}, {"use_cosine_sim": True}, {**LEARNED, "in_place_codebook_optimizer": sgd}],
+    ids=["averages", "cosine", "own optimizer"],
 )
 def test_recomputation_updates_once(kwargs: dict[str, Any]) -> None:
     plain, again = twins(**kwargs)
