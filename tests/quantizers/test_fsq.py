@@ -205,11 +205,16 @@ def test_encoded_and_decoded_at_once_is_one_after_the_other(kind):
         assert torch.equal(indices, quantizer.encode(x, mask)) and torch.equal(decoded, quantizer.decode(indices))
 
 
-def test_layers_that_pass_masked_vectors_through_leave_them_out():
-    x, mask = torch.randn(20, 2), torch.rand(20) < 0.6
+def test_dropped_layers_that_pass_masked_vectors_through_add_nothing():
     layers = [FSQ((4, 4), masked="input"), FSQ((4, 4), scale=0.25, masked="input")]
-    found = Residual(layers, estimator="layers").quantize(x, mask)
-    assert not found.quantized[~mask].any() and (found.indices[~mask] == -1).all()
+    residual = Residual(layers, estimator="layers", quantize_dropout=QuantizeDropout(seed=1))
+    x = torch.randn(20, 2)
+    depths = set()
+    for _ in range(12):
+        quantized, indices, _ = residual(x)
+        depths.add(int((indices[0] >= 0).sum()))
+        torch.testing.assert_close(quantized, residual.decode(indices))
+    assert depths == {1, 2}
 
 
 def test_no_index_has_the_digits_zero():
