@@ -280,7 +280,7 @@ def test_data_that_cannot_be_trained_on(
     assert (said.code, said.out) == (1, "")
     assert re.search(message, said.err)
     assert said.err.count("\n") == 1
-    assert not (run / "config.json").exists()
+    assert not run.exists()
 
 
 def test_a_folder_of_something_else_is_not_touched(vqkit: Callable[..., Said], corpus: Path, tmp_path: Path) -> None:

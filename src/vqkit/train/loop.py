@@ -92,7 +92,12 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, on_event: Calla
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_alone_in(run_dir))
             remove_leftovers(run_dir)
-            pack(config.data, run_dir / DATA_FOLDER, on_event=on_event)
+            try:
+                pack(config.data, run_dir / DATA_FOLDER, on_event=on_event)
+            except (OSError, ValueError):
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()  # only if nothing is in it: a run that was refused leaves no trace
+                raise
             write_text_atomic(run_dir / CONFIG_FILE, to_json(config))
         config = processes.from_first(config)
         summary = read_summary(run_dir / DATA_FOLDER)
