@@ -1,8 +1,8 @@
 """The training loop: starts a run or goes on with it, and tells whoever listens; it prints nothing.
 
-A run is a directory: config.json, data/, metrics.jsonl (a function of the configuration and the data alone), timings.jsonl,
-tensorboard/, checkpoints/. Any run resumes from its directory, bit for bit on one machine, after being killed at any instant. Under
-torchrun every process runs this loop; the first one alone speaks, and writes what is written once.
+A run is a directory: config.json, environment.json, data/, metrics.jsonl (a function of the configuration and the data alone),
+timings.jsonl, tensorboard/, checkpoints/. Any run resumes from its directory, bit for bit on one machine, after being killed at any
+instant. Under torchrun every process runs this loop; the first one alone speaks, and writes what is written once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from vqkit.train.checkpoint import (
 )
 from vqkit.train.config import RunConfig
 from vqkit.train.diagnosis import where_not_finite
+from vqkit.train.environment import environment, note_environment
 from vqkit.train.evaluation import evaluate
 from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Skipped, Spiked, Started
 from vqkit.train.faults import fault_point
@@ -163,6 +164,7 @@ class _Run:
         self._evaluations = [(measured(line)[1], line["step"]) for line in lines if line["kind"] == "validation"]
         self.metrics, self.timings, self.tensorboard = None, None, None
         if processes.is_first:
+            note_environment(run_dir, step, environment(processes))
             self._prune()  # the last process may have died before it did
             self.metrics, self.timings = JsonLines(run_dir / METRICS_FILE), JsonLines(run_dir / TIMINGS_FILE)
             self.tensorboard = TensorBoard(run_dir / TENSORBOARD_FOLDER, step)
