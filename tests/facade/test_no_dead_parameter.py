@@ -344,8 +344,7 @@ ALONE: dict[str, dict[str, str]] = {
 """Arguments that one process and one call cannot tell, and why."""
 
 KINDS = [name for name in SMALL if getattr(getattr(facade, name, None), "__module__", "").startswith("vqkit")] if MODULES else []
-WAITING = {("VectorQuantize", "call.codebook_transform_fn")}
-CASES = [(kind, name) for kind in KINDS for name in FLIPS.get(kind, {}) if (kind, name) not in WAITING]
+CASES = [(kind, name) for kind in KINDS for name in FLIPS.get(kind, {})]
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:

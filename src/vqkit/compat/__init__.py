@@ -1,4 +1,4 @@
-"""Models that other programs trained, in ours: checkpoints of the official Transformer-VQ. Names load lazily."""
+"""Other programs' ways, in ours: checkpoints of the official Transformer-VQ; the drop-in `vector_quantize_pytorch`. Names load lazily."""
 
 from __future__ import annotations
 

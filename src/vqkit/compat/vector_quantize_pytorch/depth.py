@@ -6,6 +6,7 @@ import random
 from math import ceil
 
 import torch
+from torch import Tensor
 
 from vqkit.dist import default_reducer
 from vqkit.quantizers.committed import in_backward
@@ -64,3 +65,9 @@ def layers_taking_part(seed: int, cutoff_index: int, multiple_of: int, num_quant
     """1 ... num_quantizers."""
     last = random.Random(seed).randrange(cutoff_index, num_quantizers)
     return min(round_up_multiple(last + 1, multiple_of), num_quantizers)
+
+
+def all_layers(codes: Tensor, num_quantizers: int) -> Tensor:
+    """[L, ...] -> [q, ...], zeros for the layers that are missing."""
+    missing = num_quantizers - len(codes)
+    return codes if missing == 0 else torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])])

@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.depth import (
     Seeds,
+    all_layers,
     check_dropout,
     get_maybe_sync_seed,
     is_distributed,
@@ -91,7 +92,7 @@ class ResidualFSQ(Module):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> the codes of all layers [q, P..., d], zeros for -1 and what is missing."""
         rows = self._rows_of_indices(indices)
-        return _all_layers(self._settle().decode_layers(rows), self.num_quantizers)
+        return all_layers(self._settle().decode_layers(rows), self.num_quantizers)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> its output."""
@@ -115,12 +116,6 @@ class ResidualFSQ(Module):
         if self.is_channel_first:
             output, indices = output.movedim(-1, 1), indices.movedim(-1, 1)
         return (output, indices, self.get_codes_from_indices(indices)) if return_all_codes else (output, indices)
-
-
-def _all_layers(codes: Tensor, num_quantizers: int) -> Tensor:
-    """[L, ...] -> [q, ...], zeros for the layers that are missing."""
-    missing = num_quantizers - len(codes)
-    return codes if missing == 0 else torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])])
 
 
 def _limit(levels: Sequence[int], given: float | Sequence[float] | Tensor | None, hard: bool) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.depth import (
     Seeds,
+    all_layers,
     check_dropout,
     get_maybe_sync_seed,
     is_distributed,
@@ -85,9 +86,7 @@ class ResidualLFQ(Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> the codes of all layers [q, P..., d], zeros for -1 and what is missing."""
-        codes = self._settle().decode_layers(indices)
-        missing = self.num_quantizers - len(codes)
-        return torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])]) if missing else codes
+        return all_layers(self._settle().decode_layers(indices), self.num_quantizers)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> its output: [B, dim, ...] of images, whose indices have 4 axes or more."""
