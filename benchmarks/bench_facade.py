@@ -117,7 +117,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "Ratio: its time over the facade's, so that above 1 the facade is faster. Sizes: those of the tests' covering arrays (tens of"
     ]
-    lines += ["vectors, 16 codes), and real ones (about 1,024 vectors of 64, 512 codes). All rows with their arguments: facade.json.", ""]
+    lines += ["vectors, 16 codes), real ones (about 1,024 vectors of 64, 512 codes), and large ones, problems of quantizers.md. All rows"]
+    lines += ["with their arguments: facade.json.", ""]
     for size in SIZES:
         known = [row for row in rows if row["size"] == size]
         lines += [f"## Sizes: {size}", "", "| class | figures | median | worst | below 1 |", "|---|---|---|---|---|"]

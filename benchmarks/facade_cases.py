@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 WIDTH, CODES, LAYERS, VECTORS = 64, 512, 4, 1024
-SIZES = ("tests", "real")
+SIZES = ("tests", "real", "large")
 TESTS: dict[str, tuple[str, str]] = {
     "VectorQuantize": ("test_vector_quantize_facade", "test_every_pair_of_options_is_the_peers"),
     "ResidualVQ": ("test_residual_vq", "test_pairs_of_options"),
@@ -71,6 +71,22 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "ResidualSimVQ": {"defaults": {"num_quantizers": LAYERS}},
 }
 """Settings that people use, beside the arrays, for vectors of `WIDTH`."""
+LARGE: dict[str, list[tuple[int, dict[str, Any]]]] = {
+    "VectorQuantize": [
+        (1_024, {"dim": 64, "codebook_size": 1_024}),
+        (16_384, {"dim": 64, "codebook_size": 1_024}),
+        (65_536, {"dim": 64, "codebook_size": 1_024}),
+        (16_384, {"dim": 64, "codebook_size": 8_192}),
+        (16_384, {"dim": 256, "codebook_size": 1_024}),
+        (16_384, {"dim": 64, "codebook_size": 1_024, "codebook_dim": 64, "heads": 4, "separate_codebook_per_head": True}),
+    ],
+    "ResidualVQ": [
+        (16_384, {"dim": 128, "codebook_size": 1_024, "num_quantizers": 8}),
+        (4_096, {"dim": 64, "codebook_size": 1_024, "num_quantizers": 4, "beam_size": 4}),
+    ],
+    "GroupedResidualVQ": [(16_384, {"dim": 256, "codebook_size": 1_024, "num_quantizers": 4, "groups": 2})],
+}
+"""Problems of bench_quantizers.py: the number of vectors, and how the class is made."""
 _HAVE_CODES = ("VectorQuantize", "ResidualVQ", "SimVQ", "ResidualSimVQ")
 
 
@@ -93,7 +109,10 @@ def cases(kind: str, sizes: tuple[str, ...] = SIZES) -> Iterator[Case]:
         for name, options in NAMED.get(kind, {}).items():
             codes = {"codebook_size": CODES} if kind in _HAVE_CODES else {}
             yield Case(kind, name, "real", {"dim": WIDTH, **codes, **options}, torch.randn(8, 128, WIDTH), {}, {})
-    for case in recorded(kind):
+    for vectors, kwargs in LARGE.get(kind, []) if "large" in sizes else []:
+        told = ", ".join(f"{name} {value}" for name, value in {"vectors": vectors, **kwargs}.items())
+        yield Case(kind, told, "large", kwargs, torch.randn(1, vectors, kwargs["dim"]), {}, {})
+    for case in recorded(kind) if {"tests", "real"} & {*sizes} else []:
         if "tests" in sizes:
             yield case
         if "real" in sizes:
