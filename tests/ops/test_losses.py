@@ -41,6 +41,19 @@ def test_mean_commitment_is_the_mean_over_the_values_that_count(poison, shape):
     torch.testing.assert_close(mean_commitment_loss(x, codes), mean_commitment_loss(x, codes, torch.ones_like(mask)))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("pull", [0.0, 0.3, 1.0, 4.0])
+def test_codes_are_pulled_by_so_much_of_the_same_gradient(pull, reduction):
+    x, codes = (torch.randn(20, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.rand(20) < 0.6
+    loss = mean_commitment_loss(x, codes, mask, pull=pull, reduction=reduction)
+    assert torch.equal(loss, mean_commitment_loss(x, codes, mask, reduction=reduction))
+    loss.sum().backward()
+    assert x.grad.any() and (codes.grad is None) == (pull == 0.0)
+    if pull:
+        torch.testing.assert_close(codes.grad, -pull * x.grad)
+
+
 def draw(of_x=(2, 3), of_codes=(3,), num=11, codes=7, dtype=torch.float64):
     return torch.randn(*of_x, num, 4, dtype=dtype, requires_grad=True), torch.randn(*of_codes, codes, 4, dtype=dtype, requires_grad=True)
 

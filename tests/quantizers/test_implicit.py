@@ -144,6 +144,21 @@ def test_frozen_for_a_call(layer):
     torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_without_an_estimator_the_gradient_is_that_of_the_decoded_codes(fraction):
+    module = ResidualVQ(DIM, CODES, 3, implicit=MLP(9), estimator="none", condition_fraction=fraction, losses=())
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    found, cotangent = module.quantize(vectors()), vectors()
+    expected = module.decode(found.indices)
+    assert torch.equal(found.quantized, expected)
+    parameters = list(module.parameters())
+    own, theirs = (torch.autograd.grad((output * cotangent).sum(), parameters) for output in (found.quantized, expected))
+    torch.testing.assert_close(own, theirs)
+    assert all(gradient.any() for gradient in own)
+    assert not module.quantize(vectors(), freeze_codebook=True).quantized.requires_grad
+
+
 def test_gradient_steps_reduce_the_error():
     torch.manual_seed(0)
     x = torch.randn(32, 16, DIM)

@@ -29,12 +29,4 @@ class Packing:
     total: int
 
 
-@dataclass(frozen=True)
-class Checking:
-    """`done` of `total` bytes of packed data are read again and compared with what was written."""
-
-    done: int
-    total: int
-
-
-DataEvent = Downloading | Note | Packing | Checking
+DataEvent = Downloading | Note | Packing

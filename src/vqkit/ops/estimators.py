@@ -16,6 +16,16 @@ _SMALLEST_ANGLE = 0.05  # of |e + q|^2: below it the factors of the rotation los
 _ENTRIES_PER_TILE = 1 << 18
 
 
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, through which `factor` times the gradient passes."""
+    if factor == 0.0:
+        return x.detach()
+    if factor == 1.0 or not x.requires_grad:
+        return x
+    constant = x.detach()
+    return constant + factor * (x - constant)
+
+
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
     """`quantized` in value, exactly, with the gradient of the output handed to `x` unchanged (Bengio et al., 2013).
 

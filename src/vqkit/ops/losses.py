@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vqkit.ops.assignment import Metric, assignment_cross_entropy, has_scores, mean_assignment
 from vqkit.ops.codebook import directions
+from vqkit.ops.estimators import scale_gradient
 from vqkit.ops.precision import widest, without_autocast
 
 Reduction = Literal["mean", "none"]
@@ -37,16 +38,19 @@ def commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None) ->
     return difference.square().sum() / max(batch * time, 1)
 
 
-def mean_commitment_loss(x: Tensor, quantized: Tensor, mask: Tensor | None = None, *, reduction: Reduction = "mean") -> Tensor:
-    """The mean squared difference of the vectors and their codes, which are constants here, over the vectors that count.
+def mean_commitment_loss(
+    x: Tensor, quantized: Tensor, mask: Tensor | None = None, *, pull: float = 0.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """The mean squared difference of the vectors and their codes over the vectors that count.
 
-    x, quantized [..., N, K], mask [..., N] bool that broadcasts. A masked vector gets no gradient, whatever it holds. Returns a scalar,
-    float32 or wider; with reduction="none" the mean over K alone, [..., N], 0 where masked.
+    x, quantized [..., N, K], mask [..., N] bool that broadcasts. The codes get `pull` times their gradient: with 0 they are constants. A
+    masked vector gets no gradient, whatever it holds. Returns a scalar, float32 or wider; with reduction="none" the mean over K alone,
+    [..., N], 0 where masked.
     """
     _check_reduction(reduction)
     _check_alike(x, quantized)
     dtype = widest(x, quantized)
-    difference = x.to(dtype) - quantized.detach().to(dtype)
+    difference = x.to(dtype) - scale_gradient(quantized, pull).to(dtype)
     if mask is not None:
         mask = _spread("mask", mask, x.shape[:-1])
         difference = difference.where(mask.unsqueeze(-1), 0.0)

@@ -22,7 +22,7 @@ from vqkit.dist import Reducer
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import mean_commitment_loss, orthogonality_loss
-from vqkit.ops.precision import without_autocast
+from vqkit.ops.precision import finite_rows, without_autocast
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.config import (
@@ -48,7 +48,7 @@ from vqkit.quantizers.config import (
     check_choice,
     check_kind,
 )
-from vqkit.quantizers.layout import check_indices, position_mask, width_last
+from vqkit.quantizers.layout import check_indices, is_all, position_mask, where_kept, width_last
 
 _ELEMENTS = 2**22
 """About how many numbers one table of codes may hold."""
@@ -179,17 +179,17 @@ class ImplicitVQ(Quantizer):
         given = self._read(x, mask, partial)
         own, labels = (self._flat_indices(*named, given.positions) for named in (("indices", indices), ("targets", targets)))
         self.table.start_(given.vectors.unsqueeze(0), given.kept)
-        codes = _Codes(self.network, self.table.codes().squeeze(0).to(given.vectors.dtype), frozen=freeze_codebook)
+        codes = self._codes(given, constant=freeze_codebook)
         found, chosen, soft = self._choose(given, codes, own, temperature)
-        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, given, codes, found, chosen) for loss in self.losses}
+        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, given, codes, found, chosen, soft) for loss in self.losses}
         if labels is not None:
             losses["cross_entropy"] = _mean_cross_entropy(codes, given, labels.where(found >= 0, -1))
-        counted = self.training and not freeze_codebook
+        counted = self.training and not freeze_codebook and self.table.counts
         statistics = (self._statistics(given, found, chosen, own),) if counted else None
         output = chosen if soft else pass_gradient(self.estimator, given.vectors, chosen, self.training)
         if self.sync_update > 0:
             output = output + self.sync_update * (chosen - chosen.detach())
-        output = output.where((found >= 0).unsqueeze(-1), 0.0)
+        output = where_kept(found >= 0, output)
         return Quantized(output.reshape(x.shape).to(x.dtype), found.reshape(given.positions), losses, statistics)
 
     def nearest(self, x: Tensor, num: int, *, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -202,9 +202,14 @@ class ImplicitVQ(Quantizer):
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, partial: Tensor | None = None) -> Tensor:
         """x [B, ..., D], `partial` of its shape -> indices [B, ...]."""
+        return self.encode_and_decode(x, mask, partial=partial)[0]
+
+    def encode_and_decode(  # type: ignore[override]
+        self, x: Tensor, mask: Tensor | None = None, *, partial: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         given = self._read(x, mask, partial)
-        indices = self._nearest(given.vectors, given.partial, 1)[0].squeeze(-1)
-        return indices.where(given.kept, -1).reshape(given.positions)
+        indices, codes = self._take_nearest(given, self._codes(given))
+        return indices.reshape(given.positions), codes.reshape(x.shape)
 
     def decode(self, indices: Tensor, *, partial: Tensor | None = None) -> Tensor:
         """indices [B, ...], `partial` [B, ..., D] -> codes [B, ..., D]; -1 gives zeros."""
@@ -234,9 +239,9 @@ class ImplicitVQ(Quantizer):
         wide = rows.to(torch.promote_types(x.dtype, self.table.dtype))
         partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype)
         _check_partial(partial, wide)
-        kept = (wide.isfinite() & partial.isfinite()).all(-1)
+        kept = finite_rows(wide) & finite_rows(partial)
         kept = kept if counted is None else kept & counted
-        vectors, partial = (values.where(kept.unsqueeze(-1), 0.0).reshape(-1, self.dim) for values in (wide, partial))
+        vectors, partial = (where_kept(kept, values).reshape(-1, self.dim) for values in (wide, partial))
         return _Given(vectors, partial, None if counted is None else counted.reshape(-1), kept.reshape(-1), positions)
 
     def _flat_indices(self, name: str, indices: Tensor | None, positions: torch.Size) -> Tensor | None:
@@ -254,17 +259,29 @@ class ImplicitVQ(Quantizer):
                 soft = self.assignment.estimator is not None
                 return indices.where(given.kept, -1), drawn.where(given.kept.unsqueeze(-1), 0.0), soft
         if indices is None:
-            indices = nearest_implicit(self.network, given.vectors, given.partial, codes.base)[0].squeeze(-1)
+            return *self._take_nearest(given, codes), False
         indices = indices.where(given.kept, -1)
         return indices, codes.of(indices, given.partial), False
 
-    def _loss(self, loss: Loss, given: _Given, codes: _Codes, indices: Tensor, chosen: Tensor) -> Tensor:
+    def _codes(self, given: _Given, *, constant: bool = False) -> _Codes:
+        # Training without a graph is the first pass of a checkpoint, which goes the way of the second.
+        constant = constant or not (self.training or torch.is_grad_enabled())
+        return _Codes(self.network, self.table.codes().squeeze(0).to(given.vectors.dtype), constant=constant)
+
+    def _take_nearest(self, given: _Given, codes: _Codes) -> tuple[Tensor, Tensor]:
+        """The index [N] and the code [N, D] of each vector."""
+        indices, found = (part.squeeze(1) for part in nearest_implicit(self.network, given.vectors, given.partial, codes.base))
+        if not is_all(given.kept):
+            indices = indices.where(given.kept, -1)
+        if codes.constant:
+            return indices, where_kept(given.kept, found)
+        return indices, codes.of(indices, given.partial)
+
+    def _loss(self, loss: Loss, given: _Given, codes: _Codes, indices: Tensor, chosen: Tensor, soft: bool) -> Tensor:
         known = indices >= 0
         if isinstance(loss, Commitment):
-            own = codes.of(indices, given.partial)
-            value = mean_commitment_loss(given.vectors, own, known)
-            pull = mean_commitment_loss(own, given.vectors, known)
-            return value + loss.pull * (pull - pull.detach())
+            own = codes.of(indices, given.partial) if soft else chosen
+            return mean_commitment_loss(given.vectors, own, known, pull=loss.pull)
         if isinstance(loss, CrossEntropyCommitment):
             return _mean_cross_entropy(codes, given, indices)
         if isinstance(loss, Diversity):
@@ -355,23 +372,22 @@ def pass_gradient(estimator: Estimator, x: Tensor, codes: Tensor, training: bool
 
 
 class _Codes:
-    """What a network makes of `base` [C, D] for vectors [N, D] and their partial reconstructions [N, D]; constants if `frozen`.
+    """What a network makes of `base` [C, D] for vectors [N, D] and their partial reconstructions [N, D]; without gradient if `constant`.
 
     A softmax is that of minus the distances over a temperature. Tables [R, C, D] are made in chunks and again in the backward.
     """
 
-    def __init__(self, network: nn.Module, base: Tensor, *, frozen: bool) -> None:
-        self.network, self.frozen = network, frozen
-        self.base = base.detach() if frozen else base
+    def __init__(self, network: nn.Module, base: Tensor, *, constant: bool) -> None:
+        self.network, self.constant = network, constant
+        self.base = base.detach() if constant else base
 
     def _make(self, base: Tensor, partial: Tensor) -> Tensor:
         codes = self.network(base, partial)
-        return codes.detach() if self.frozen else codes
+        return codes.detach() if self.constant else codes
 
     def of(self, indices: Tensor, partial: Tensor) -> Tensor:
         """The codes of indices [N] -> [N, D]; 0 where -1."""
-        codes = self._make(gather_codes(self.base, indices), partial)
-        return codes.where((indices >= 0).unsqueeze(-1), 0.0)
+        return where_kept(indices >= 0, self._make(gather_codes(self.base, indices), partial))
 
     def cross_entropy(self, x: Tensor, partial: Tensor, targets: Tensor) -> Tensor:
         """-log softmax of targets [N] -> [N]; 0 where -1."""

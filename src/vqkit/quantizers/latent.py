@@ -100,6 +100,4 @@ class LatentQuantize(ScalarQuantizer):
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
         if self.commitment is None:
             return {}
-        found = mean_commitment_loss(values, codes, kept)
-        pull = mean_commitment_loss(codes, values, kept)
-        return {"commitment": found + self.commitment.pull * (pull - pull.detach())}
+        return {"commitment": mean_commitment_loss(values, codes, kept, pull=self.commitment.pull)}

@@ -9,7 +9,7 @@ Shapes: P positions of the input, N of them flattened, D width of the input, d w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.codebook import CodebookStatistics, merge_statistics
+from vqkit.ops.estimators import scale_gradient
 from vqkit.ops.precision import finite_rows
 from vqkit.quantizers.base import Quantized, Quantizer, Statistics, changed
 from vqkit.quantizers.beam import beam_search
@@ -45,6 +46,7 @@ from vqkit.quantizers.vector_quantize import VectorQuantize
 
 class _Path(NamedTuple):
     outputs: list[Tensor]  # [P..., d] of each layer; 0 where it has no code
+    are_codes: bool  # whether it is known that outputs are codes, in value and in gradient
     indices: Tensor  # [P..., Q, ...]
     losses: dict[str, Tensor]
     statistics: Statistics
@@ -133,8 +135,9 @@ class Residual(Quantizer):
         """Q, shared layers as often as they are used."""
         return len(self._order)
 
-    def _each(self) -> Iterator[Any]:
-        return (self.layers[number] for number in self._order)
+    def _each(self) -> list[Any]:
+        layers = [*self.layers]
+        return [layers[number] for number in self._order]
 
     # What every quantizer says of itself
 
@@ -415,15 +418,17 @@ class Residual(Quantizer):
             output = part.quantized
             if getattr(layer, "masked", None) != "zero":
                 output = where_kept(has_code(part.indices, vectors.dim() - 1), output)
-            passed = _scale_gradient(output, self.gradient_fraction)
+            passed = scale_gradient(output, self.gradient_fraction)
             residual = residual - passed
             if conditional:
-                told = passed if self.condition_fraction == self.gradient_fraction else _scale_gradient(output, self.condition_fraction)
+                told = passed if self.condition_fraction == self.gradient_fraction else scale_gradient(output, self.condition_fraction)
                 partial = partial + told
             outputs.append(output)
             found.append(part)
+        told_all = freeze_codebook or not conditional or self.condition_fraction == 1.0
         return _Path(
             outputs,
+            told_all and all(_gives_codes(layer) for layer in self.layers),
             self._fill(torch.stack([part.indices for part in found], dim=vectors.dim() - 1)),
             {numbered(name, i): loss for i, part in enumerate(found) for name, loss in part.losses.items()},
             self.gather([*(part.statistics for part in found), *[None] * (self.num_quantizers - len(found))]),
@@ -439,10 +444,12 @@ class Residual(Quantizer):
             return _add(path.outputs)
         x = where_kept(finite, vectors)
         own = isinstance(self.estimator, DiVeQ) or self.estimator == "none"  # then the codes have a gradient, whatever that of the layers
-        if own or self.sync_update > 0:
-            codes = self.decode_codes(path.indices).to(x.dtype)
-        else:
+        if not own and self.sync_update == 0:
             codes = _add([output.detach() for output in path.outputs])
+        elif path.are_codes:
+            codes = _add(path.outputs)
+        else:
+            codes = self.decode_codes(path.indices).to(x.dtype)
         output = pass_gradient(self.estimator, x, codes, self.training)
         return output + self.sync_update * (codes - codes.detach()) if self.sync_update > 0 else output
 
@@ -600,6 +607,14 @@ def has_code(indices: Tensor, num_positions: int) -> Tensor:
     return known.flatten(num_positions).any(-1) if known.dim() > num_positions else known
 
 
+def _gives_codes(layer: Any) -> bool:
+    """Whether the output of `layer` is known to be a code, with the gradient of the code and no other."""
+    if not isinstance(layer, VectorQuantize | ImplicitVQ):
+        return False
+    soft = not isinstance(layer.assignment, str) and layer.assignment.estimator is not None
+    return layer.estimator == "none" and not soft and layer.sync_update == 0
+
+
 def _split(path: Tensor | None, positions: torch.Size) -> Sequence[Tensor] | None:
     return None if path is None else path.unbind(len(positions))
 
@@ -616,13 +631,6 @@ def _add(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[2:]:
         total = total + part if part.requires_grad or total.requires_grad else total.add_(part)
     return total
-
-
-def _scale_gradient(x: Tensor, fraction: float) -> Tensor:
-    """x, through which `fraction` of the gradient passes."""
-    if fraction == 0.0:
-        return x.detach()
-    return x if fraction == 1.0 else x.detach() + fraction * (x - x.detach())
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -629,11 +629,7 @@ class VectorQuantize(Quantizer):
         counted = chosen.indices >= 0
         if isinstance(loss, Commitment):
             own = gather_codes(codes, chosen.indices) if chosen.soft and codes.dim() == 3 else chosen.codes
-            value = mean_commitment_loss(vectors, own, counted, reduction=reduction)
-            if not own.requires_grad or loss.pull == 0:
-                return value
-            pull = mean_commitment_loss(own, vectors, counted, reduction=reduction)
-            return value + loss.pull * (pull - pull.detach())
+            return mean_commitment_loss(vectors, own, counted, pull=loss.pull, reduction=reduction)
         if isinstance(loss, CrossEntropyCommitment):
             return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self.metric, reduction=reduction)
         if isinstance(loss, Diversity):

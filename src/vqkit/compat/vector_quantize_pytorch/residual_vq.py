@@ -27,7 +27,7 @@ from vqkit.dist import LocalReducer, default_reducer
 from vqkit.ops.precision import without_autocast
 from vqkit.quantizers.base import Quantized, Statistics
 from vqkit.quantizers.commit import flatten_statistics
-from vqkit.quantizers.config import BeamSearch, DiVeQ, Estimator
+from vqkit.quantizers.config import BeamSearch, DiVeQ, Estimator, Loss
 from vqkit.quantizers.implicit import ImplicitVQ
 from vqkit.quantizers.layout import check_tensor, is_integer
 from vqkit.quantizers.residual import Residual
@@ -123,13 +123,19 @@ class MLP(nn.Module):
     def transform(self, codes: Tensor, condition: Tensor) -> Tensor:
         """codes and condition [..., D], whose leading axes broadcast -> [..., D]."""
         with without_autocast(codes.device.type):
-            of_condition, of_code = self.proj_in.weight.to(codes.dtype).chunk(2, dim=1)
-            x = F.linear(condition, of_condition, self.proj_in.bias.to(codes.dtype)) + F.linear(codes, of_code)
+            weight, bias = _parameters(self.proj_in, codes.dtype)
+            of_condition, of_code = weight.chunk(2, dim=1)
+            x = F.linear(condition, of_condition, bias) + F.linear(codes, of_code)
             for layer in cast(Iterable[Any], self.layers):
-                narrow, widen = layer[2], layer[0]
-                hidden = F.silu(F.linear(x, widen.weight.to(x.dtype), widen.bias.to(x.dtype)))
-                x = x + F.linear(hidden, narrow.weight.to(x.dtype), narrow.bias.to(x.dtype))
+                widen, _, narrow = layer
+                hidden = F.silu(F.linear(x, *_parameters(widen, x.dtype)))
+                x = x + F.linear(hidden, *_parameters(narrow, x.dtype))
         return F.normalize(x, dim=-1) if self.l2norm_output else x
+
+
+def _parameters(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight, bias = layer.weight, layer.bias
+    return (weight, bias) if weight.dtype == dtype else (weight.to(dtype), bias.to(dtype))
 
 
 class _Network(nn.Module):
@@ -246,6 +252,7 @@ class ResidualVQ(nn.Module):
         """The residual quantizer of the codebooks, networks and projections that are registered here."""
         options: dict[str, Any] = {**translate.quantizer_options(given), "layout": "last"}
         self._estimator: Estimator = options["estimator"]
+        self._losses: tuple[Loss, ...] = options["losses"]
         kind = _InTurn if self.shared_codebook and self.num_quantizers > 1 else Residual
         with torch.device("meta"):  # its own layers are replaced
             native = kind(
@@ -259,6 +266,7 @@ class ResidualVQ(nn.Module):
                 masked="zero" if self.return_zeros_for_masked_padding else "input",
             )
         native.project_in, native.project_out = self.project_in, self.project_out
+        self._weights = {name: (int(name.rsplit("/", 1)[1]), weight) for name, weight in native.loss_weights.items()}
         if given["sync_codebook"] is False:
             native.reducer = LocalReducer()
         return native
@@ -352,7 +360,7 @@ class ResidualVQ(nn.Module):
         temperature = translate.temperature(self._assignment, sample_codebook_temp, self._first._codebook.sample_codebook_temp)
         if temperature is not None and size == 1:
             options["temperature"] = temperature
-        self._set_estimators(x)
+        self._set_layers(x)
         if self.training and not frozen and self._first.in_place_codebook_optimizer is not None:
             self._pull_(x, mask, options.get("depth", self.num_quantizers), temperature)
         try:
@@ -395,13 +403,16 @@ class ResidualVQ(nn.Module):
                 raise ValueError(f"beam_size = {size}: must be 1 in training with {clash}")
         return 1 if size is None else size
 
-    def _set_estimators(self, x: Tensor) -> None:
-        """Those of the layers, where a gradient has any place to go; in eval mode none passes."""
+    def _set_layers(self, x: Tensor) -> None:
+        """Their estimators, where a gradient has any place to go, and their losses; in eval mode nothing is made of either."""
         learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
+        estimator = self._estimator if self.training and learns else "none"
+        losses = self._losses if self.training else ()
         for part in cast(Iterable[Any], self.native.layers):
-            part.estimator = self._estimator if self.training and learns else "none"
+            if part.estimator is not estimator or part.losses is not losses:
+                part.estimator, part.losses = estimator, losses
         if self.diveq:
-            self.native.estimator = DiVeQ(_DIVEQ_VARIANCE) if self.training else "none"
+            self.native.estimator = DiVeQ(_DIVEQ_VARIANCE) if self.training else "layers"
 
     @torch.no_grad()
     def _pull_(self, x: Tensor, mask: Tensor | None, depth: int, temperature: float | None) -> None:
@@ -421,12 +432,12 @@ class ResidualVQ(nn.Module):
         number, zero = self.num_quantizers, self._first.zero
         if not self.training:
             return zero.new_zeros(number)
-        weights = self.native.loss_weights
         rows = [zero] * number
         for name, loss in found.losses.items():
-            layer = int(name.rsplit("/", 1)[1])
-            if weights[name] != 0.0:
-                rows[layer] = rows[layer] + weights[name] * loss
+            layer, weight = self._weights[name]
+            if weight != 0.0:
+                own = loss if weight == 1.0 else weight * loss
+                rows[layer] = own if rows[layer] is zero else rows[layer] + own
         losses = torch.stack([row.to(torch.float32) for row in rows])
         if not losses.requires_grad and not torch.compiler.is_compiling():
             losses.requires_grad_()  # so that a loop may call backward whatever is trained
