@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqkit.ops import assignment
+from vqkit.ops import assignment, distances
 from vqkit.ops.assignment import assignment_cross_entropy, mean_assignment, sample_codes, sample_indices, soft_codes
 from vqkit.ops.codebook import gather_codes
 
@@ -35,9 +35,17 @@ def draw(leading=((3,), (3,)), num=13, codes=7, width=4, dtype=torch.float64):
     return x.requires_grad_(), codebook.requires_grad_()
 
 
-@pytest.fixture(params=[1, 40, 1 << 18], ids=lambda n: f"tiles of {n} scores")
+@pytest.fixture(params=[(1, False), (40, True), (1 << 18, True)], ids=lambda p: f"tiles of {p[0]} scores, {p[1] and 'products'}")
 def tiles(request, monkeypatch):
-    monkeypatch.setitem(assignment._SCORES_PER_TILE, "cpu", request.param)
+    num, by_products = request.param
+    monkeypatch.setitem(assignment._SCORES_PER_TILE, "cpu", num)
+    if by_products:
+        take_products(monkeypatch)
+
+
+def take_products(monkeypatch):
+    monkeypatch.setattr(distances, "_FEW_DIFFERENCES", 1)
+    monkeypatch.setattr(distances, "_FEW_VECTORS", 1)
 
 
 def assert_same_gradients(found, expected, inputs, **tolerance):
@@ -176,8 +184,11 @@ def with_gradients(operation, x, codebook, seed=1):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (1000.0, 1.0), (0.0, 1e-12), (0.0, 1e12)])
-def test_float32_is_accurate_off_centre_and_at_any_scale(name, offset, scale):
+@pytest.mark.parametrize("by_products", [False, True])
+def test_float32_is_accurate_off_centre_and_at_any_scale(name, offset, scale, by_products, monkeypatch):
     """Against the dense arithmetic of the same numbers in float64; at the scale of the data its temperature."""
+    if by_products:
+        take_products(monkeypatch)
     x, codebook = torch.randn(1, 60, 8) * scale + offset, torch.randn(1, 20, 8) * scale + offset
     operation = {
         "sample": lambda a, b: sample_codes(a, b, temperature=scale, noise=torch.full((1, 60), 0.3, dtype=a.dtype)).quantized,
@@ -285,7 +296,7 @@ class _Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_matrix_of_vectors_by_codes_is_made_or_kept(name, monkeypatch):
-    """Every pass is replaced by its own body, which a dispatch mode sees through."""
+    """Of what autograd keeps, and of all that the passes make, which a dispatch mode sees."""
     monkeypatch.setitem(assignment._SCORES_PER_TILE, "cpu", 1 << 10)
     num, codes, width = 512, 128, 4
     x, codebook = torch.randn(1, num, width, requires_grad=True), torch.randn(1, codes, width, requires_grad=True)
@@ -297,20 +308,20 @@ def test_no_matrix_of_vectors_by_codes_is_made_or_kept(name, monkeypatch):
     chosen, share, gradient = torch.zeros(1, num, dtype=torch.int64), torch.rand(1, num), torch.randn(1, num, width)
     bodies = {
         "sample": [(assignment._draw, (x, codebook, share.unsqueeze(-1), 1.0, "euclidean"))],
-        "reinmax": [(assignment._soft_codes_backward, (gradient, x, codebook, codebook, chosen, 1.0, "euclidean", True))],
+        "reinmax": [(assignment._look_up_backward, (gradient, x, codebook, codebook, chosen, 1.0, "euclidean", True, (True, True, True)))],
         "cross entropy": [
             (assignment._cross_entropy, (x, codebook, chosen, 1.0, "euclidean")),
-            (assignment._cross_entropy_backward, (share, x, codebook, chosen, 1.0, "euclidean")),
+            (assignment._cross_entropy_backward, (share, x, codebook, chosen, 1.0, "euclidean", (True, True))),
         ],
         "mean": [
             (assignment._mean_softmax, (x, codebook, share, 1.0, "euclidean")),
-            (assignment._mean_softmax_backward, (codebook[..., 0], x, codebook, share, 1.0, "euclidean")),
+            (assignment._mean_softmax_backward, (codebook[..., 0], x, codebook, share, 1.0, "euclidean", (True, True))),
         ],
     }[name]
-    for operator, arguments in bodies:
+    for form, arguments in bodies:
         with torch.no_grad(), _Sizes() as sizes:
-            operator._init_fn(*arguments)
-        assert 0 < sizes.largest <= num * width
+            form(*arguments)
+        assert 0 < sizes.largest <= num * (width + 2)
 
 
 def test_bad_arguments_are_named():

@@ -1,21 +1,25 @@
 """Soft choices of codes: a softmax over the scores of all codes, whose N x C matrix never exists.
 
 A score is minus the euclidean distance, or the cosine. Every pass runs over tiles of vectors; the backward computes the softmax again,
-so that forward keeps nothing but its arguments. Each pass is one opaque node under compile.
+so that forward keeps nothing wider than its arguments. Each pass is one opaque node under compile.
 
 Shapes: N vectors, C codes, K width, G different codebooks, R vectors of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
-from vqkit.ops.precision import finite_rows, full_precision, widest
+from vqkit.ops.distances import Distances
+from vqkit.ops.precision import finite_rows, full_precision, is_traced, may_look, widest
 
 Metric = Literal["euclidean", "cosine"]
 SoftEstimator = Literal["straight_through", "reinmax"]
@@ -72,7 +76,8 @@ def sample_indices(
     if noise is None:
         noise = torch.rand(shape, dtype=scored.vectors.dtype, device=x.device)
     noise = by_codebook(noise.to(scored.vectors.dtype), codebook[..., :1, :1])[0]
-    indices = _draw(scored.vectors.detach(), scored.codes.detach(), noise.detach(), temperature, metric)
+    run = _draw_opaque if is_traced() else _draw
+    indices = run(scored.vectors.detach(), scored.codes.detach(), noise.detach(), temperature, metric)
     return scored.restore(indices.where(scored.valid.unsqueeze(-1), -1))
 
 
@@ -98,7 +103,8 @@ def soft_codes(
     scored = _score(x, codebook, temperature, metric)
     chosen = torch.where(scored.valid, by_codebook(indices.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1), -1)
     values = by_codebook(x, codebook.to(scored.codes.dtype))[1]
-    return scored.restore(_soft_codes(scored.vectors, scored.codes, values, chosen, temperature, metric, estimator == "reinmax"))
+    inputs = scored.vectors, scored.codes, values, chosen, temperature, metric, estimator == "reinmax"
+    return scored.restore(_run(_LOOK_UP, _look_up_opaque, *inputs))
 
 
 def _check_estimator(estimator: str) -> None:
@@ -136,7 +142,10 @@ def assignment_cross_entropy(
     scored = _score(x, codebook, temperature, metric)
     grouped = by_codebook(indices.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
     target = torch.where(scored.valid, grouped, -1)
-    return scored.restore(_cross_entropy(scored.vectors, scored.codes, target, temperature, metric))
+    inputs = scored.vectors, scored.codes, target, temperature, metric
+    if not is_traced() and torch.is_grad_enabled() and scored.vectors.requires_grad and not scored.codes.requires_grad:
+        return scored.restore(_CrossEntropyAhead.apply(*inputs))
+    return scored.restore(_run(_CROSS_ENTROPY, _cross_entropy_opaque, *inputs))
 
 
 def mean_assignment(
@@ -154,13 +163,13 @@ def mean_assignment(
         counted = counted & by_codebook(mask.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
     share = counted.to(scored.vectors.dtype)
     share = share / share.sum(-1, keepdim=True).clamp(min=1.0)
-    return _mean_softmax(scored.vectors, scored.codes, share, temperature, metric)
+    return _run(_MEAN_SOFTMAX, _mean_softmax_opaque, scored.vectors, scored.codes, share, temperature, metric)
 
 
 def has_scores(x: Tensor, metric: Metric) -> Tensor:
     """Whether vectors x [..., K] are finite and, for distances, not so long that their squares overflow: [...] bool."""
     x = x.detach().to(widest(x))
-    return finite_rows(x) if metric == "cosine" else torch.linalg.vector_norm(x, dim=-1).isfinite()
+    return finite_rows(x if metric == "cosine" else torch.linalg.vector_norm(x, dim=-1, keepdim=True))
 
 
 class _Scored(NamedTuple):
@@ -179,7 +188,8 @@ def _score(x: Tensor, codebook: Tensor, temperature: float, metric: Metric) -> _
     dtype = widest(x, codebook)
     vectors, codes, restore = by_codebook(x.to(dtype), codebook.to(dtype))
     valid = has_scores(vectors, metric)
-    vectors = vectors.where(valid.unsqueeze(-1), 0.0)
+    if not may_look(valid) or not valid.all():
+        vectors = vectors.where(valid.unsqueeze(-1), 0.0)
     if metric == "cosine":
         vectors, codes = directions(vectors), directions(codes)
     return _Scored(vectors, codes, valid, restore)
@@ -188,157 +198,162 @@ def _score(x: Tensor, codebook: Tensor, temperature: float, metric: Metric) -> _
 # The passes over tiles
 
 
-def _tiles(x: Tensor, codes: Tensor) -> list[slice]:
-    budget = _SCORES_PER_TILE.get(x.device.type, _SCORES_PER_TILE_ELSEWHERE)
-    rows = max(1, budget // max(1, codes.shape[0] * codes.shape[1]))
-    return [slice(start, start + rows) for start in range(0, x.shape[1], rows)]
+class _Scores:
+    """The scores of all codes for vectors x [G, N, K], tile by tile."""
+
+    def __init__(self, x: Tensor, codes: Tensor, temperature: float, metric: str) -> None:
+        self.x, self.codes = x, codes
+        self.distances = Distances(x, codes) if metric == "euclidean" else None
+        self.unit = temperature if self.distances is None else -temperature  # by what a tile is divided to be logits
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, their distances or cosines, and of these the logits, score / temperature: [G, R, C] each."""
+        budget = _SCORES_PER_TILE.get(self.x.device.type, _SCORES_PER_TILE_ELSEWHERE)
+        num = max(1, budget // max(1, self.codes.shape[0] * self.codes.shape[1]))
+        for start in range(0, self.x.shape[1], num):
+            rows = slice(start, start + num)
+            tile = self.x[:, rows] @ self.codes.mT if self.distances is None else self.distances.tile(rows)
+            yield rows, tile, tile / self.unit
+
+    def add_gradients_(self, of_tile: Tensor, tile: Tensor, rows: slice, of_x: Tensor | None, of_codes: Tensor | None) -> None:
+        """Add to those of x and codes, where given, what the gradient of a tile makes; that is overwritten."""
+        if self.distances is not None:
+            self.distances.add_gradients_(of_tile, tile, rows, of_x, of_codes)
+            return
+        if of_x is not None:
+            of_x[:, rows] += of_tile @ self.codes
+        if of_codes is not None:
+            of_codes += of_tile.mT @ self.x[:, rows]
+
+    def gradients(self, of_logits: Callable[[slice, Tensor], Tensor], needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of codes, [0] where not needed; `of_logits(rows, probabilities)` is that of the logits of a tile."""
+        of_x, of_codes = (_zeros(own, asked) for own, asked in zip((self.x, self.codes), needed, strict=True))
+        asked = (of_x if needed[0] else None, of_codes if needed[1] else None)
+        for rows, tile, logits in self.tiles() if any(needed) else ():
+            self.add_gradients_(of_logits(rows, logits.softmax(-1)).div_(self.unit), tile, rows, *asked)
+        return of_x, of_codes
 
 
-def _scores(x: Tensor, codes: Tensor, metric: str) -> Tensor:
-    """[G, R, C]."""
-    if metric == "cosine":
-        return x @ codes.mT
-    return torch.cdist(x, codes, compute_mode="donot_use_mm_for_euclid_dist").neg_()
+def _zeros(like: Tensor, asked: bool) -> Tensor:
+    return like.new_zeros(like.shape if asked else 0)
 
 
-def _softmax_tiles(x: Tensor, codes: Tensor, temperature: float, metric: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, their scores and their softmax, tile by tile."""
-    for rows in _tiles(x, codes):
-        scores = _scores(x[:, rows], codes, metric)
-        yield rows, scores, (scores / temperature).softmax(-1)
+@contextlib.contextmanager
+def _computing(x: Tensor) -> Iterator[None]:
+    with torch.no_grad(), full_precision(x.device.type):
+        yield
 
 
-@torch.library.custom_op("vqkit::draw_codes", mutates_args=())
 def _draw(x: Tensor, codes: Tensor, noise: Tensor, temperature: float, metric: str) -> Tensor:
     """noise [G, N, num] -> [G, N, num]: the first code at which the cumulated probabilities exceed it, those drawn before left out."""
     indices = torch.empty(noise.shape, dtype=torch.int64, device=x.device)
-    with torch.no_grad(), full_precision(x.device.type):
-        for rows in _tiles(x, codes):
-            logits = _scores(x[:, rows], codes, metric).div_(temperature)
+    with _computing(x):
+        for rows, _, logits in _Scores(x, codes, temperature, metric).tiles():
             for place in range(noise.shape[-1]):
-                cumulated = logits.softmax(-1).cumsum(-1)
-                total = cumulated[..., -1:]
-                below_total = torch.nextafter(total, torch.zeros_like(total))
-                threshold = torch.minimum(noise[:, rows, place : place + 1] * total, below_total)
-                drawn = torch.searchsorted(cumulated, threshold, right=True).clamp_(max=codes.shape[1] - 1)
-                indices[:, rows, place : place + 1] = drawn
-                logits.scatter_(-1, drawn, -torch.inf)
+                if place > 0:
+                    logits.scatter_(-1, indices[:, rows, place - 1 : place], -torch.inf)
+                here = slice(place, place + 1)
+                indices[:, rows, here] = _first_above(noise[:, rows, here], logits.softmax(-1).cumsum(-1))
     return indices
 
 
-@_draw.register_fake
-def _(x: Tensor, codes: Tensor, noise: Tensor, temperature: float, metric: str) -> Tensor:
-    return x.new_empty(noise.shape, dtype=torch.int64)
+def _first_above(noise: Tensor, cumulated: Tensor) -> Tensor:
+    """noise [G, R, 1] in [0, 1), cumulated [G, R, C] -> [G, R, 1]; never one of probability 0."""
+    total = cumulated[..., -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    place = torch.searchsorted(cumulated, torch.minimum(noise * total, below_total), right=True)
+    return place.clamp_(max=cumulated.shape[-1] - 1)
 
 
-@torch.library.custom_op("vqkit::soft_codes", mutates_args=())
-def _soft_codes(x: Tensor, codes: Tensor, values: Tensor, indices: Tensor, temperature: float, metric: str, reinmax: bool) -> Tensor:
+def _look_up(x: Tensor, codes: Tensor, values: Tensor, indices: Tensor, temperature: float, metric: str, reinmax: bool) -> Tensor:
     """[G, N, K]: rows of `values`, whose gradient is that of a softmax."""
     return gather_codes(values, indices)
 
 
-@_soft_codes.register_fake
-def _(x: Tensor, codes: Tensor, values: Tensor, indices: Tensor, temperature: float, metric: str, reinmax: bool) -> Tensor:
-    return values.new_empty(*indices.shape, values.shape[-1])
-
-
-@torch.library.custom_op("vqkit::soft_codes_backward", mutates_args=())
-def _soft_codes_backward(
-    gradient: Tensor, x: Tensor, codes: Tensor, values: Tensor, indices: Tensor, temperature: float, metric: str, reinmax: bool
+def _look_up_backward(
+    gradient: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    temperature: float,
+    metric: str,
+    reinmax: bool,
+    needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, codes and values, [0] where not needed."""
     chosen = indices.clamp(min=0).unsqueeze(-1)
-    gradient = gradient.where(indices.unsqueeze(-1) >= 0, 0.0)
-    centred = (values - values.mean(1, keepdim=True)).mT  # what all codes have in common a softmax does not pass on
+    half = x.new_full((), 0.5).expand(chosen.shape)
+    with _computing(x):
+        gradient = gradient.where(indices.unsqueeze(-1) >= 0, 0.0)
+        centred = (values - values.mean(1, keepdim=True)).mT  # what all codes have in common a softmax does not pass on
 
-    def of_scores(rows: slice, probability: Tensor) -> Tensor:
-        of_weights = gradient[:, rows] @ centred
-        if not reinmax:
-            return _through_softmax(probability, of_weights)
-        half = (probability / 2).scatter_add_(-1, chosen[:, rows], probability.new_full((1, 1, 1), 0.5).expand_as(chosen[:, rows]))
-        return 2 * _through_softmax(half, of_weights) - _through_softmax(probability, of_weights) / 2
+        def of_logits(rows: slice, probability: Tensor) -> Tensor:
+            of_weights = gradient[:, rows] @ centred
+            if not reinmax:
+                return _through_softmax(probability, of_weights)
+            halfway = (probability / 2).scatter_add_(-1, chosen[:, rows], half[:, rows])
+            return 2 * _through_softmax(halfway, of_weights) - _through_softmax(probability, of_weights) / 2
 
-    of_x, of_codes = _score_gradients(x, codes, temperature, metric, of_scores)
-    of_values = values.new_zeros(values.shape).scatter_add_(1, chosen.expand_as(gradient), gradient)
+        of_x, of_codes = _Scores(x, codes, temperature, metric).gradients(of_logits, needed[:2])
+        of_values = _zeros(values, needed[2])
+        if needed[2]:
+            of_values.scatter_add_(1, chosen.expand_as(gradient), gradient)
     return of_x, of_codes, of_values
 
 
-@_soft_codes_backward.register_fake
-def _(
-    gradient: Tensor, x: Tensor, codes: Tensor, values: Tensor, indices: Tensor, temperature: float, metric: str, reinmax: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), _like(codes), _like(values)
-
-
-@torch.library.custom_op("vqkit::assignment_cross_entropy", mutates_args=())
 def _cross_entropy(x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str) -> Tensor:
     """[G, N]; 0 for target -1."""
+    return _cross_entropy_ahead(x, codes, target, temperature, metric, None)
+
+
+def _cross_entropy_ahead(x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str, of_x: Tensor | None) -> Tensor:
+    """As `_cross_entropy`; adds to `of_x` [G, N, K], if given, the gradient of each for its vector, anything for target -1."""
     loss = x.new_empty(x.shape[:-1])
-    with torch.no_grad(), full_precision(x.device.type):
-        for rows in _tiles(x, codes):
-            logits = _scores(x[:, rows], codes, metric).div_(temperature)
-            of_target = logits.gather(-1, target[:, rows].clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            loss[:, rows] = logits.logsumexp(-1) - of_target
+    chosen = target.clamp(min=0).unsqueeze(-1)
+    minus_one = x.new_full((), -1.0).expand(chosen.shape)
+    with _computing(x):
+        scores = _Scores(x, codes, temperature, metric)
+        for rows, tile, logits in scores.tiles():
+            probability = logits.softmax(-1)
+            log_sum = logits.amax(-1) - probability.amax(-1).log_()  # of the exponentials, without another pass of them
+            loss[:, rows] = log_sum - logits.gather(-1, chosen[:, rows]).squeeze(-1)
+            if of_x is not None:
+                of_logits = probability.scatter_add_(-1, chosen[:, rows], minus_one[:, rows]).div_(scores.unit)
+                scores.add_gradients_(of_logits, tile, rows, of_x, None)
     return loss.masked_fill_(target < 0, 0.0)
 
 
-@_cross_entropy.register_fake
-def _(x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str) -> Tensor:
-    return x.new_empty(x.shape[:-1])
-
-
-@torch.library.custom_op("vqkit::assignment_cross_entropy_backward", mutates_args=())
 def _cross_entropy_backward(
-    gradient: Tensor, x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str
+    gradient: Tensor, x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     weight = gradient.where(target >= 0, 0.0).unsqueeze(-1)
     chosen = target.clamp(min=0).unsqueeze(-1)
 
-    def of_scores(rows: slice, probability: Tensor) -> Tensor:
-        return (probability * weight[:, rows]).scatter_add_(-1, chosen[:, rows], -weight[:, rows])
+    def of_logits(rows: slice, probability: Tensor) -> Tensor:
+        return probability.mul_(weight[:, rows]).scatter_add_(-1, chosen[:, rows], -weight[:, rows])
 
-    return _score_gradients(x, codes, temperature, metric, of_scores)
-
-
-@_cross_entropy_backward.register_fake
-def _(gradient: Tensor, x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(codes)
+    with _computing(x):
+        return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
 
 
-@torch.library.custom_op("vqkit::mean_softmax", mutates_args=())
 def _mean_softmax(x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str) -> Tensor:
     """[G, C]: the sum over vectors of share [G, N] times softmax."""
     mean = codes.new_zeros(codes.shape[:-1])
-    with torch.no_grad(), full_precision(x.device.type):
-        for rows, _, probability in _softmax_tiles(x, codes, temperature, metric):
-            mean += (share[:, rows].unsqueeze(-2) @ probability).squeeze(-2)
+    with _computing(x):
+        for rows, _, logits in _Scores(x, codes, temperature, metric).tiles():
+            mean += (share[:, rows].unsqueeze(-2) @ logits.softmax(-1)).squeeze(-2)
     return mean
 
 
-@_mean_softmax.register_fake
-def _(x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str) -> Tensor:
-    return codes.new_empty(codes.shape[:-1])
-
-
-@torch.library.custom_op("vqkit::mean_softmax_backward", mutates_args=())
 def _mean_softmax_backward(
-    gradient: Tensor, x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str
+    gradient: Tensor, x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    def of_scores(rows: slice, probability: Tensor) -> Tensor:
-        return _through_softmax(probability, gradient.unsqueeze(1)) * share[:, rows].unsqueeze(-1)
+    def of_logits(rows: slice, probability: Tensor) -> Tensor:
+        return _through_softmax(probability, gradient.unsqueeze(1)).mul_(share[:, rows].unsqueeze(-1))
 
-    return _score_gradients(x, codes, temperature, metric, of_scores)
-
-
-@_mean_softmax_backward.register_fake
-def _(gradient: Tensor, x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(codes)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    return tensor.new_empty(tensor.shape)
-
-
-# Gradients
+    with _computing(x):
+        return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
 
 
 def _through_softmax(probability: Tensor, gradient: Tensor) -> Tensor:
@@ -346,52 +361,102 @@ def _through_softmax(probability: Tensor, gradient: Tensor) -> Tensor:
     return probability * (gradient - (probability * gradient).sum(-1, keepdim=True))
 
 
-def _score_gradients(
-    x: Tensor, codes: Tensor, temperature: float, metric: str, of_logits: Callable[[slice, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and codes; `of_logits(rows, probabilities)` is that of the logits of a tile, scores / temperature."""
-    of_x, of_codes = x.new_empty(x.shape), codes.new_zeros(codes.shape)
-    origin = codes.mean(1, keepdim=True) if metric == "euclidean" else 0.0
-    with torch.no_grad(), full_precision(x.device.type):
-        vectors, centred = x - origin, codes - origin
-        for rows, scores, probability in _softmax_tiles(x, codes, temperature, metric):
-            of_scores = of_logits(rows, probability).div_(temperature)
-            if metric == "cosine":
-                of_x[:, rows] = of_scores @ codes
-                of_codes += of_scores.mT @ x[:, rows]
-                continue
-            pull = torch.where(scores < 0, of_scores / scores, 0.0)  # the score is -|x - c|: its gradient in x is (x - c) / score
-            of_x[:, rows] = vectors[:, rows] * pull.sum(-1, keepdim=True) - pull @ centred
-            of_codes += centred * pull.sum(1).unsqueeze(-1) - pull.mT @ vectors[:, rows]
-    return of_x, of_codes
+# As seen by autograd: functions, and inside of graphs opaque operators. Of the codes a copy is kept, which no update can overwrite
+# before the backward.
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the arguments; of the codes a copy, which no update can overwrite before the backward."""
-    x, codes, chosen, *settings = inputs
+def _keep_pair(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    x, codes, chosen, *ctx.settings = inputs
     ctx.save_for_backward(x, codes.clone(), chosen)
-    ctx.settings = settings
 
 
-def _keep_soft_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, values, indices, *settings = inputs
+def _keep_looked_up(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    x, codes, values, indices, *ctx.settings = inputs
     ctx.save_for_backward(x, codes.clone(), values.clone(), indices)
-    ctx.settings = settings
 
 
-def _soft_codes_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _soft_codes_backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.settings)
-    return *gradients, None, None, None, None
+class _Pass(NamedTuple):
+    """What autograd needs of a pass; the gradients are of its first tensors."""
+
+    forward: Callable[..., Tensor]
+    keep: Callable[[Any, Sequence[Any], Tensor], None]
+    backward: Callable[..., tuple[Tensor, ...]]
+    num_gradients: int
 
 
-def _cross_entropy_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return *_cross_entropy_backward(gradient, *ctx.saved_tensors, *ctx.settings), None, None, None
+class _Function(torch.autograd.Function):
+    """A pass where nothing is traced, without the cost of an operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *given, ctx.passing = inputs
+        output = ctx.passing.forward(*given)
+        ctx.passing.keep(ctx, given, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        return _gradients(ctx, gradients[0], ctx.passing.backward, ctx.passing.num_gradients)
 
 
-def _mean_softmax_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return *_mean_softmax_backward(gradient, *ctx.saved_tensors, *ctx.settings), None, None, None
+def _gradients(ctx: Any, gradient: Tensor, backward: Callable[..., tuple[Tensor, ...]], num: int) -> tuple[Tensor | None, ...]:
+    """Of all inputs."""
+    needed = ctx.needs_input_grad[:num]
+    found = backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.settings, needed)
+    own = [tensor if asked else None for tensor, asked in zip(found, needed, strict=True)]
+    return *own, *(None for _ in ctx.needs_input_grad[num:])
 
 
-_soft_codes.register_autograd(_soft_codes_gradients, setup_context=_keep_soft_codes)
-_cross_entropy.register_autograd(_cross_entropy_gradients, setup_context=_keep)
-_mean_softmax.register_autograd(_mean_softmax_gradients, setup_context=_keep)
+_LOOK_UP = _Pass(_look_up, _keep_looked_up, _look_up_backward, 3)
+_CROSS_ENTROPY = _Pass(_cross_entropy, _keep_pair, _cross_entropy_backward, 2)
+_MEAN_SOFTMAX = _Pass(_mean_softmax, _keep_pair, _mean_softmax_backward, 2)
+
+
+class _CrossEntropyAhead(torch.autograd.Function):
+    """As `_CROSS_ENTROPY` for constant codes: forward, which has the softmax at hand, computes the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str) -> Tensor:
+        of_x = x.new_zeros(x.shape)
+        loss = _cross_entropy_ahead(x, codes, target, temperature, metric, of_x)
+        ctx.save_for_backward(of_x, target)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        of_x, target = ctx.saved_tensors
+        return of_x * gradients[0].where(target >= 0, 0.0).unsqueeze(-1), None, None, None, None
+
+
+def _run(passing: _Pass, opaque: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    if is_traced():
+        return opaque(*inputs)
+    return _Function.apply(*inputs, passing)
+
+
+def _opaque(name: str, form: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A form as one node of a graph; `fake` makes its results for tensors without values."""
+    operator = torch.library.custom_op(f"vqkit::{name}", form, mutates_args=())
+    operator.register_fake(fake)
+    return operator
+
+
+def _differentiable(name: str, passing: _Pass, fake: Callable[..., Tensor]) -> Any:
+    def fake_gradients(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(_zeros(like, asked) for like, asked in zip(inputs[: passing.num_gradients], inputs[-1], strict=True))
+
+    forward = _opaque(name, passing.forward, fake)
+    backward = _opaque(f"{name}_backward", passing.backward, fake_gradients)
+    gradients = functools.partial(_gradients, backward=backward, num=passing.num_gradients)
+    forward.register_autograd(gradients, setup_context=passing.keep)
+    return forward
+
+
+_draw_opaque = _opaque("draw_codes", _draw, lambda x, codes, noise, *_: torch.empty_like(noise, dtype=torch.int64))
+_look_up_opaque = _differentiable(
+    "soft_codes", _LOOK_UP, lambda x, codes, values, indices, *_: values.new_empty(*indices.shape, values.shape[-1])
+)
+_cross_entropy_opaque = _differentiable("assignment_cross_entropy", _CROSS_ENTROPY, lambda x, *_: x.new_empty(x.shape[:-1]))
+_mean_softmax_opaque = _differentiable("mean_softmax", _MEAN_SOFTMAX, lambda x, codes, *_: codes.new_empty(codes.shape[:-1]))
