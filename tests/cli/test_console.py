@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vqkit.cli.console import TrainingView, duration, write_text
 from vqkit.cli.tables import table
-from vqkit.data.events import Packing
+from vqkit.data.events import Checking, Packing
 from vqkit.train.events import Finished, Progress, Resumed
 from vqkit.train.units import LossUnit
 
@@ -42,20 +42,21 @@ def test_a_terminal_gets_one_bar() -> None:
     assert shown.count("\n") == 1, "each state of the bar overwrites the one before"
 
 
-def test_packing_that_takes_long_is_shown() -> None:
+@pytest.mark.parametrize(("event", "what"), [(Packing, "packing"), (Checking, "checking the data")])
+def test_what_takes_long_before_training_is_shown(event: type[Packing | Checking], what: str) -> None:
     out, now = io.StringIO(), 0.0
     with TrainingView(Console(file=out, width=200), clock=lambda: now) as view:
         for done in range(1_000, 13_000, 1_000):
-            view(Packing(done, 12_000))
+            view(event(done, 12_000))
             now += 1.0
         view(_progress(1))
     lines = out.getvalue().splitlines()
-    assert lines[:2] == ["packing  6,000 of 12,000", "packing  11,000 of 12,000"] and lines[2].startswith("step 1/100")
+    assert lines[:2] == [f"{what}  6,000 of 12,000", f"{what}  11,000 of 12,000"] and lines[2].startswith("step 1/100")
     out = io.StringIO()
     with TrainingView(Console(file=out, width=200, force_terminal=True, color_system=None)) as view:
-        view(Packing(1_000, 4_000))
+        view(event(1_000, 4_000))
         view(_progress(1))
-    assert "packing" in out.getvalue() and "1,000 of 4,000" in out.getvalue() and "step 1/100" in out.getvalue()
+    assert what in out.getvalue() and "1,000 of 4,000" in out.getvalue() and "step 1/100" in out.getvalue()
 
 
 def test_notes_of_a_resumed_run_are_shown_as_they_are() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vqkit.data import ByteTokenizer, DataConfig, Split, SplitSummary, find_defects, is_packed, pack, packing, read_rules, read_summary
 from vqkit.data.config import ImageSource, SizedSplits
-from vqkit.data.events import DataEvent, Packing
+from vqkit.data.events import Checking, DataEvent, Packing
 from vqkit.data.source import find_documents, list_files
 from vqkit.data.stored import StoredIds
 
@@ -69,6 +69,10 @@ def test_progress_is_told_to_the_end(config: DataConfig, tmp_path: Path) -> None
     progress = [event for event in events if isinstance(event, Packing)]
     assert [event.done for event in progress] == sorted({event.done for event in progress})
     assert progress[-1] == Packing(summary.total.bytes, summary.total.bytes)
+    events.clear()
+    pack(config, tmp_path / "data", on_event=events.append)
+    assert events == [event for event in events if isinstance(event, Checking)]
+    assert events[-1] == Checking(events[-1].total, sum(path.stat().st_size for path in (tmp_path / "data").glob("*[!n]")))
 
 
 # Damage
@@ -196,10 +200,21 @@ def test_a_run_notices_that_the_prepared_data_are_others(config: DataConfig, tmp
 
 def test_damaged_prepared_data_are_not_taken_over(config: DataConfig, tmp_path: Path) -> None:
     pack(config, tmp_path / "prepared")
-    (tmp_path / "prepared" / "test-00000.tokens").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"test-00000\.tokens has 0 bytes"):
-        pack(replace(config, path=str(tmp_path / "prepared")), tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+    for name, change, message in (
+        ("test-00000.tokens", lambda path: path.write_bytes(b""), r"test-00000\.tokens has 0 bytes"),
+        ("train-00000.tokens", damage, r"prepared/train-00000\.tokens is damaged: its content is not what was written; put it back"),
+        ("meta.json", lambda path: path.write_text(path.read_text().replace('"files": 20', '"files": 21')), r"meta\.json is damaged"),
+        ("meta.json", lambda path: path.write_text("{"), r"meta\.json is not JSON"),
+    ):
+        shutil.copytree(tmp_path / "prepared", tmp_path / "copy")
+        change(tmp_path / "copy" / name)
+        assert is_packed(tmp_path / "copy")  # hence never read as text
+        with pytest.raises(ValueError, match=message.replace("prepared", "copy")):
+            pack(replace(config, path=str(tmp_path / "copy")), tmp_path / "data")
+        with pytest.raises(ValueError, match=message.replace("prepared", "copy")):
+            pack(config, tmp_path / "copy")
+        assert not (tmp_path / "data").exists()
+        shutil.rmtree(tmp_path / "copy")
 
 
 def test_the_rules_of_packed_data_come_back(config: DataConfig, tmp_path: Path) -> None:

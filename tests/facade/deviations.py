@@ -499,7 +499,7 @@ _OF_VECTOR_QUANTIZE = (
         "VectorQuantize",
         "threshold_ema_dead_code & more than 64 dead codes",
         _VQ + "test_at_most_64_dead_codes_a_step_start_anew_and_the_others_later",
-        "all dead codes start anew in one step; here at most 64 of a codebook, the first of them by index",
+        "all dead codes start anew in one step; here at most 64 of a codebook, those of the lowest counts first",
     ),
     Deviation(
         "VectorQuantize",

@@ -658,6 +658,13 @@ def test_at_most_64_dead_codes_a_step_start_anew_and_the_others_later() -> None:
         last = codes
     assert max(numbers) == 64 and sum(numbers) > 64
     assert (vq._codebook.cluster_size >= 0.5).all()
+    crowded = make(codebook_size=150, threshold_ema_dead_code=10, **LEARNED)
+    first = crowded.codebook.detach().clone()
+    crowded.codebook = first + 1e3
+    for step in range(8):  # new codes die at once: those that waited longest come first
+        crowded(vectors(2, 100, DIM, seed=step))
+    moved = (crowded.codebook - first - 1e3).abs().amax(-1) > 100
+    assert int(moved.sum()) >= 149  # all but the one that was chosen before any died
 
 
 @pytest.mark.parametrize("name", ["learnable_codebook", "straight_through", "directional_reparam"])

@@ -267,18 +267,28 @@ def test_an_unused_code_stays_where_it_is_at_the_floor():
 @given(st.integers(1, 8), st.integers(0, 10), st.integers(0, 10), st.integers(0, 2**31))
 def test_expiry_replaces_exactly_the_dead_codes(codes, candidates, present, seed):
     torch.manual_seed(seed)
-    count, total = torch.rand(2, codes) * 2, torch.randn(2, codes, 3)
+    count, total = (torch.rand(2, codes) * 12).floor() / 6, torch.randn(2, codes, 3)  # some counts are equal
     keys = torch.rand(2, candidates).sort(descending=True).values.masked_fill(torch.arange(candidates) >= present, 0.0)
     rows = torch.randn(2, candidates, 3)
     new_total, new_count = replace_dead_codes(total, count, rows, keys, threshold=1.0, reset_count=4.0)
     for head in range(2):
         waiting = [row for row, key in zip(rows[head], keys[head], strict=True) if key > 0]
+        dead = sorted((count[head, code].item(), code) for code in range(codes) if count[head, code] < 1.0)
+        served = [code for _, code in dead[: len(waiting)]]
         for code in range(codes):
-            if count[head, code] < 1.0 and waiting:
+            if code in served:
                 assert torch.equal(codes_from_ema(new_total, new_count)[head, code], waiting.pop(0))
                 assert new_count[head, code] == 4.0
             else:
                 assert torch.equal(new_total[head, code], total[head, code]) and new_count[head, code] == count[head, code]
+
+
+def test_dead_codes_of_the_lowest_count_are_served_first_of_equal_ones_the_lowest_index():
+    count = torch.tensor([[0.5, 2.0, 0.1, torch.nan, 0.3, 0.1, 0.0, 0.1]])
+    rows, keys = torch.arange(1.0, 5.0).reshape(1, 4, 1), torch.tensor([[0.9, 0.5, 0.2, 0.0]])
+    codes, after = replace_dead_codes(torch.zeros(1, 8, 1), count, rows, keys, threshold=1.0, reset_count=1.0)
+    assert codes.flatten().tolist() == [0.0, 0.0, 1.0, 0.0, 0.0, 2.0, 3.0, 0.0]
+    torch.testing.assert_close(after, count.index_fill(1, torch.tensor([2, 5, 6]), 1.0), equal_nan=True)
 
 
 def test_largest_keys_are_found_sorted_and_filled_up():

@@ -227,6 +227,15 @@ def test_dead_codes_become_vectors_of_the_batch_after_their_time(rule):
     assert (codebook.count[:, :2] == 1.0).all()
 
 
+def test_where_new_codes_die_at_once_every_one_has_its_turn():
+    """More codes than the vectors can keep alive: those that waited longest come first."""
+    codebook = Codebook(1, 150, DIM, dead_codes=DeadCodes(10.0, reset_count=10.0), update=EMA(0.8))
+    codebook.codebook = codes = 1e3 + torch.randn(1, 150, DIM)
+    for seed in range(4):  # 64 a step at most
+        see_(codebook, torch.randn(1, 200, DIM, generator=torch.Generator().manual_seed(seed)))
+    assert ((codebook.codebook - codes).abs().amax(-1) > 100).all()
+
+
 def test_expiry_by_hand():
     codebook = Codebook(HEADS, SIZE, DIM)
     codebook.count[0, 1] = codebook.count[1, 4] = 0.1

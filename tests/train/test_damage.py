@@ -134,9 +134,8 @@ def test_whichever_file_is_damaged_the_checkpoint_before_is_used(config, unbroke
         (newest / name).write_bytes(saved)
         assert newest_whole_checkpoint(run_dir) == newest
     damage(newest / "process_00000.safetensors")
-    events = []
-    train(config, run_dir, on_event=events.append)
-    assert (events[0].step, len(events[0].notes)) == (12, 1)
+    going_on = resumed(config, run_dir)
+    assert (going_on.step, len(going_on.notes)) == (12, 1)
     assert differing(run_dir, unbroken) == []
 
 
@@ -151,14 +150,44 @@ def test_a_run_notices_that_its_data_changed_and_goes_on_once_they_are_back(conf
         train(own, run_dir)
     assert traces(run_dir) == before
     changed.write_text(was)
-    assert isinstance(resumed(own, run_dir), Resumed)
+    assert resumed(own, run_dir).step == 15
     assert [name for name in differing(run_dir, unbroken) if name != "config.json"] == []
 
 
 def resumed(config, run_dir):
     events = []
     train(config, run_dir, on_event=events.append)
-    return events[0]
+    return next(event for event in events if isinstance(event, Resumed))
+
+
+def test_a_flipped_bit_of_any_packed_file_is_named_before_anything_is_trained_on_it(config, unbroken, tmp_path, capsys):
+    run_dir = stopped(config, tmp_path / "run")
+    before = traces(run_dir)
+    files = sorted(path for path in (run_dir / "data").iterdir() if path.stat().st_size)
+    assert [path.name for path in files][-4:] == ["train-00000.tokens", "train.offsets", "validation-00000.tokens", "validation.offsets"]
+    for file in files:
+        saved = file.read_bytes()
+        flip(file)
+        capsys.readouterr()
+        assert main(["train", "--run", str(run_dir)]) == 1, file
+        said = capsys.readouterr().err
+        assert said.startswith(f"vqkit: {file}") and said.count("\n") == 1, said
+        assert file.suffix == ".json" or "is damaged: its content is not what was written; put it back from a copy, or move" in said
+        file.write_bytes(saved)
+        assert traces(run_dir) == before
+    shutil.rmtree(run_dir / "data")  # which is packed anew
+    assert resumed(config, run_dir).step == 15
+    assert differing(run_dir, unbroken) == []
+
+
+def test_data_that_are_packed_anew_must_be_those_that_the_run_was_trained_on(config, tmp_path):
+    texts = shutil.copytree(config.data.path, tmp_path / "texts")
+    own = replace(config, data=replace(config.data, path=str(texts)))
+    run_dir = stopped(own, tmp_path / "run")
+    (texts / "3.txt").write_text((texts / "3.txt").read_text().replace("fox", "cat"))
+    shutil.rmtree(run_dir / "data")
+    with pytest.raises(ValueError, match=r"run/data was packed from other data than \S*step_00000015 was trained on \(hash"):
+        train(own, run_dir)
 
 
 def test_the_data_may_be_gone_and_their_packed_form_may_not(config, unbroken, tmp_path):
@@ -174,7 +203,7 @@ def test_the_data_may_be_gone_and_their_packed_form_may_not(config, unbroken, tm
         train(own, run_dir)
     assert traces(run_dir) == before
     tokens.write_bytes(saved)
-    assert isinstance(resumed(own, run_dir), Resumed)
+    assert resumed(own, run_dir).step == 15
     assert [name for name in differing(run_dir, unbroken) if name != "config.json"] == []
 
 

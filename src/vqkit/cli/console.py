@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
 from vqkit.data import read_summary
-from vqkit.data.events import Note, Packing
+from vqkit.data.events import Checking, Note, Packing
 from vqkit.models.weights import broken_checkpoints, newest_whole_checkpoint
 from vqkit.train.events import CheckpointSaved, Evaluated, Event, Finished, Progress, Resumed, Skipped, Spiked, Started
 
@@ -29,7 +29,7 @@ class TrainingView:
         self._console = console or Console()
         self._clock = clock
         self._last_line = -LINE_SECONDS
-        self._packed_at: float | None = None
+        self._working_since: float | None = None
         self.seconds = 0.0
         """What `Finished` says."""
         self.steps_done = 0
@@ -53,7 +53,9 @@ class TrainingView:
             case Note():
                 self._say(event.text)
             case Packing():
-                self._packing(event)
+                self._before_training("packing", event)
+            case Checking():
+                self._before_training("checking the data", event)
             case Started():
                 data = read_summary(event.run_dir / "data")
                 skipped = data.empty_files + data.short_files
@@ -93,15 +95,15 @@ class TrainingView:
             self._last_line = self._clock()
             self._say(f"step {event.step:,}/{event.steps:,}  {figures}")
 
-    def _packing(self, event: Packing) -> None:
+    def _before_training(self, what: str, event: Packing | Checking) -> None:
         figures = f"{event.done:,} of {event.total:,}"
         if self._bar:
-            self._draw(self._bar, "packing", event.done, event.total, figures)
-        elif self._packed_at is None:
-            self._packed_at = self._clock()  # what is soon done needs no words
-        elif self._clock() - self._packed_at >= LINE_SECONDS:
-            self._packed_at = self._clock()
-            self._say(f"packing  {figures}")
+            self._draw(self._bar, what, event.done, event.total, figures)
+        elif self._working_since is None:
+            self._working_since = self._clock()  # what is soon done needs no words
+        elif self._clock() - self._working_since >= LINE_SECONDS:
+            self._working_since = self._clock()
+            self._say(f"{what}  {figures}")
 
     def _draw(self, bar: Bar, what: str, done: int, total: int, figures: str) -> None:
         if self._task is None:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
 from vqkit.cli.console import LINE_SECONDS
-from vqkit.data.events import DataEvent, Downloading, Note, Packing
+from vqkit.data.events import Checking, DataEvent, Downloading, Note, Packing
 
 
 class DataView:
@@ -42,6 +42,8 @@ class DataView:
                     self._say(event.text)
                 case Packing():
                     self._progress("packing", event.done, event.total)
+                case Checking():
+                    self._progress("checking", event.done, event.total)
                 case Downloading():
                     self._progress(event.name, event.done, event.total)
 

@@ -29,4 +29,12 @@ class Packing:
     total: int
 
 
-DataEvent = Downloading | Note | Packing
+@dataclass(frozen=True)
+class Checking:
+    """`done` of `total` bytes of packed data are read again and compared with what was written."""
+
+    done: int
+    total: int
+
+
+DataEvent = Downloading | Note | Packing | Checking

@@ -35,7 +35,6 @@ from vqkit.data.source import (
 from vqkit.data.stored import (
     FILES_FILE,
     FORMAT,
-    META_FILE,
     OFFSET,
     DataSummary,
     Layout,
@@ -43,9 +42,11 @@ from vqkit.data.stored import (
     Split,
     SplitSummary,
     StoredSplit,
+    find_defects,
     is_packed,
     read_meta,
     read_summary,
+    write_meta,
 )
 from vqkit.data.tokenizer import ByteTokenizer
 from vqkit.files import naming, sync_folder, temporary_name
@@ -71,21 +72,22 @@ Emit = Callable[[DataEvent], None]
 def pack(config: DataConfig, folder: str | os.PathLike[str], *, on_event: Emit | None = None) -> DataSummary:
     """Pack the files that `config` names into `folder`, or find that they are packed there already.
 
-    Data that are there are used again if they were split by the same rules from the same files; files that are gone are not
-    asked for. `config.path` may also be a folder of packed data made by the same rules, which is then taken over without reading it.
-    Raises ValueError if `folder` holds anything else, if there are no files, or if a split is shorter than one sequence; OSError
-    naming a file that cannot be read. A call that raises leaves `folder` as it was.
+    Data that are there are used again if they were split by the same rules from the same files and are, byte for byte, what was
+    written; files that are gone are not asked for. `config.path` may also be a folder of packed data made by the same rules, which is
+    then taken over after the same check.
+    Raises ValueError if `folder` holds anything else or is damaged, if there are no files, or if a split is shorter than one sequence;
+    OSError naming a file that cannot be read. A call that raises leaves `folder` as it was.
     """
     folder, emit = Path(folder), on_event or (lambda event: None)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        summary = _packed_before(config, folder)
+        summary = _packed_before(config, folder, emit)
         _check_lengths(config, summary)
         return summary
     temporary = temporary_name(folder)
     temporary.mkdir(parents=True)
     try:
         with naming(folder):
-            summary = _take_over(config, temporary) if is_packed(config.path) else _write(temporary, config, emit)
+            summary = _take_over(config, temporary, emit) if is_packed(config.path) else _write(temporary, config, emit)
             _check_lengths(config, summary)
             _sync(temporary)
         try:
@@ -93,7 +95,7 @@ def pack(config: DataConfig, folder: str | os.PathLike[str], *, on_event: Emit |
         except OSError:
             if not is_packed(folder):
                 raise
-            summary = _packed_before(config, folder)  # another process was faster
+            summary = _packed_before(config, folder, emit)  # another process was faster
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder.parent)
@@ -206,7 +208,7 @@ def _write(folder: Path, config: DataConfig, emit: Emit) -> DataSummary:
         files=hashlib.blake2b(listing, digest_size=16).hexdigest(),
     )
     meta = {"format": FORMAT, "rules": _rules(config), "summary": asdict(summary), "layout": to_dict(layout)}
-    (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_meta(folder, meta)
     return summary
 
 
@@ -258,22 +260,21 @@ def _check_lengths(config: DataConfig, summary: DataSummary) -> None:
             )
 
 
-def _take_over(config: DataConfig, temporary: Path) -> DataSummary:
+def _take_over(config: DataConfig, temporary: Path, emit: Emit) -> DataSummary:
     """Put the packed data at `config.path` into `temporary`, without copying where the disk is the same."""
     source = Path(config.path).expanduser()
     _check_rules(config, source)
+    _check_contents(source, emit)
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             try:
                 os.link(path, temporary / path.name)
             except OSError:
                 shutil.copy2(path, temporary / path.name)
-    for name in SPLITS:
-        Split(temporary, name)  # the sizes of all files
     return read_summary(temporary)
 
 
-def _packed_before(config: DataConfig, folder: Path) -> DataSummary:
+def _packed_before(config: DataConfig, folder: Path, emit: Emit) -> DataSummary:
     """The summary of the data in `folder`, which must be what `config` asks for."""
     summary = read_summary(folder)
     _check_rules(config, folder)
@@ -281,7 +282,17 @@ def _packed_before(config: DataConfig, folder: Path) -> DataSummary:
         other = _difference_to(config, folder, summary)
         if other:
             raise ValueError(f"{folder} was packed from other data than data.path = {config.path!r} holds now: {other}; use another folder")
+    _check_contents(folder, emit)
     return summary
+
+
+def _check_contents(folder: Path, emit: Emit) -> None:
+    """Read all of `folder`, about a second a gigabyte. Raises ValueError that names a file which is not what was written."""
+    for name in SPLITS:
+        Split(folder, name)  # the sizes, which cost nothing
+    if defects := find_defects(folder, on_event=emit):
+        more = f" ({len(defects) - 1} more files are damaged or missing)" if len(defects) > 1 else ""
+        raise ValueError(f"{defects[0]}{more}; put it back from a copy, or move {folder} away to have it packed anew")
 
 
 def _check_rules(config: DataConfig, folder: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from vqkit.config import from_dict
 from vqkit.data.config import DataConfig
-from vqkit.data.events import DataEvent, Note
+from vqkit.data.events import Checking, DataEvent
 from vqkit.data.source import PIECE, SPLITS
 from vqkit.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -55,6 +55,11 @@ class DataSummary:
     tokenizer: str = ByteTokenizer.kind
     vocab_size: int = ByteTokenizer.vocab_size
     tokenizer_hash: str = ByteTokenizer().hash
+
+    @property
+    def content_hash(self) -> str:
+        """One hash of what was read and of how it became ids."""
+        return hashlib.blake2b(f"{self.corpus_hash} {self.tokenizer_hash}".encode(), digest_size=16).hexdigest()
 
     @property
     def total(self) -> SplitSummary:
@@ -94,14 +99,14 @@ class Layout:
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a folder of packed data."""
-    if not str(path) or not (Path(path).expanduser() / META_FILE).is_file():
+    """Whether `path` is a folder of packed data, damaged or not."""
+    folder = Path(path).expanduser()
+    if not str(path) or not (folder / META_FILE).is_file():
         return False
     try:
-        read_meta(Path(path).expanduser())
+        return _is_description(_read_json(folder / META_FILE))
     except ValueError:
-        return False
-    return True
+        return any(folder.glob("*.tokens"))
 
 
 def read_summary(folder: str | os.PathLike[str]) -> DataSummary:
@@ -125,12 +130,19 @@ def find_defects(folder: str | os.PathLike[str], *, on_event: Callable[[DataEven
     expected = {shard.file: shard.hash for split in splits.values() for shard in split.shards}
     expected |= {f"{name}.offsets": split.offsets for name, split in splits.items()}
     expected[FILES_FILE] = layout.files
-    for name, digest in expected.items():
-        emit(Note(f"checking {name}"))
-        if digest and not (folder / name).is_file():
-            defects.append(f"{folder / name} is missing")
-        elif digest and _file_hash(folder / name) != digest:
-            defects.append(f"{folder / name} is damaged: its content is not what was written")
+    hashes = {folder / name: digest for name, digest in expected.items() if digest}
+    done, total = 0, sum(path.stat().st_size for path in hashes if path.is_file())
+    for path, digest in hashes.items():
+        if not path.is_file():
+            defects.append(f"{path} is missing")
+            continue
+        found = hashlib.blake2b(digest_size=16)
+        for piece in _pieces(path):
+            found.update(piece)
+            done += len(piece)
+            emit(Checking(done, total))
+        if found.hexdigest() != digest:
+            defects.append(_damaged(path))
     try:
         found = _tokenizer(folder).hash
     except (ValueError, OSError) as error:
@@ -222,17 +234,42 @@ class Split:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What meta.json says. Raises ValueError if there is none, or one of another format."""
+    """What meta.json says. Raises ValueError if there is none, one of another format, or one that is not as it was written."""
     path = folder / META_FILE
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = _read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no packed data: there is no meta.json in it") from None
+    if not _is_description(meta):
+        raise ValueError(f"{path} is not the description of packed data of format {FORMAT}")
+    if meta.pop("hash", None) not in (None, _hash_of_meta(meta)):
+        raise ValueError(_damaged(path))
+    return meta
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json, with a hash of the rest of it."""
+    text = json.dumps(meta | {"hash": _hash_of_meta(meta)}, indent=2)
+    (folder / META_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict) or meta.get("format") not in (1, FORMAT) or not {"rules", "summary"} <= meta.keys():
-        raise ValueError(f"{path} is not the description of packed data of format {FORMAT}")
-    return meta
+
+
+def _is_description(meta: Any) -> bool:
+    return isinstance(meta, dict) and meta.get("format") in (1, FORMAT) and {"rules", "summary"} <= meta.keys()
+
+
+def _hash_of_meta(meta: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is damaged: its content is not what was written"
 
 
 def read_layout(folder: Path) -> Layout:
@@ -249,12 +286,10 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder) if read_meta(folder)["format"] == FORMAT else ByteTokenizer()
 
 
-def _file_hash(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+            yield piece
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> np.ndarray:

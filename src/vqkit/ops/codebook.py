@@ -279,15 +279,24 @@ def replace_dead_codes(
 ) -> tuple[Tensor, Tensor]:
     """New (sum, count) in which codes of count below `threshold` start anew at candidate vectors, with weight `reset_count`.
 
-    sum [H, C, K], count [H, C], candidates [H, E, K], keys [H, E]. The r-th dead code of a head, by index, takes the head's r-th
-    candidate; where there is none, or its key is 0, the code stays as it is. No synchronisation with the host.
+    sum [H, C, K], count [H, C], candidates [H, E, K], keys [H, E], those of key 0 last. Where a head has more dead codes than
+    candidates, those of the lowest counts are served, of equal counts those of the lowest index; the others stay as they are. Of the codes
+    that are served the r-th, by index, takes the head's r-th candidate. No synchronisation with the host.
     """
-    num = keys.shape[-1]
+    size = count.shape[-1]
+    num = min(keys.shape[-1], size)
     if num == 0:
         return sum, count
-    dead = count < threshold
-    rank = dead.cumsum(-1) - 1
-    slot = rank.clamp(0, num - 1)
-    replaced = dead & (rank < num) & (keys.gather(1, slot) > 0)
-    rows = candidates.gather(1, slot.unsqueeze(-1).expand_as(sum)).to(sum.dtype)
-    return torch.where(replaced.unsqueeze(-1), rows * reset_count, sum), torch.where(replaced, reset_count, count)
+    code, served = _lowest_dead(count, threshold, (keys[:, :num] > 0).sum(-1, keepdim=True), num)
+    # Codes that are not served are written back as they are: all are different, so no order of writing matters.
+    code = (code + size * ~served).sort(-1).values
+    served, code = code < size, code % size
+    index = code.unsqueeze(-1).expand(-1, -1, sum.shape[-1])
+    rows = torch.where(served.unsqueeze(-1), candidates[:, :num].to(sum.dtype) * reset_count, sum.gather(1, index))
+    return sum.scatter(1, index, rows), count.scatter(1, code, torch.where(served, reset_count, count.gather(1, code)))
+
+
+def _lowest_dead(count: Tensor, threshold: float, present: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Of count [H, C] the `num` codes [H, num] that are served first, and whether each is dead and among the first `present` [H, 1]."""
+    waiting, code = count.masked_fill(~(count < threshold), torch.inf).sort(dim=-1, stable=True)
+    return code[:, :num], waiting[:, :num].isfinite() & (torch.arange(num, device=count.device) < present)

@@ -61,6 +61,8 @@ class Training:
     """Steps done."""
     state: ModelState | None = None
     """What the next step starts from in the middle of a sequence; None where a sequence begins."""
+    data: str = ""
+    """The hash of what it is trained on; empty where that is not known."""
 
     @classmethod
     def of(cls, config: RunConfig, model: TransformerVQ, processes: Processes | None = None) -> Training:
@@ -145,7 +147,7 @@ def load_checkpoint(path: Path, config: RunConfig, processes: Processes) -> tupl
     own = [_read_tensors(path / _own_file(rank)) for rank in _ranks_to_read(processes, wrote)]
     model, _ = load_weights(path, processes.device)
     training = Training.of(config, model, processes)
-    training.step = values["step"]
+    training.step, training.data = values["step"], values.get("data", "")
     if values["mid_sequence"]:
         template = model.train().initial_state(config.train.batch_size // wrote)
         states = [from_named_tensors(template, part, "state") for part in own]
@@ -260,7 +262,7 @@ def _placed(name: str, tensor: Tensor, parameters: dict[str, nn.Parameter]) -> T
 def _values(training: Training) -> dict[str, Any]:
     remembered = training.optimizer.state_tensors() if training.is_sharded else {}
     shards = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in sorted(remembered.items())}
-    position = {"step": training.step, "mid_sequence": training.state is not None, "shards": shards}
+    position = {"step": training.step, "mid_sequence": training.state is not None, "data": training.data, "shards": shards}
     return {"format": FORMAT, "version": VERSION} | position | _circumstances(training.processes)
 
 

@@ -154,7 +154,8 @@ class _Run:
         self.sampler = SequenceSampler(Split(data, "train"), config.data.sequence_len, config.train.batch_size, config.train.seed, **shares)
         self.validation = Split(data, "validation")
         self.unit = loss_unit(self.sampler.split)
-        self.training = self._resume() or self._start(summary)
+        self.training = self._resume(summary) or self._start(summary)
+        self.training.data = summary.content_hash
         step = self.training.step
         if processes.is_first:
             cut_after(run_dir / METRICS_FILE, step)
@@ -231,13 +232,18 @@ class _Run:
         )
         return training
 
-    def _resume(self) -> Training | None:
+    def _resume(self, summary: DataSummary) -> Training | None:
         newest, broken = self.processes.from_first(_resumable(self.run_dir) if self.processes.is_first else None)
         if newest is None and not broken:
             return None
         if newest is None:
             raise ValueError(f"{self.run_dir} has no whole checkpoint to resume from ({'; '.join(broken)}); use another directory")
         training, notes = load_checkpoint(newest, self.config, self.processes)
+        if training.data not in ("", summary.content_hash):
+            raise ValueError(
+                f"{self.run_dir / DATA_FOLDER} was packed from other data than {newest} was trained on "
+                f"(hash {summary.content_hash}, not {training.data}): put those back, or use another directory"
+            )
         self.emit(Resumed(self.run_dir, training.step, self.config.train.total_steps, (*broken, *notes)))
         return training
 
