@@ -36,7 +36,7 @@ def plain(x, codebook, indices, estimator):
     kept = indices.unsqueeze(-1) >= 0
     vectors, codes = x.where(kept, 0.0), gather_codes(codebook, indices)
     output = PLAIN[estimator](vectors, codes).where(kept, 0.0)
-    return output, (vectors - codes).where(kept, 0.0).square().sum((1, 2))
+    return output, (vectors - codes).square().sum() / (kept.sum().clamp(min=1) * x.shape[-1])
 
 
 def gradient(function, x, codebook, indices, estimator, of_output, of_error):
@@ -56,7 +56,7 @@ def fused(x, codebook, indices, estimator):
 def test_values_errors_and_gradients_are_those_of_the_plain_functions(kind, dtype, estimator, entries, monkeypatch):
     monkeypatch.setattr(coding, "_ENTRIES_PER_TILE", entries)
     x, codebook, indices = problem(kind, dtype)
-    weights = torch.randn(x.shape, dtype=dtype), torch.rand(2, dtype=dtype) / codebook.abs().amax().clamp(min=1e-30)
+    weights = torch.randn(x.shape, dtype=dtype), x.numel() * torch.rand((), dtype=dtype) / codebook.abs().amax().clamp(min=1e-30)
     output, error, found = gradient(fused, x, codebook, indices, estimator, *weights)
     assert torch.equal(output, gather_codes(codebook, indices))
     wide = [tensor.double() for tensor in (x, codebook)]
@@ -75,7 +75,7 @@ def test_values_errors_and_gradients_are_those_of_the_plain_functions(kind, dtyp
 def test_what_a_vector_without_code_holds_has_no_influence(estimator, bad):
     x, codebook, indices = problem("plain", torch.float32)
     spoiled = x.masked_fill(indices.unsqueeze(-1) < 0, bad)
-    weights = torch.randn(x.shape), torch.rand(2)
+    weights = torch.randn(x.shape), x.numel() * torch.rand(())
     for one, other in zip(*(gradient(fused, v, codebook, indices, estimator, *weights) for v in (x, spoiled)), strict=True):
         assert torch.equal(one, other)
     assert not gradient(fused, spoiled, codebook, indices, estimator, *weights)[2][indices < 0].any()
@@ -85,7 +85,7 @@ def test_what_a_vector_without_code_holds_has_no_influence(estimator, bad):
 def test_the_way_without_tiles_is_the_same(estimator):
     """What devices run, and what a gradient of the gradient is made of."""
     x, codebook, indices = problem("plain", torch.float64)
-    of_output, of_error = torch.randn(x.shape, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+    of_output, of_error = torch.randn(x.shape, dtype=torch.float64), x.numel() * torch.rand((), dtype=torch.float64)
     for one, other in zip(*(look_up(x, codebook, indices) for look_up in (coding._look_up_at_once, coding._look_up_in_tiles)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0.0)
     whole = coding._whole_backward(of_output, of_error, x, codebook, indices, estimator)
@@ -104,7 +104,7 @@ def test_the_way_without_tiles_is_the_same(estimator):
 @pytest.mark.parametrize("estimator", PLAIN)
 def test_compiled_is_eager(estimator):
     x, codebook, indices = problem("plain", torch.float32)
-    weights = torch.randn(x.shape), torch.rand(2)
+    weights = torch.randn(x.shape), x.numel() * torch.rand(())
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     for one, other in zip(*(gradient(f, x, codebook, indices, estimator, *weights) for f in (fused, compiled)), strict=True):
         assert torch.equal(one, other)
@@ -114,8 +114,8 @@ def test_compiled_is_eager(estimator):
 def test_no_vectors_and_narrow_ones(shape):
     x, codebook = torch.randn(shape, requires_grad=True), torch.randn(shape[0], 3, shape[2])
     found = coded(x, codebook, torch.zeros(shape[:2], dtype=torch.int64), estimator="rotation", count=True)
-    assert found.quantized.shape == shape and found.squared_error.shape == shape[:1]
-    (found.quantized.sum() + found.squared_error.sum()).backward()
+    assert found.quantized.shape == shape and found.error.shape == () and found.squared_error.shape == shape[:1]
+    (found.quantized.sum() + found.error).backward()
     assert x.grad.isfinite().all()
 
 
@@ -126,16 +126,23 @@ def test_what_is_counted_are_the_statistics_of_the_assignment(kind, compiled):
     x = x.masked_fill(indices.unsqueeze(-1) < 0, torch.nan)
     run = torch.compile(coded, fullgraph=True, backend="aot_eager") if compiled else coded
     found = run(x, codebook, indices, estimator="rotation", count=True)
-    assert coded(x, codebook, indices, estimator="rotation").count.shape == (2, 0)
+    uncounted = coded(x, codebook, indices, estimator="rotation")
+    assert [tensor.numel() for tensor in uncounted[5:]] == [0, 0, 0]
+    assert all(torch.equal(one, other) for one, other in zip(uncounted[:5], found[:5], strict=True))
     assert not any(tensor.requires_grad for tensor in found)
-    torch.testing.assert_close(found.errors.sum(1), found.squared_error)
+    assert [tensor.requires_grad for tensor in run(x.clone().requires_grad_(), codebook, indices, estimator="rotation", count=True)] == [
+        True,
+        True,
+        *[False] * 6,
+    ]
+    torch.testing.assert_close(found.error, found.squared_error.sum() / ((indices >= 0).sum() * x.shape[-1]))
     ignored = torch.rand(indices.shape) < 0.5
     quantized = gather_codes(codebook.double(), indices)
     weights = (~(ignored & (indices < 0))).double()
     expected = assignment_stats(
         x.double(), indices, codebook.shape[1], weights=weights, quantized=quantized, num_candidates=4, moments=True
     )
-    counted = coded_stats(x, codebook, indices, found, ignored, num_candidates=4)
+    counted = coded_stats(x, indices, found, ignored & (indices < 0), num_candidates=4)
     for name in ("count", "vectors", "non_finite"):
         assert torch.equal(getattr(counted, name).double(), getattr(expected, name))
     scale = codebook.abs().amax().item()

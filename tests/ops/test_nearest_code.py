@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import golden_arrays
 from vqkit.ops.codebook import codes_from_ema, directions, gather_codes
-from vqkit.ops.nearest_code import api, blocked, nearest_code, nearest_codes, nearest_index, reference
+from vqkit.ops.nearest_code import blocked, nearest_code, nearest_codes, nearest_index, reference
 
 
 def of_one_codebook(nearest):
@@ -160,12 +160,15 @@ def test_half_precision_is_assigned_as_float32_and_float64_as_float64():
 
 def test_shortened_matrix_products_are_switched_off_inside_and_back_on_after(monkeypatch):
     matmul, seen = torch.backends.mkldnn.matmul, []  # pyrefly: ignore[missing-attribute]
-    monkeypatch.setitem(api._BACKENDS, "auto", lambda x, c: seen.append(matmul.fp32_precision) or x[..., 0].long())
+    monkeypatch.setattr(blocked, "_FEW_DIFFERENCES", 0)
+    tile = blocked._tile
+    monkeypatch.setattr(blocked, "_tile", lambda codebook: seen.append(matmul.fp32_precision) or tile(codebook))
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
-        nearest_index(torch.randn(4, 2), torch.randn(3, 2))
-        assert seen == ["ieee"] and matmul.fp32_precision == "bf16"
+        nearest_index(torch.randn(4, 2), torch.randn(3, 2), impl="blocked")
+        nearest_codes(torch.randn(4, 2), torch.randn(3, 2), 2, impl="blocked")
+        assert seen == ["ieee", "ieee"] and matmul.fp32_precision == "bf16"
     finally:
         matmul.fp32_precision = before
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vqkit.ops.codebook import assignment_stats, gather_codes
-from vqkit.ops.estimators import rotation_trick
+from vqkit.ops.estimators import rotation_trick, straight_through
 from vqkit.ops.losses import mean_commitment_loss
 from vqkit.ops.nearest_code import compiled, libraries, nearest_codes, reference
 
@@ -184,8 +184,7 @@ def test_the_nearest_few_by_name_and_unasked_are_those_of_the_compiled_form(buil
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_gathers_and_counts_as_the_plain_functions(build, dtype, weighted):
+def test_gathers_and_counts_as_the_plain_functions(build, dtype):
     for groups, num, codes, width in [
         (1, 1, 1, 1),
         (1, 5000, 7, 13),
@@ -196,20 +195,21 @@ def test_gathers_and_counts_as_the_plain_functions(build, dtype, weighted):
     ]:
         x, codebook = torch.randn(groups, num, width, dtype=dtype), torch.randn(groups, codes, width, dtype=dtype)
         indices = torch.randint(-1, codes, (groups, num))
-        weights = torch.rand(groups, num, dtype=dtype).where(torch.rand(groups, num) > 0.3, 0.0) if weighted else None
         x[indices < 0] = torch.nan
-        statistics = assignment_stats(x, indices, codes, weights=weights)
-        quantized, errors, count, total = compiled.gather_and_count(x, codebook, indices, weights)
-        assert torch.equal(quantized, gather_codes(codebook, indices))
-        left_out = indices < 0 if weights is None else (indices < 0) | (weights == 0)
-        squares = (x - quantized).square().masked_fill(left_out.unsqueeze(-1), 0.0).double().sum(1)
-        torch.testing.assert_close(errors.double(), squares, rtol=4 * num * torch.finfo(dtype).eps, atol=0.0)
-        bound = 4 * num * torch.finfo(dtype).eps
-        torch.testing.assert_close(count, statistics.count, rtol=bound, atol=bound)
-        torch.testing.assert_close(total, statistics.sum, rtol=bound, atol=bound)
-        if weights is not None:
-            x[weights == 0] = torch.nan
-            assert equal(compiled.gather_and_count(x, codebook, indices, weights)[1:], (errors, count, total))
+        codes_of = gather_codes(codebook, indices)
+        expected = assignment_stats(x.double(), indices, codes, quantized=codes_of.double(), moments=True)
+        found = compiled.gather_and_count(x, codebook, indices)
+        assert torch.equal(found.quantized, codes_of)
+        assert torch.equal(found.lost.long(), (indices < 0).sum(-1))
+        bound = 4 * max(num, 1) * torch.finfo(dtype).eps
+        mean = expected.squared_error.sum() / (expected.vectors.sum().clamp(min=1) * width)
+        torch.testing.assert_close(found.error.double(), mean, rtol=bound, atol=0.0)
+        for name in ("count", "vectors"):
+            assert torch.equal(getattr(found, name).double(), getattr(expected, name))
+        for name, atol in (("sum", bound), ("squared_error", 0.0), ("moments", 10 * bound)):
+            torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=bound, atol=atol)
+        uncounted = compiled.gather_and_count(x, codebook, indices, count=False)
+        assert equal(uncounted[:5], found[:5]) and not any(tensor.numel() for tensor in uncounted[5:])
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.7])
@@ -222,28 +222,38 @@ def test_the_rotation_gradient_is_that_of_the_trick_and_the_loss(build, pull):
         given = x.clone().requires_grad_()
         quantized = gather_codes(codebook, indices)
         loss = mean_commitment_loss(given, quantized) * x.numel() / 2
-        ((rotation_trick(given, quantized) * gradient).sum() + pull * loss).backward()
-        expected = given.grad.where((indices >= 0).unsqueeze(-1), 0.0)
-        found = compiled.rotation_gradient(gradient, x, codebook, indices, pull)
-        size = expected.abs().amax(-1, keepdim=True).clamp(min=1.0)
-        assert ((found - expected) / size).abs().amax() < 1e-11
-        low = compiled.rotation_gradient(gradient.float(), x.float(), codebook.float(), indices, pull)
-        assert ((low - expected) / size).abs().amax() < 1e-3
+        kept = (indices >= 0).unsqueeze(-1)
+        of_error = pull * kept.sum().item() * width / 2
+        for rotate, trick in ((True, rotation_trick), (False, straight_through)):
+            of_output = torch.autograd.grad((trick(given, quantized) * gradient).sum(), given)[0]
+            of_loss = torch.autograd.grad(pull * loss, given, retain_graph=True)[0]
+            expected = (of_output + of_loss).where(kept, 0.0)
+            found = compiled.code_gradient(gradient, of_error, x, codebook, indices, rotate=rotate)
+            size = expected.abs().amax(-1, keepdim=True).clamp(min=1.0)
+            assert ((found - expected) / size).abs().amax() < 1e-11
+            low = compiled.code_gradient(gradient.float(), of_error, x.float(), codebook.float(), indices, rotate=rotate)
+            assert ((low - expected) / size).abs().amax() < 1e-3
+            alone = compiled.code_gradient(None, of_error, x, codebook, indices, rotate=rotate)
+            torch.testing.assert_close(alone, of_loss.where(kept, 0.0), rtol=1e-12, atol=0.0)
 
 
 def test_lengths_whose_squares_leave_the_range_rotate(build):
     x, codebook, gradient = torch.randn(1, 50, 8), torch.randn(1, 6, 8), torch.randn(1, 50, 8)
     indices = torch.randint(0, 6, (1, 50))
-    expected = compiled.rotation_gradient(gradient, x, codebook, indices)
+    expected = compiled.code_gradient(gradient, 0.0, x, codebook, indices, rotate=True)
     for scale in (2.0**-100, 2.0**100):
-        torch.testing.assert_close(compiled.rotation_gradient(gradient, scale * x, scale * codebook, indices), expected)
+        found = compiled.code_gradient(gradient, 0.0, scale * x, scale * codebook, indices, rotate=True)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("bad", [-2, 5, 2**40])
 def test_an_index_out_of_range_is_an_error(build, bad):
     x, codebook, indices = torch.randn(1, 9, 4), torch.randn(1, 5, 4), torch.zeros(1, 9, dtype=torch.int64)
     indices[0, 3] = bad
-    for run in (lambda: compiled.gather_and_count(x, codebook, indices), lambda: compiled.rotation_gradient(x, x, codebook, indices)):
+    for run in (
+        lambda: compiled.gather_and_count(x, codebook, indices),
+        lambda: compiled.code_gradient(x, 0.0, x, codebook, indices, rotate=True),
+    ):
         with pytest.raises(ValueError, match=r"^indices holds a value"):
             run()
 
@@ -260,8 +270,7 @@ def test_bad_arguments_are_named(build):
         (ValueError, "^k = 4: must be from 1 to 3", lambda: compiled.nearest_codes(x, codebook, 4)),
         (TypeError, "^indices is torch.int32", lambda: compiled.gather_and_count(x, codebook, indices.int())),
         (ValueError, "^indices has shape", lambda: compiled.gather_and_count(x, codebook, indices[:1])),
-        (ValueError, "^weights has shape", lambda: compiled.gather_and_count(x, codebook, indices, x[0])),
-        (ValueError, "^gradient has shape", lambda: compiled.rotation_gradient(x[:, :2], x, codebook, indices)),
+        (ValueError, "^gradient has shape", lambda: compiled.code_gradient(x[:, :2], 0.0, x, codebook, indices, rotate=True)),
     ]:
         with pytest.raises(error, match=match):
             run()
@@ -273,7 +282,8 @@ def test_bad_arguments_are_named(build):
 def everything(x, codebook):
     indices = compiled.nearest_index(x, codebook)
     few = compiled.nearest_codes(x[:, ::8], codebook, 3)
-    return indices, *few, *compiled.gather_and_count(x, codebook, indices), compiled.rotation_gradient(x.flip(1), x, codebook, indices, 0.1)
+    gradient = compiled.code_gradient(x.flip(1), 0.1 * x.numel(), x, codebook, indices, rotate=True)
+    return indices, *few, *compiled.gather_and_count(x, codebook, indices), gradient
 
 
 def equal(first, second):

@@ -86,6 +86,8 @@ def by_codebook(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Callable[[
 
     Returns vectors [G, N', K], codes [G, C, K], and what turns a result [G, N', ...] into [leading axes of both, N, ...].
     """
+    if x.dim() == codebook.dim() == 3 and len(x) == len(codebook):
+        return x, codebook, Tensor.contiguous
     leading = torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2])
     own = (1,) * (len(leading) - codebook.dim() + 2) + tuple(codebook.shape[:-2])
     # Axes along which the codebook differs go to the front, all others are one more axis of vectors.

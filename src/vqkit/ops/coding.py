@@ -26,13 +26,16 @@ PlainEstimator = Literal["straight_through", "rotation", "none"]
 
 
 class Coded(NamedTuple):
-    """What vectors become by their codes, and what is to be learned from that."""
+    """What vectors become by their codes, and what is to be learned from that; only the first two have a gradient."""
 
     quantized: Tensor  # [G, N, K] the codes, exactly; 0 for index -1; the gradient for x is that of the estimator
-    squared_error: Tensor  # [G] the sum of |x - code|^2 over vectors with a code; differentiable in x, the codes being constants
-    errors: Tensor  # [G, K] the same for each dimension, without gradient
+    error: Tensor  # [] the mean of (x - code)^2 over the entries of all vectors with a code, 0 without any; the codes are constants
+    squared_error: Tensor  # [G] the sum of (x - code)^2
+    vectors: Tensor  # [G] vectors with a code
+    lost: Tensor  # [G] vectors without
     count: Tensor  # [G, C] vectors per code; [G, 0] where not asked for
     sum: Tensor  # [G, C, K] their sum; [G, 0, K] where not asked for
+    moments: Tensor  # [G, 2, K] as in `CodebookStatistics`; [G, 2, 0] where not asked for
 
 
 def coded(x: Tensor, codebook: Tensor, indices: Tensor, *, estimator: PlainEstimator, count: bool = False) -> Coded:
@@ -41,49 +44,60 @@ def coded(x: Tensor, codebook: Tensor, indices: Tensor, *, estimator: PlainEstim
     A vector of index -1 may hold anything; it gives 0, gets no gradient and is not counted. The codebook gets no gradient. Estimators:
     "straight_through" and "rotation" as the functions of these names; with "none" nothing passes but the gradient of the error.
     """
-    run = _code if torch.compiler.is_compiling() else _Coding.apply
-    found = Coded(*run(x, codebook.detach(), indices, estimator, count))
+    codebook = codebook.detach()
+    if torch.compiler.is_compiling():
+        found = Coded(*_code(x, codebook, indices, estimator, count))
+        found = Coded(*found[:2], *(tensor.detach() for tensor in found[2:]))
+    elif x.requires_grad and torch.is_grad_enabled():
+        found = Coded(*_Coding.apply(x, codebook, indices, estimator, count))
+    else:
+        return _forward(x, codebook, indices, count)
     return found._replace(quantized=found.quantized.detach()) if estimator == "none" else found
 
 
-def coded_stats(
-    x: Tensor, codebook: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None = None, *, num_candidates: int = 0
-) -> CodebookStatistics:
+def coded_stats(x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None = None, *, num_candidates: int = 0) -> CodebookStatistics:
     """What `assignment_stats` makes of x, indices and their codes, moments included, from what was counted of them.
 
     `ignored` [G, N] bool are vectors of index -1 that do not count as `non_finite`.
     """
-    lost = indices < 0
-    unknown = lost if ignored is None else lost & ~ignored
     return CodebookStatistics(
         found.count,
         found.sum,
-        *draw_candidates(x.detach(), lost, num_candidates),
-        vectors=(~lost).sum(-1).to(x.dtype),
-        squared_error=found.squared_error.detach(),
-        non_finite=unknown.sum(-1).to(x.dtype),
-        moments=_moments(codebook, found),
+        *draw_candidates(x.detach(), indices < 0, num_candidates),
+        vectors=found.vectors,
+        squared_error=found.squared_error,
+        non_finite=found.lost if ignored is None else found.lost - ignored.sum(-1),
+        moments=found.moments,
     )
 
 
-def _moments(codebook: Tensor, found: Coded) -> Tensor:
-    """Around the mean m: sum (x - m)^2 = sum (x - c)^2 + sum over codes of (c - m) (2 (sum_c - n_c c) + n_c (c - m))."""
-    total, count = found.sum.sum(1), found.count.unsqueeze(-1)
-    mean = (total / count.sum(1).clamp(min=1.0)).unsqueeze(1)
-    around = codebook - mean
-    between = torch.addcmul(found.sum * 2.0, count, around - 2.0 * codebook).mul_(around).sum(1)
-    return torch.stack([total, (found.errors + between).clamp_(min=0.0)], dim=1)
-
-
-def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> Coded:
     if _is_compiled(x):
-        found = compiled.gather_and_count(x, codebook, indices)
-        count, total = (found.count, found.sum) if counting else (found.count[:, :0].clone(), found.sum[:, :0].clone())
-        return found.quantized, found.errors.sum(1), found.errors, count, total
-    look_up = _look_up_in_tiles if x.device.type == "cpu" else _look_up_at_once
+        return Coded(*compiled.gather_and_count(x, codebook, indices, count=counting))
+    x = x.detach()
+    look_up = _look_up_in_tiles if x.is_cpu else _look_up_at_once
     quantized, errors = look_up(x, codebook, indices)
+    squared_error = errors.sum(1)
+    lost = (indices < 0).sum(-1)
+    vectors = indices.shape[1] - lost
+    error = squared_error.sum() / _share(vectors, x)
     count, total = _count(x, indices, codebook.shape[1] if counting else 0)
-    return quantized, errors.sum(1), errors, count, total
+    moments = _moments(codebook, count, total, errors) if counting else x.new_zeros(len(x), 2, 0)
+    return Coded(quantized, error, squared_error, vectors.to(x.dtype), lost.to(x.dtype), count, total, moments)
+
+
+def _share(vectors: Tensor, x: Tensor) -> Tensor:
+    """[]: the number of entries of so many vectors [G] in all, at least one vector's."""
+    return vectors.sum().clamp(min=1) * x.shape[-1]
+
+
+def _moments(codebook: Tensor, count: Tensor, total: Tensor, errors: Tensor) -> Tensor:
+    """Around the mean m: sum (x - m)^2 = sum (x - c)^2 + sum over codes of (c - m) (2 (sum_c - n_c c) + n_c (c - m))."""
+    of_all, count = total.sum(1), count.unsqueeze(-1)
+    mean = (of_all / count.sum(1).clamp(min=1.0)).unsqueeze(1)
+    around = codebook - mean
+    between = torch.addcmul(total * 2.0, count, around - 2.0 * codebook).mul_(around).sum(1)
+    return torch.stack([of_all, (errors + between).clamp_(min=0.0)], dim=1)
 
 
 def _look_up_at_once(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +132,7 @@ def _count(x: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _is_compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and compiled.is_there()
+    return x.is_cpu and compiled.is_there()
 
 
 def _histogram(indices: Tensor, size: int) -> Tensor:
@@ -147,41 +161,41 @@ def _look_up(codebook: Tensor, indices: Tensor, out: Tensor) -> tuple[Tensor, Te
     return torch.index_select(codebook, 0, indices.clamp(min=0), out=out).masked_fill_(lost, 0.0), lost
 
 
-def _backward(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> Tensor:
-    """The gradient of x [G, N, K], given those of the output [G, N, K] and of the errors [G]."""
-    if x.device.type != "cpu":
+def _backward(of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> Tensor:
+    """The gradient of x [G, N, K], given those of the output [G, N, K] and of the error []; None: 0."""
+    if not x.is_cpu:
         return _whole_backward(of_output, of_error, x, codebook, indices, estimator)
-    pulls = (2.0 * of_error).tolist()
-    if estimator == "rotation" and _is_compiled(x):
-        parts = [
-            compiled.rotation_gradient(*given)
-            for given in zip(*(t.split(1) for t in (of_output, x, codebook, indices)), pulls, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    of_output = None if estimator == "none" else of_output
+    if _is_compiled(x):
+        pull = 0.0 if of_error is None else of_error.item()
+        return compiled.code_gradient(of_output, pull, x, codebook, indices, rotate=estimator == "rotation")
+    pull = 0.0 if of_error is None else (2.0 * of_error / _share((indices >= 0).sum(-1), x)).item()
     result = x.new_empty(x.shape)
     for g, rows in _tiles(x):
-        vectors, gradient, out = x[g, rows], of_output[g, rows], result[g, rows]
+        vectors, out = x[g, rows], result[g, rows]
         codes, lost = _look_up(codebook[g], indices[g, rows], vectors.new_empty(vectors.shape))
-        if estimator == "rotation":
-            rotate_back_(out, gradient, vectors, codes, pulls[g])
+        if estimator == "rotation" and of_output is not None:
+            rotate_back_(out, of_output[g, rows], vectors, codes, pull)
         else:
-            torch.sub(vectors, codes, out=out).mul_(pulls[g])
-            if estimator == "straight_through":
-                out.add_(gradient)
+            torch.sub(vectors, codes, out=out).mul_(pull)
+            if of_output is not None:
+                out.add_(of_output[g, rows])
         if lost is not None:
             out.masked_fill_(lost, 0.0)
     return result
 
 
-def _whole_backward(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> Tensor:
+def _whole_backward(
+    of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str
+) -> Tensor:
     """As `_backward` in plain operations: on devices, and where the gradient itself is to be differentiated."""
     kept = indices.unsqueeze(-1) >= 0
     vectors = x.where(kept, 0.0)
     codes = gather_codes(codebook, indices)
-    result = 2.0 * of_error[:, None, None] * (vectors - codes)
-    if estimator == "rotation":
+    result = torch.zeros_like(vectors) if of_error is None else 2.0 * of_error / _share(kept.sum((1, 2)), x) * (vectors - codes)
+    if of_output is not None and estimator == "rotation":
         result = result + rotation_gradient(of_output, vectors.detach(), codes)
-    elif estimator == "straight_through":
+    elif of_output is not None and estimator == "straight_through":
         result = result + of_output
     return result.where(kept, 0.0)
 
@@ -193,13 +207,14 @@ class _Coding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, codebook, indices)
+        ctx.set_materialize_grads(False)
         ctx.estimator = estimator
-        output = _forward(x, codebook, indices, counting)
+        output = tuple(_forward(x, codebook, indices, counting))
         ctx.mark_non_differentiable(*output[2:])
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         run = _whole_backward if torch.is_grad_enabled() else _backward
         x, codebook, indices = ctx.saved_tensors
         return run(gradients[0], gradients[1], x, codebook, indices, ctx.estimator), *_NO_GRADIENT
@@ -209,17 +224,18 @@ class _Coding(torch.autograd.Function):
 
 
 @torch.library.custom_op("vqkit::code", mutates_args=())
-def _code(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x, codebook, indices, counting)
+def _code(
+    x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(_forward(x, codebook, indices, counting))  # type: ignore[return-value]
 
 
 @_code.register_fake
-def _(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, ...]:
     groups, _, width = x.shape
     size = codebook.shape[1] if counting else 0
-    shapes = (x.shape, (groups,), (groups, width), (groups, size), (groups, size, width))
-    quantized, error, errors, count, total = (x.new_empty(shape) for shape in shapes)
-    return quantized, error, errors, count, total
+    shapes = (x.shape, (), (groups,), (groups,), (groups,), (groups, size), (groups, size, width), (groups, 2, width if counting else 0))
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 @torch.library.custom_op("vqkit::code_backward", mutates_args=())

@@ -14,7 +14,8 @@ def widest(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 where any of the tensors is."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype is not dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 

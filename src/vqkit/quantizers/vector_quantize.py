@@ -363,15 +363,14 @@ class VectorQuantize(Quantizer):
         vectors = given.vectors
         codes = codes.to(vectors.dtype)
         found = coded(vectors, codes, indices, estimator=cast(PlainEstimator, self.estimator), count=counted)
-        share = (indices >= 0).sum().clamp(min=1) * self.codebook_dim
-        losses = {_LOSS_NAMES[type(loss)]: found.squared_error.sum() / share for loss in self.losses}
+        losses = {_LOSS_NAMES[type(loss)]: found.error for loss in self.losses}
         statistics = None
         if counted:
             ignored = None if given.mask is None else ~self._spread(given.mask)
             if own is not None:
                 ignored = own < 0 if ignored is None else ignored | (own < 0)
             with torch.no_grad():
-                statistics = coded_stats(vectors, codes, indices, found, ignored, num_candidates=self.table.num_candidates)
+                statistics = coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates)
             statistics = self._count_once(statistics)
         joined = self._join_indices(indices, given.rows.shape[:-1], ())
         return Quantized(self._write(given, found.quantized, joined, (), project), joined, losses, statistics)
@@ -652,6 +651,8 @@ class VectorQuantize(Quantizer):
 
     def _count_once(self, found: CodebookStatistics) -> CodebookStatistics:
         """A vector that is not finite counts once, not once a head."""
+        if self.heads == self.table.heads:
+            return found
         return found._replace(non_finite=found.non_finite * self.table.heads / self.heads)
 
     def _weigh_vectors(self, weights: Weights, rows: Tensor, indices: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.nearest_code import blocked, compiled, reference, triton
-from vqkit.ops.precision import full_precision, widest
+from vqkit.ops.precision import widest
 
 Impl = Literal["auto", "reference", "blocked", "compiled", "triton"]
 Metric = Literal["euclidean", "cosine"]
@@ -125,6 +125,8 @@ def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str, backends: Col
         raise ValueError(f'metric = {metric!r}: must be "euclidean" or "cosine"')
     if impl not in backends:
         raise ValueError(f"impl = {impl!r}: must be one of {', '.join(map(repr, backends))}")
+    if x.shape[:-2] == codebook.shape[:-2]:
+        return
     try:
         torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2])
     except RuntimeError:
@@ -133,13 +135,11 @@ def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str, backends: Col
 
 
 def _compute(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    with torch.no_grad(), full_precision(x.device.type):
-        return _BACKENDS[impl](x, codebook)
+    return _BACKENDS[impl](x, codebook)
 
 
 def _compute_k(x: Tensor, codebook: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
-    with torch.no_grad(), full_precision(x.device.type):
-        return _BACKENDS_K[impl](x, codebook, k)
+    return _BACKENDS_K[impl](x, codebook, k)
 
 
 @torch.library.custom_op("vqkit::nearest_index", mutates_args=())

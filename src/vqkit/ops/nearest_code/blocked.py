@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqkit.ops.nearest_code import reference
+from vqkit.ops.precision import full_precision
 
 _CODES_PER_TILE = 512
 _ROWS_PER_TILE = 2048
@@ -38,7 +39,8 @@ def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
     if x.shape[1] * codebook.numel() <= _FEW_DIFFERENCES:
         return reference.nearest_index(x, codebook)
     nearest = _nearest_on_cpu if x.device.type == "cpu" else _nearest_elsewhere
-    return torch.stack([nearest(x[g], codebook[g]) for g in range(len(x))])
+    with full_precision(x.device.type):
+        return torch.stack([nearest(x[g], codebook[g]) for g in range(len(x))])
 
 
 class _Tiled(NamedTuple):
@@ -171,7 +173,8 @@ _CODES_PER_GROUP = 16
 def nearest_codes(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`reference.nearest_codes` without its memory: the same up to the rounding of explicit differences."""
     nearest = _rank_by_scores if x.device.type == "cpu" else _rank_by_distance
-    parts = [nearest(x[g], codebook[g], k) for g in range(len(x))]
+    with full_precision(x.device.type):
+        parts = [nearest(x[g], codebook[g], k) for g in range(len(x))]
     if not parts:
         return x.new_empty(*x.shape[:-1], k, dtype=torch.int64), x.new_empty(*x.shape[:-1], k)
     indices, distances = zip(*parts, strict=True)

@@ -19,6 +19,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <thread>
 #include <type_traits>
@@ -907,10 +908,12 @@ void find_few(const Problem<T>& p, Crew crew, int64_t few, T* distance) {
 // One pass over the vectors in the order of their codes, so that a code and its sums stay at hand.
 template <class T>
 struct Gathering {
-    const T *x, *codes, *weights;  // weights may be null: 1 each
+    const T *x, *codes;
     const int64_t* index;
     int64_t num, size, width, x_stride;
-    T *quantized, *errors, *count, *sum;  // the last three hold zeros
+    T* quantized;
+    T *squared_error, *vectors, *lost;  // one number each
+    T *count, *sum, *moments;           // null where not asked for; sum holds zeros
 
     static constexpr int64_t kRows = 512;  // of a task; sums of codes that span tasks are added in the order of tasks
 
@@ -920,88 +923,116 @@ struct Gathering {
             if (index[i] < -1 || index[i] >= size) return false;
             if (index[i] >= 0) ++end[index[i] + 1];
         }
+        if (count) std::copy_n(end.begin() + 1, size, count);
         for (int64_t c = 0; c < size; ++c) end[c + 1] += end[c];
         const int64_t chosen = end[size];
-        int64_t lost = chosen;
-        for (int64_t i = 0; i < num; ++i) order[index[i] < 0 ? lost++ : end[index[i]]++] = i;  // now end[c] is where code c ends
+        int64_t without = chosen;
+        for (int64_t i = 0; i < num; ++i) order[index[i] < 0 ? without++ : end[index[i]]++] = i;  // now end[c] is where code c ends
         const int64_t tasks = (chosen + kRows - 1) / kRows;
-        Buffer<T> edges(2 * size_t(tasks) * (width + 1)), squares(size_t(tasks) * width);
+        Buffer<T> edges(2 * size_t(tasks) * width), squares(size_t(tasks) * width);
         in_parallel(crew.for_work(32.0 * num * width), tasks, [&](int, int64_t task) {
             const int64_t first = task * kRows, last = std::min(chosen, first + kRows);
-            T* edge = &edges[2 * size_t(task) * (width + 1)];
-            std::fill_n(edge, 2 * (width + 1), T(0));
+            T* edge = &edges[2 * size_t(task) * width];
+            std::fill_n(edge, 2 * width, T(0));
             std::fill_n(&squares[size_t(task) * width], width, T(0));
             for (int64_t at = first; at < last;) {
                 const int64_t c = index[order[at]], stop = std::min(last, end[c]), start = c ? end[c - 1] : 0;
-                const bool whole = start >= first && end[c] <= last;
-                T* total = whole ? sum + c * width : start < first ? edge : edge + width + 1;
-                T* share = whole ? count + c : total + width;
+                const bool whole = sum && start >= first && end[c] <= last;
+                T* total = whole ? sum + c * width : start < first ? edge : edge + width;
                 for (; at < stop; ++at) {
                     if (at + 4 < last) __builtin_prefetch(x + order[at + 4] * x_stride);
-                    take(order[at], c, total, share, &squares[size_t(task) * width]);
+                    take(order[at], c, total, &squares[size_t(task) * width]);
                 }
             }
         });
+        std::vector<double> errors(width);
         for (int64_t task = 0; task < tasks; ++task) {
             const int64_t first = task * kRows, last = std::min(chosen, first + kRows) - 1;
-            const T* edge = &edges[2 * size_t(task) * (width + 1)];
-            add(index[order[first]], edge);
-            add(index[order[last]], edge + width + 1);
+            const T* edge = &edges[2 * size_t(task) * width];
+            if (sum) {
+                add(index[order[first]], edge);
+                add(index[order[last]], edge + width);
+            }
             for (int64_t k = 0; k < width; ++k) errors[k] += squares[size_t(task) * width + k];
         }
         for (int64_t i = chosen; i < num; ++i) std::fill_n(quantized + order[i] * width, width, T(0));
+        *squared_error = T(std::accumulate(errors.begin(), errors.end(), 0.0));
+        *vectors = T(chosen), *lost = T(num - chosen);
+        if (moments) spread(errors, double(std::max<int64_t>(chosen, 1)));
         return true;
     }
 
-    void take(int64_t row, int64_t c, T* total, T* share, T* squares) const {
+    void take(int64_t row, int64_t c, T* total, T* squares) const {
         using V = Vec<T>;
         constexpr int L = kLanes<T>;
         const T *from = x + row * x_stride, *code = codes + c * width;
-        const T weight = weights ? weights[row] : T(1);
         T* to = quantized + row * width;
-        if (weight == 0) {
-            std::copy_n(code, width, to);
-            return;
-        }
         int64_t k = 0;
         for (; k + L <= width; k += L) {
             const V value = load<V>(from + k), chosen = load<V>(code + k), difference = value - chosen;
             store(to + k, chosen);
             store(squares + k, load<V>(squares + k) + difference * difference);
-            store(total + k, load<V>(total + k) + weight * value);
+            store(total + k, load<V>(total + k) + value);
         }
         for (; k < width; ++k) {
             const T difference = from[k] - code[k];
             to[k] = code[k];
             squares[k] += difference * difference;
-            total[k] += weight * from[k];
+            total[k] += from[k];
         }
-        *share += weight;
     }
 
     void add(int64_t c, const T* edge) const {
         for (int64_t k = 0; k < width; ++k) sum[c * width + k] += edge[k];
-        count[c] += edge[width];
+    }
+
+    // Around the mean m: sum (x - m)^2 = sum (x - c)^2 + sum over codes of (c - m) (2 (sum_c - n_c c) + n_c (c - m)).
+    void spread(const std::vector<double>& errors, double number) const {
+        std::vector<double> total(width), squares(errors);
+        for (int64_t c = 0; c < size; ++c)
+            if (count[c] > 0)
+                for (int64_t k = 0; k < width; ++k) total[k] += sum[c * width + k];
+        for (int64_t c = 0; c < size; ++c) {
+            if (count[c] == 0) continue;
+            for (int64_t k = 0; k < width; ++k) {
+                const double code = codes[c * width + k], around = code - total[k] / number, n = count[c];
+                squares[k] += around * (2 * (sum[c * width + k] - n * code) + n * around);
+            }
+        }
+        for (int64_t k = 0; k < width; ++k) {
+            moments[k] = T(total[k]);
+            moments[width + k] = T(squares[k] < 0 ? 0 : squares[k]);
+        }
     }
 };
 
-// The gradient of the rotation trick and of `pull` * |x - code|^2 / 2 for each vector; see `rotation_trick` of ops/estimators.py.
+// The gradient of the rotation trick, or of straight-through, and of `pull` * |x - code|^2 / 2 for each vector; see ops/estimators.py.
 template <class T>
 struct Rotation {
-    const T *gradient, *x, *codes;
+    const T *gradient, *x, *codes;  // no gradient: null
     const int64_t* index;
     int64_t width, gradient_stride, x_stride;
     T pull;
+    bool turns;
     T* result;
 
     void row(int64_t i) const {
-        const T *g = gradient + i * gradient_stride, *from = x + i * x_stride;
+        const T* from = x + i * x_stride;
         T* to = result + i * width;
         if (index[i] < 0) {
             std::fill_n(to, width, T(0));
             return;
         }
         const T* code = codes + index[i] * width;
+        if (!gradient) {
+            for (int64_t k = 0; k < width; ++k) to[k] = pull * (from[k] - code[k]);
+            return;
+        }
+        const T* g = gradient + i * gradient_stride;
+        if (!turns) {
+            for (int64_t k = 0; k < width; ++k) to[k] = g[k] + pull * (from[k] - code[k]);
+            return;
+        }
         const T of_x = length(from), of_code = length(code), shorter = std::min(of_x, of_code), longer = std::max(of_x, of_code);
         const T place = shorter < std::numeric_limits<T>::min() ? T(0) : std::min(T(1), T(100) * (shorter / longer));
         const T rotating = place * place * (3 - 2 * place);
@@ -1091,15 +1122,20 @@ int few_nearest(const T* x, const T* codes, int64_t groups, int64_t num, int64_t
 }
 
 template <class T>
-int gather(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
-           int64_t x_group, int64_t x_stride, Crew crew, T* quantized, T* errors, T* count, T* sum) {
+int gather(const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width, int64_t x_group,
+           int64_t x_stride, Crew crew, T* quantized, T* error, T* squared_error, T* vectors, T* lost, T* count, T* sum, T* moments) {
     try {
+        double squares = 0, number = 0;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t row = g * num, code = g * size;
-            const Gathering<T> gathering{x + g * x_group, codes + code * width, weights ? weights + row : nullptr, index + row, num, size, width,
-                                         x_stride, quantized + row * width, errors + g * width, count + code, sum + code * width};
+            const Gathering<T> gathering{
+                x + g * x_group, codes + code * width, index + row, num, size, width, x_stride, quantized + row * width, squared_error + g,
+                vectors + g, lost + g, count ? count + code : nullptr, sum ? sum + code * width : nullptr,
+                moments ? moments + 2 * g * width : nullptr};
             if (!gathering.run(crew)) return kBadIndex;
+            squares += squared_error[g], number += vectors[g];
         }
+        *error = T(squares / std::max(number * width, 1.0));
         return kDone;
     } catch (const std::bad_alloc&) {
         return kNoMemory;
@@ -1107,15 +1143,20 @@ int gather(const T* x, const T* codes, const T* weights, const int64_t* index, i
 }
 
 template <class T>
-int rotate(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
-           int64_t gradient_group, int64_t gradient_stride, int64_t x_group, int64_t x_stride, double pull, Crew crew, T* result) {
+int back(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
+         int64_t gradient_group, int64_t gradient_stride, int64_t x_group, int64_t x_stride, double of_error, bool turns, Crew crew,
+         T* result) {
     constexpr int64_t at_once = 256;
+    int64_t number = 0;
     try {
-        for (int64_t i = 0; i < groups * num; ++i)
+        for (int64_t i = 0; i < groups * num; ++i) {
             if (index[i] < -1 || index[i] >= size) return kBadIndex;
+            number += index[i] >= 0;
+        }
+        const T pull = T(2 * of_error / std::max(double(number) * width, 1.0));
         for (int64_t g = 0; g < groups; ++g) {
-            const Rotation<T> rotation{gradient + g * gradient_group, x + g * x_group, codes + g * size * width, index + g * num, width,
-                                       gradient_stride, x_stride, T(pull), result + g * num * width};
+            const Rotation<T> rotation{gradient ? gradient + g * gradient_group : nullptr, x + g * x_group, codes + g * size * width,
+                                       index + g * num, width, gradient_stride, x_stride, pull, turns, result + g * num * width};
             in_parallel(crew.for_work(32.0 * num * width), (num + at_once - 1) / at_once, [&](int, int64_t task) {
                 for (int64_t i = task * at_once; i < std::min(num, (task + 1) * at_once); ++i) rotation.row(i);
             });
@@ -1137,17 +1178,17 @@ int rotate(const T* gradient, const T* x, const T* codes, const int64_t* index, 
                           int64_t x_stride, int threads, int pooled, int64_t* index) {                                                              \
         return nearest(x, codes, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, index);                                          \
     }                                                                                                                                   \
-    int vqkit_gather_##T(const T* x, const T* codes, const T* weights, const int64_t* index, int64_t groups, int64_t num, int64_t size, \
-                         int64_t width, int64_t x_group, int64_t x_stride, int threads, int pooled, T* quantized, T* errors, T* count,    \
-                         T* sum) {                                                                                                      \
-        return gather(x, codes, weights, index, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, quantized, errors,      \
-                      count, sum);                                                                                                      \
+    int vqkit_gather_##T(const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,    \
+                         int64_t x_group, int64_t x_stride, int threads, int pooled, T* quantized, T* error, T* squared_error,          \
+                         T* vectors, T* lost, T* count, T* sum, T* moments) {                                                           \
+        return gather(x, codes, index, groups, num, size, width, x_group, x_stride, Crew{threads, pooled != 0}, quantized, error,       \
+                      squared_error, vectors, lost, count, sum, moments);                                                               \
     }                                                                                                                                   \
-    int vqkit_rotate_##T(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num,              \
-                         int64_t size, int64_t width, int64_t gradient_group, int64_t gradient_stride, int64_t x_group,                 \
-                         int64_t x_stride, double pull, int threads, int pooled, T* result) {                                                       \
-        return rotate(gradient, x, codes, index, groups, num, size, width, gradient_group, gradient_stride, x_group, x_stride, pull,    \
-                      Crew{threads, pooled != 0}, result);                                                                                                 \
+    int vqkit_back_##T(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size,  \
+                       int64_t width, int64_t gradient_group, int64_t gradient_stride, int64_t x_group, int64_t x_stride,               \
+                       double of_error, int turns, int threads, int pooled, T* result) {                                                \
+        return back(gradient, x, codes, index, groups, num, size, width, gradient_group, gradient_stride, x_group, x_stride, of_error,  \
+                    turns != 0, Crew{threads, pooled != 0}, result);                                                                    \
     }
 
 extern "C" {

@@ -24,7 +24,7 @@ from vqkit.ops.nearest_code import libraries
 
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
-_ARGUMENTS = {"nearest": "ppnnnnnniip", "few": "ppnnnnnniinpp", "gather": "ppppnnnnnniipppp", "rotate": "ppppnnnnnnnndiip"}
+_ARGUMENTS = {"nearest": "ppnnnnnniip", "few": "ppnnnnnniinpp", "gather": "pppnnnnnniipppppppp", "back": "ppppnnnnnnnndiiip"}
 _NO_MEMORY, _BAD_INDEX = 1, 2
 
 
@@ -60,7 +60,7 @@ def nearest_index(x: Tensor, codebook: Tensor) -> Tensor:
     _check(x, codebook)
     x, codebook = _with_dense_rows(x), codebook.detach().contiguous()
     index = torch.empty(x.shape[:2], dtype=torch.int64)
-    _run("nearest", x.dtype, x, codebook, *_sizes(x, codebook), *x.stride()[:2], *_threads(), index)
+    _run("nearest", x.dtype, x.data_ptr(), codebook.data_ptr(), *_sizes(x, codebook), *x.stride()[:2], *_threads(), index.data_ptr())
     return index
 
 
@@ -75,7 +75,8 @@ def nearest_codes(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[1]}, the size of the codebook")
     x, codebook = _with_dense_rows(x), codebook.detach().contiguous()
     index, distance = torch.empty(*x.shape[:2], k, dtype=torch.int64), x.new_empty(*x.shape[:2], k)
-    _run("few", x.dtype, x, codebook, *_sizes(x, codebook), *x.stride()[:2], *_threads(), k, index, distance)
+    given = (x.data_ptr(), codebook.data_ptr(), *_sizes(x, codebook), *x.stride()[:2], *_threads(), k)
+    _run("few", x.dtype, *given, index.data_ptr(), distance.data_ptr())
     return index, distance
 
 
@@ -83,66 +84,82 @@ class Gathered(NamedTuple):
     """What a training step needs of vectors and their codes; of the dtype of the vectors."""
 
     quantized: Tensor  # [G, N, K] the codes; zeros where the index is -1
-    errors: Tensor  # [G, K] the sum over vectors of their squared differences from their codes
-    count: Tensor  # [G, C] vectors per code, or the sum of their weights
-    sum: Tensor  # [G, C, K] their sum, each times its weight
+    error: Tensor  # [] the mean over the entries of all vectors with a code of their squared differences
+    squared_error: Tensor  # [G] the sum of these
+    vectors: Tensor  # [G] vectors with a code
+    lost: Tensor  # [G] vectors without
+    count: Tensor  # [G, C] vectors per code; [G, 0] where not asked for
+    sum: Tensor  # [G, C, K] their sum; [G, 0, K] where not asked for
+    moments: Tensor  # [G, 2, K] the sum of all vectors with a code, and of their squared differences from its mean; [G, 2, 0]
 
 
-def gather_and_count(x: Tensor, codebook: Tensor, indices: Tensor, weights: Tensor | None = None) -> Gathered:
-    """Codes, errors and statistics of x [G, N, K] for indices [G, N] int64 in one pass over x.
+def gather_and_count(x: Tensor, codebook: Tensor, indices: Tensor, *, count: bool = True) -> Gathered:
+    """Codes, errors and, with `count`, statistics of x [G, N, K] for indices [G, N] int64 in one pass over x.
 
-    codebook [G, C, K], weights [G, N], both of the dtype of x, float32 or float64, on the CPU. A vector of index -1 or weight 0 enters
-    neither errors nor count nor sum, whatever it holds. No gradient. The sums do not depend on the number of threads.
+    codebook [G, C, K] of the dtype of x, float32 or float64, on the CPU. A vector of index -1 enters nothing but `lost`, whatever it
+    holds. No gradient. The sums do not depend on the number of threads.
     Raises ValueError for an index that is none of -1 ... C - 1; builds first what is not there; errors as `build_`.
     """
-    _check(x, codebook, indices, weights=weights)
+    _check(x, codebook, indices)
     x, codebook, indices = _with_dense_rows(x), codebook.detach().contiguous(), indices.contiguous()
-    weights = None if weights is None else weights.detach().contiguous()
-    result = Gathered(x.new_empty(x.shape), x.new_zeros(x.shape[::2]), x.new_zeros(codebook.shape[:2]), x.new_zeros(codebook.shape))
-    given = (x, codebook, weights, indices, *_sizes(x, codebook), *x.stride()[:2], *_threads())
-    _run("gather", x.dtype, *given, *result)
+    groups, _, width = x.shape
+    size = codebook.shape[1] if count else 0
+    result = Gathered(
+        x.new_empty(x.shape),
+        x.new_empty(()),
+        x.new_empty(groups),
+        x.new_empty(groups),
+        x.new_empty(groups),
+        x.new_empty(groups, size),
+        x.new_zeros(groups, size, width),
+        x.new_empty(groups, 2, width if count else 0),
+    )
+    places = [tensor.data_ptr() for tensor in (result if count else result[:5])] + [None] * (0 if count else 3)
+    given = (x.data_ptr(), codebook.data_ptr(), indices.data_ptr())
+    _run("gather", x.dtype, *given, *_sizes(x, codebook), *x.stride()[:2], *_threads(), *places)
     return result
 
 
-def rotation_gradient(gradient: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, pull: float = 0.0) -> Tensor:
-    """The gradient for x of `rotation_trick(x, codes)`, plus `pull` * (x - codes), in one pass: [G, N, K].
+def code_gradient(gradient: Tensor | None, of_error: float, x: Tensor, codebook: Tensor, indices: Tensor, *, rotate: bool) -> Tensor:
+    """The gradient for x of its codes, by `rotation_trick` or `straight_through`, and of the mean squared error; [G, N, K], in one pass.
 
-    gradient, x [G, N, K], codebook [G, C, K], of one dtype, float32 or float64, on the CPU; indices [G, N] int64; index -1 gets none.
-    With pull = 2 / (G N K) times the gradient of a mean commitment loss, the second part is that of the loss.
+    gradient (None: 0), x [G, N, K], codebook [G, C, K], of one dtype, float32 or float64, on the CPU; indices [G, N] int64; index -1
+    gets none. `of_error` is the gradient of `Gathered.error`.
     Raises ValueError for an index that is none of -1 ... C - 1; builds first what is not there; errors as `build_`.
     """
-    _check(x, codebook, indices, gradient=gradient)
-    gradient, x, codebook, indices = _with_dense_rows(gradient), _with_dense_rows(x), codebook.detach().contiguous(), indices.contiguous()
+    _check(x, codebook, indices, gradient)
+    x, codebook, indices = _with_dense_rows(x), codebook.detach().contiguous(), indices.contiguous()
+    gradient = None if gradient is None else _with_dense_rows(gradient)
     result = x.new_empty(x.shape)
-    given = (gradient, x, codebook, indices, *_sizes(x, codebook), *gradient.stride()[:2], *x.stride()[:2], pull)
-    _run("rotate", x.dtype, *given, *_threads(), result)
+    of_output = (None, 0, 0) if gradient is None else (gradient.data_ptr(), *gradient.stride()[:2])
+    given = (of_output[0], x.data_ptr(), codebook.data_ptr(), indices.data_ptr())
+    strides = (*of_output[1:], *x.stride()[:2])
+    _run("back", x.dtype, *given, *_sizes(x, codebook), *strides, of_error, rotate, *_threads(), result.data_ptr())
     return result
 
 
-def _check(
-    x: Tensor, codebook: Tensor, indices: Tensor | None = None, *, weights: Tensor | None = None, gradient: Tensor | None = None
-) -> None:
+def _check(x: Tensor, codebook: Tensor, indices: Tensor | None = None, gradient: Tensor | None = None) -> None:
     """The functions behind trust their pointers: nothing wrong may reach them."""
-    if x.dim() != 3 or codebook.dim() != 3 or x.shape[::2] != codebook.shape[::2] or codebook.shape[1] == 0:
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 3 or codebook.dim() != 3 or shape[::2] != codebook.shape[::2] or codebook.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, codebook {tuple(codebook.shape)}: must be [G, N, K] and [G, C, K] with C > 0")
-    if x.dtype not in _NAMES:
+    if dtype not in _NAMES:
         raise TypeError(f"x is {x.dtype}: must be float32 or float64")
-    wanted = {
-        "x": (x, x.shape, x.dtype),
-        "codebook": (codebook, codebook.shape, x.dtype),
-        "indices": (indices, x.shape[:2], torch.int64),
-        "weights": (weights, x.shape[:2], x.dtype),
-        "gradient": (gradient, x.shape, x.dtype),
-    }
-    for name, (tensor, shape, dtype) in wanted.items():
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}: the compiled form is for the CPU")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}: must be {dtype}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {tuple(shape)}")
+    _check_one("x", x, shape, dtype)
+    _check_one("codebook", codebook, codebook.shape, dtype)
+    if indices is not None:
+        _check_one("indices", indices, shape[:2], torch.int64)
+    if gradient is not None:
+        _check_one("gradient", gradient, shape, dtype)
+
+
+def _check_one(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    if not tensor.is_cpu:
+        raise ValueError(f"{name} is on {tensor.device}: the compiled form is for the CPU")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}: must be {dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {tuple(shape)}")
 
 
 def _sizes(x: Tensor, codebook: Tensor) -> tuple[int, int, int, int]:
@@ -170,9 +187,9 @@ def _with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _run(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-    given = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    result = getattr(_at_hand(), f"vqkit_{name}_{_NAMES[dtype]}")(*given)
+def _run(name: str, dtype: torch.dtype, *arguments: int | float | None) -> None:
+    """Tensors are given by their pointers; the caller keeps them."""
+    result = getattr(_at_hand(), f"vqkit_{name}_{_NAMES[dtype]}")(*arguments)
     if result == _NO_MEMORY:
         raise MemoryError(f"no memory for {name}")
     if result == _BAD_INDEX:
