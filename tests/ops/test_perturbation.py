@@ -46,12 +46,14 @@ def test_bins_are_where_the_middles_say(levels):
     p = torch.rand(500, 3, dtype=torch.float64)
     p[0], p[1] = 0.0, 1.0
     digits = bins(p, levels)
+    assert digits.dtype == p.dtype
+    digits = digits.long()
     for scalar, number in enumerate(levels):
         middles = (torch.arange(number, dtype=torch.float64) + 0.5) / number
         assert torch.equal(digits[:, scalar], (p[:, scalar, None] - middles).abs().argmin(-1))
         assert torch.equal(centres(digits, levels, torch.float64)[:, scalar], middles[digits[:, scalar]])
     noise = torch.rand_like(p)
-    for row, draw, moved in zip(p.tolist(), noise.tolist(), perturb(p, levels, noise).tolist(), strict=True):
+    for row, draw, moved in zip(p.tolist(), noise.tolist(), perturb(p, levels, noise).places.tolist(), strict=True):
         for place, one, after, number in zip(row, draw, moved, levels, strict=True):
             proposal = place + (one - 0.5) / number
             assert after == pytest.approx(proposal if 0 < proposal < 1 else place, abs=1e-15)

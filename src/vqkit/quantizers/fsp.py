@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.estimators import straight_through
-from vqkit.ops.perturbation import MOMENTS, UNIFORM_STD, Distribution, bins, cdf, centres, moments, perturb, quantile
+from vqkit.ops.perturbation import MOMENTS, UNIFORM_STD, Distribution, Perturbed, bins, cdf, centres, moments, perturb, quantile
 from vqkit.ops.scalar import Rounded
 from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.config import Commit, Moments, check_choice, check_kind, check_number
@@ -113,32 +113,44 @@ class FSP(ScalarQuantizer):
             self._noise = None
 
     def _round(self, vectors: Tensor) -> Rounded:
-        scalars = vectors / self.scale
-        place = cdf(scalars, self.cdf)
-        values = scalars if self.output == "latent" else (place - 0.5) / UNIFORM_STD
-        inside = place if self.eps is None else place.clamp(max=1.0 - self.eps)
-        return Rounded(values * self.scale, bins(inside, self.levels))
+        latent = self.output == "latent"
+        place = self._place(vectors.detach() if latent else vectors)
+        inside = place if self.eps is None else place.detach().clamp(max=1.0 - self.eps)
+        return Rounded(vectors if latent else (place - 0.5) * (self.scale / UNIFORM_STD), bins(inside, self.levels))
+
+    def _place(self, vectors: Tensor) -> Tensor:
+        """Where in 0 ... 1 scalars are."""
+        return cdf(vectors if self.scale == 1.0 else vectors / self.scale, self.cdf)
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._place_to_output(centres(digits, self.levels, dtype)) * self.scale
+        return self._output_at(self._middles(digits, dtype))
 
-    def _place_to_output(self, place: Tensor) -> Tensor:
-        if self.output == "uniform":
-            return (place - 0.5) / UNIFORM_STD
-        eps = torch.finfo(place.dtype).eps if self.eps is None else self.eps
-        return quantile(place.clamp(eps, 1.0 - eps), self.cdf)
+    def _middles(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of bins: places in 0 ... 1 or, where the output is "uniform", standard ones."""
+        return centres(digits, self.levels, dtype, standard=self.output == "uniform")
+
+    def _output_at(self, place: Tensor) -> Tensor:
+        """The output for places as of `_middles`."""
+        if self.output == "latent":
+            eps = torch.finfo(place.dtype).eps if self.eps is None else self.eps
+            place = quantile(place.clamp(eps, 1.0 - eps), self.cdf)
+        return place if self.scale == 1.0 else place * self.scale
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
-        quantized = straight_through(values, codes)
-        if not self.training or self.quantize_rate == 1.0:
-            return quantized
-        scaled = values / self.scale
-        place = cdf(scaled, self.cdf) if self.output == "latent" else scaled * UNIFORM_STD + 0.5
-        with torch.no_grad():
-            noise = (torch.rand_like(place), torch.rand_like(place)) if self._noise is None else self._noise.reshape(2, *place.shape)
-            moved = self._place_to_output(perturb(place, self.levels, noise[0].to(place.dtype))) * self.scale
-            chosen = noise[1] > self.quantize_rate
-        return torch.where(chosen, straight_through(values, moved), quantized)
+        if self.training and self.quantize_rate < 1.0:
+            noise = self._draw(values) if self._noise is None else self._noise.reshape(2, *values.shape).to(values.dtype)
+            codes = self._output_at(self._perturb(values, noise[0]).places).where(noise[1] > self.quantize_rate, codes)
+        return straight_through(values, codes) if values.requires_grad else codes
+
+    def _draw(self, values: Tensor) -> Tensor:
+        """The noise [2, ..., d] of a training call."""
+        return torch.rand(2, *values.shape, dtype=values.dtype, device=values.device)
+
+    def _perturb(self, values: Tensor, noise: Tensor) -> Perturbed:
+        """Values of `_round` -> places as of `_middles`, moved."""
+        values, standard = values.detach(), self.output == "uniform"
+        place = values if standard and self.scale == 1.0 else values / self.scale if standard else self._place(values)
+        return perturb(place, self.levels, noise, standard=standard)
 
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
         names = self.loss_weights
@@ -149,6 +161,10 @@ class FSP(ScalarQuantizer):
         enough = share.sum(0).unsqueeze(-1) > 1
         pairs = zip(_NAMES, found, self.targets, strict=True)
         return {name: (value - target).square().where(enough, 0.0).mean() for name, value, target in pairs if name in names}
+
+
+def _with_gradient(values: Tensor, output: Tensor) -> Tensor:
+    return straight_through(values, output) if values.requires_grad else output
 
 
 def _targets(wanted: Moments | None, distribution: Distribution) -> tuple[float, ...]:

@@ -6,19 +6,21 @@ Shapes: P... positions of the input, N of them flattened, d scalars of a vector.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from vqkit.compat.vector_quantize_pytorch.rows import hide, index_dtype, linear, project_in, project_out
+from vqkit.compat.vector_quantize_pytorch.rows import hide, index_dtype, linear, project_out, projected
 from vqkit.ops import perturbation
+from vqkit.ops.estimators import straight_through
 from vqkit.ops.perturbation import Distribution, cdf, quantile
-from vqkit.ops.precision import finite_rows
+from vqkit.ops.precision import finite_rows, known_finite
+from vqkit.ops.scalar import per_scalar
 from vqkit.quantizers import fsp
-from vqkit.quantizers.config import Moments
+from vqkit.quantizers.committed import WIDE
 from vqkit.quantizers.layout import check_tensor, where_kept
 
 
@@ -88,11 +90,13 @@ def build_cdf_act(act_name: str) -> tuple[Callable, Callable]:
     return _ACTIVATIONS[act_name]
 
 
-def batch_stats(batch: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch_stats(batch: Tensor, eps: float = 1e-8) -> tuple[Tensor, ...]:
     """Mean, variance, skewness and excess kurtosis of [N, ...] along the first axis; standard deviations are at least `eps`."""
-    found = perturbation.moments(batch.unsqueeze(-1), torch.ones_like(batch), eps=eps)
-    mean, variance, skewness, kurtosis = (value.squeeze(-1) for value in found)
-    return mean, variance, skewness, kurtosis
+    return tuple(perturbation.moments(batch, eps=eps))
+
+
+def _roots(numbers: Sequence[float]) -> list[float]:
+    return [math.sqrt(number) for number in numbers]
 
 
 class VectorNorm(nn.Module):
@@ -117,20 +121,23 @@ class VectorNorm(nn.Module):
         self.l4_target, self.l4_weight = l4_target, l4_weight
         self.eps = eps
 
-    @property
-    def moments(self) -> Moments:
-        """The same as a choice of vqkit's."""
-        targets = (self.l1_target, self.l2_target, self.l3_target, self.l4_target)
-        return Moments(self.l1_weight, self.l2_weight, self.l3_weight, self.l4_weight, targets=targets)
-
     def forward(self, z: Tensor) -> tuple[Tensor, dict]:
         """z [N, d] -> the loss, 0 for fewer than two vectors, and the moments [d] by name. Vectors that are not finite are left out."""
+        if known_finite(z):
+            found = perturbation.moments(z, eps=self.eps)
+            return self._loss(found) if len(z) > 1 else z.new_zeros(()), found._asdict()
         kept = finite_rows(z)
         found = perturbation.moments(where_kept(kept, z), kept.to(z.dtype), eps=self.eps)
-        chosen = self.moments
-        terms = zip((chosen.mean, chosen.variance, chosen.skewness, chosen.kurtosis), found, chosen.targets or (), strict=True)
-        loss = sum(((value - target).square().mean() * weight for weight, value, target in terms), z.new_zeros(()))
-        return loss.where(kept.sum() > 1, 0.0), found._asdict()
+        return self._loss(found).where(kept.sum() > 1, 0.0), found._asdict()
+
+    def _loss(self, found: perturbation.Moments) -> Tensor:
+        weights = (self.l1_weight, self.l2_weight, self.l3_weight, self.l4_weight)
+        targets = (self.l1_target, self.l2_target, self.l3_target, self.l4_target)
+        terms = [term for term in zip(weights, found, targets, strict=True) if term[0]] or [(0.0, found.mean, 0.0)]
+        weights, values, targets = zip(*terms, strict=True)
+        away = torch.stack(values, dim=-1)
+        away = ((away - per_scalar(tuple, targets, away)) * per_scalar(_roots, weights, away)).flatten()
+        return away.dot(away) / found.mean.numel()
 
     @classmethod
     def build(cls, name: str) -> VectorNorm:
@@ -199,8 +206,7 @@ class FSP(Module):
     def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Probabilities [..., d] -> the middles of their bins, with the gradient of the probabilities, and the bins."""
         digits = perturbation.bins(act_z.clamp(max=1.0 - eps), self.native.levels)
-        middles = perturbation.centres(digits, self.native.levels, act_z.dtype)
-        return middles.detach() + (act_z - act_z.detach()), digits.to(act_z.dtype)
+        return straight_through(act_z, perturbation.centres(digits, self.native.levels, act_z.dtype)), digits
 
     def level_indices_to_indices(self, level_indices: Tensor) -> Tensor:
         """Bins [..., d] -> indices [...]."""
@@ -223,20 +229,30 @@ class FSP(Module):
         return codes.movedim(-1, 1) if self.channel_first else codes
 
     def forward(self, z: Tensor, eps: float | None = None) -> tuple[Tensor, Tensor, Tensor, dict]:
-        rows = self._rows(z)
-        scalars = project_in(self.project_in, rows)
-        loss, moments = self.vector_norm(scalars.reshape(-1, self.codebook_dim))
-        native, known = self.native, {}
-        native.training, native.eps = self.training, eps or None
-        noise = None
+        rows, native = self._rows(z), self.native
+        if native.eps != (eps or None):
+            native.eps = eps or None
+        scalars, kept = projected(self.project_in, rows)
+        wide = scalars if scalars.dtype in WIDE else scalars.float()
+        loss, moments = self.vector_norm(wide.reshape(-1, self.codebook_dim))
+        wide = wide if kept is None else where_kept(kept, wide)
+        values, digits = native._round(wide)
+        place = native._middles(digits, values.dtype)
+        indices = native._join(digits)
+        info: dict[str, Any] = {"level_indices": digits.to(scalars.dtype), "norm_info": moments}
         if self.training and self.quantize_rate < 1.0:
-            noise = torch.stack([torch.rand(scalars.shape, dtype=scalars.dtype, device=z.device) for _ in range(2)])
-            known["p_accept_prob"] = self._accepted(scalars, noise[0])
-        found = native.quantize(scalars, freeze_codebook=True, noise=noise)
-        out = project_out(self.project_out, found.quantized, found.indices).to(z.dtype)
-        info: dict[str, Any] = {"level_indices": native.digits(found.indices).to(scalars.dtype), "norm_info": moments, **known}
-        indices = found.indices.to(index_dtype(self.codebook_size))
-        return out.movedim(-1, 1) if self.channel_first else out, indices, loss, info
+            noise = native._draw(values)
+            found = native._perturb(values, noise[0])
+            info["p_accept_prob"] = found.moved.mean(dtype=torch.float32)
+            place = found.places.where(noise[1] > self.quantize_rate, place)
+        codes = native._output_at(place)
+        if values.requires_grad:
+            codes = straight_through(values, codes)
+        if kept is not None:
+            codes, indices = where_kept(kept, codes), indices.where(kept, -1)
+        codes = codes.to(scalars.dtype)
+        out = (self.project_out(codes) if kept is None else project_out(self.project_out, codes, indices)).to(z.dtype)
+        return out.movedim(-1, 1) if self.channel_first else out, indices.to(index_dtype(self.codebook_size)), loss, info
 
     def _rows(self, z: Tensor) -> Tensor:
         check_tensor("z", z)
@@ -246,10 +262,4 @@ class FSP(Module):
         if z.dim() < 1 + bool(self.channel_first) or z.shape[axis] != self.dim:
             shape = f"[batch, {self.dim}, ...]" if self.channel_first else f"[..., {self.dim}]"
             raise ValueError(f"z has shape {tuple(z.shape)}: must be {shape}")
-        return z.movedim(1, -1) if self.channel_first else z
-
-    @torch.no_grad()
-    def _accepted(self, scalars: Tensor, noise: Tensor) -> Tensor:
-        """The share of scalars that noise leaves within 0 ... 1."""
-        moved = self.act_func(scalars) + (noise * 2 - 1) / (2 * self._levels)
-        return ((moved > 0) & (moved < 1)).to(torch.float32).mean()
+        return z.movedim(1, -1).contiguous() if self.channel_first else z

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqkit.ops.precision import finite_rows, may_look
+from vqkit.ops.precision import finite_rows, known_finite, may_look
 from vqkit.quantizers.layout import check_tensor, where_kept
 
 
@@ -31,14 +31,18 @@ def rows_of(x: Tensor, dim: int, first: bool) -> Tensor:
 
 def project_in(layer: nn.Module, rows: Tensor) -> Tensor:
     """`layer` of rows [..., D]; a row that is not finite becomes NaN, and reaches no gradient."""
-    if isinstance(layer, nn.Identity):
-        return rows
+    return rows if isinstance(layer, nn.Identity) else projected(layer, rows)[0]
+
+
+def projected(layer: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `project_in`, and which rows [...] are finite before and behind the layer; None: it is known that all are."""
     if may_look(rows):  # what is not finite shows in the result, which is the narrower of the two
-        projected = layer(rows)
-        if bool(finite_rows(projected).all()):
-            return projected
+        found = layer(rows)
+        if known_finite(found):
+            return found, None
     kept = finite_rows(rows)
-    return where_kept(kept, layer(where_kept(kept, rows)), math.nan)
+    found = where_kept(kept, layer(where_kept(kept, rows)), math.nan)
+    return found, finite_rows(found)
 
 
 def project_out(layer: nn.Module, codes: Tensor, indices: Tensor) -> Tensor:
