@@ -68,6 +68,7 @@ class _Given(NamedTuple):
     partial: Tensor  # [N, D] of that dtype
     mask: Tensor | None  # [N] bool, those that count
     kept: Tensor  # [N] bool, those of them that are finite
+    whole: bool  # whether it is known that all are kept
     positions: torch.Size
 
 
@@ -86,6 +87,8 @@ class ImplicitVQ(Quantizer):
     the vectors are), no layout, projection and pass-through of masked vectors (`Residual` has these) and no weights of vectors, in which
     only moving averages differ. Raises ValueError for choices that contradict each other.
     """
+
+    masked = "zero"
 
     def __init__(
         self,
@@ -189,7 +192,8 @@ class ImplicitVQ(Quantizer):
         output = chosen if soft else pass_gradient(self.estimator, given.vectors, chosen, self.training)
         if self.sync_update > 0:
             output = output + self.sync_update * (chosen - chosen.detach())
-        output = where_kept(found >= 0, output)
+        if output is not chosen:
+            output = where_kept(found >= 0, output)
         return Quantized(output.reshape(x.shape).to(x.dtype), found.reshape(given.positions), losses, statistics)
 
     def nearest(self, x: Tensor, num: int, *, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -241,8 +245,10 @@ class ImplicitVQ(Quantizer):
         _check_partial(partial, wide)
         kept = finite_rows(wide) & finite_rows(partial)
         kept = kept if counted is None else kept & counted
-        vectors, partial = (where_kept(kept, values).reshape(-1, self.dim) for values in (wide, partial))
-        return _Given(vectors, partial, None if counted is None else counted.reshape(-1), kept.reshape(-1), positions)
+        whole = is_all(kept)
+        vectors, partial = (values if whole else values.where(kept.unsqueeze(-1), 0.0) for values in (wide, partial))
+        mask = None if counted is None else counted.reshape(-1)
+        return _Given(vectors.reshape(-1, self.dim), partial.reshape(-1, self.dim), mask, kept.reshape(-1), whole, positions)
 
     def _flat_indices(self, name: str, indices: Tensor | None, positions: torch.Size) -> Tensor | None:
         if indices is None:
@@ -271,11 +277,9 @@ class ImplicitVQ(Quantizer):
     def _take_nearest(self, given: _Given, codes: _Codes) -> tuple[Tensor, Tensor]:
         """The index [N] and the code [N, D] of each vector."""
         indices, found = (part.squeeze(1) for part in nearest_implicit(self.network, given.vectors, given.partial, codes.base))
-        if not is_all(given.kept):
-            indices = indices.where(given.kept, -1)
-        if codes.constant:
-            return indices, where_kept(given.kept, found)
-        return indices, codes.of(indices, given.partial)
+        if not given.whole:
+            indices, found = indices.where(given.kept, -1), found.where(given.kept.unsqueeze(-1), 0.0)
+        return indices, found if codes.constant else codes.of(indices, given.partial)
 
     def _loss(self, loss: Loss, given: _Given, codes: _Codes, indices: Tensor, chosen: Tensor, soft: bool) -> Tensor:
         known = indices >= 0
@@ -519,16 +523,18 @@ def nearest_implicit(network: nn.Module, x: Tensor, partial: Tensor, codebook: T
     num = min(num, len(codebook))
     step = _chunk(network, codebook)
     found = [_nearest(network, *part, codebook, num) for part in zip(x.split(step), partial.split(step), strict=True)]
-    indices, codes = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+    if len(found) == 1:
+        return found[0]
+    indices, codes = (torch.cat(parts) for parts in zip(*found, strict=True))
     return indices, codes
 
 
 def _nearest(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int) -> tuple[Tensor, Tensor]:
     table = network(codebook, partial.unsqueeze(1))  # [N, C, D]
     error = (x.unsqueeze(1) - table).square().sum(-1)
-    error = error.where(error == error, torch.inf)
+    error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
     # A stable sort takes the lowest index among equals.
     indices = error.argmin(-1, keepdim=True) if num == 1 else error.argsort(dim=-1, stable=True)[:, :num]
     codes = table.gather(1, indices.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
-    valid = error.gather(1, indices).isfinite()
+    valid = error.gather(1, indices) < torch.inf
     return torch.where(valid, indices, -1), codes.where(valid.unsqueeze(-1), 0.0)

@@ -107,6 +107,8 @@ class Residual(Quantizer):
         self.layers = nn.ModuleList(dict.fromkeys(layers))
         self._order = [list(self.layers).index(layer) for layer in layers]
         self._slots = codebook_slots(layers)
+        uses = [tuple(slots) for slots in self._slots]
+        self._shared = {own for own in uses if uses.count(own) > 1}
         self._options = call_options(layers)
         first: Any = layers[0]
         self.inner_dim: int = first.dim
@@ -234,10 +236,9 @@ class Residual(Quantizer):
             return self._search(vectors, finite, used, size).where(kept.reshape(*kept.shape, *(1 for _ in self.code_shape)), -1)
         residual, partial = vectors, torch.zeros_like(vectors)
         found = []
-        for number, layer in enumerate(self._each()):
+        layers = self._each()
+        for number, layer in enumerate(layers[:used] if isinstance(used, int) else layers):
             given = conditions(layer, partial)
-            if isinstance(used, int) and number >= used:
-                break
             kept = _and(number < used, counted, rows.shape[:-1]) if isinstance(used, Tensor) else counted
             indices, codes = layer.encode_and_decode(residual, kept, **given)
             found.append(indices)
@@ -308,9 +309,11 @@ class Residual(Quantizer):
     @torch.no_grad()
     def _start_shared(self, vectors: Tensor, counted: Tensor | None, options: dict[str, Any]) -> None:
         """Before a training forward: where shared codebooks wait for k-means, start all layers, and these at what all their uses see."""
+        if not self._shared:
+            return
         codebooks = self.codebooks()
         uses = [tuple(slots) for slots in self._slots]
-        waiting = {own for own in uses if uses.count(own) > 1 and not all(codebooks[slot].initialized for slot in own)}
+        waiting = {own for own in self._shared if not all(codebooks[slot].initialized for slot in own)}
         if not waiting:
             return
         residual, partial = vectors, torch.zeros_like(vectors)
@@ -401,13 +404,12 @@ class Residual(Quantizer):
         options: dict[str, Any],
     ) -> _Path:
         """Every layer in turn, on what is left by those before it."""
-        conditional = any(conditions(layer, vectors) for layer in self.layers)
+        layers = self._each()
+        conditional = any(isinstance(layer, ImplicitVQ) for layer in layers)
         residual, partial = vectors, torch.zeros_like(vectors) if conditional else vectors
         outputs: list[Tensor] = []
         found: list[Quantized] = []
-        for number, layer in enumerate(self._each()):
-            if isinstance(used, int) and number >= used:
-                break
+        for number, layer in enumerate(layers[:used] if isinstance(used, int) else layers):
             own = conditions(layer, partial)
             if indices is not None:
                 own["indices"] = indices[number]
@@ -428,7 +430,7 @@ class Residual(Quantizer):
         told_all = freeze_codebook or not conditional or self.condition_fraction == 1.0
         return _Path(
             outputs,
-            told_all and all(_gives_codes(layer) for layer in self.layers),
+            told_all and all(_gives_codes(layer) for layer in layers),
             self._fill(torch.stack([part.indices for part in found], dim=vectors.dim() - 1)),
             {numbered(name, i): loss for i, part in enumerate(found) for name, loss in part.losses.items()},
             self.gather([*(part.statistics for part in found), *[None] * (self.num_quantizers - len(found))]),

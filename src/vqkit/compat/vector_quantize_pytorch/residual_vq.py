@@ -125,12 +125,13 @@ class MLP(nn.Module):
         with without_autocast(codes.device.type):
             weight, bias = _parameters(self.proj_in, codes.dtype)
             of_condition, of_code = weight.chunk(2, dim=1)
-            x = F.linear(condition, of_condition, bias) + F.linear(codes, of_code)
+            joined = F.linear(condition, of_condition, bias) + F.linear(codes, of_code)
+            x = joined.flatten(0, -2)
             for layer in cast(Iterable[Any], self.layers):
                 widen, _, narrow = layer
                 hidden = F.silu(F.linear(x, *_parameters(widen, x.dtype)))
                 x = x + F.linear(hidden, *_parameters(narrow, x.dtype))
-        return F.normalize(x, dim=-1) if self.l2norm_output else x
+        return (F.normalize(x, dim=-1) if self.l2norm_output else x).view(joined.shape)
 
 
 def _parameters(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -252,7 +253,8 @@ class ResidualVQ(nn.Module):
         """The residual quantizer of the codebooks, networks and projections that are registered here."""
         options: dict[str, Any] = {**translate.quantizer_options(given), "layout": "last"}
         self._estimator: Estimator = options["estimator"]
-        self._losses: tuple[Loss, ...] = options["losses"]
+        self._losses: tuple[Loss, ...] = tuple(loss for loss in options["losses"] if loss.weight > 0)
+        options["losses"] = self._losses
         kind = _InTurn if self.shared_codebook and self.num_quantizers > 1 else Residual
         with torch.device("meta"):  # its own layers are replaced
             native = kind(
@@ -435,9 +437,8 @@ class ResidualVQ(nn.Module):
         rows = [zero] * number
         for name, loss in found.losses.items():
             layer, weight = self._weights[name]
-            if weight != 0.0:
-                own = loss if weight == 1.0 else weight * loss
-                rows[layer] = own if rows[layer] is zero else rows[layer] + own
+            own = loss if weight == 1.0 else weight * loss
+            rows[layer] = own if rows[layer] is zero else rows[layer] + own
         losses = torch.stack([row.to(torch.float32) for row in rows])
         if not losses.requires_grad and not torch.compiler.is_compiling():
             losses.requires_grad_()  # so that a loop may call backward whatever is trained
