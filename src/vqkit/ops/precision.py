@@ -41,6 +41,11 @@ def full_precision(device_type: str) -> Iterator[None]:
                 matmul.fp32_precision = allowed
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether it is known, where asking costs nothing, that all of x and the sum of its squares are finite."""
+    return may_look(x) and math.isfinite(torch.linalg.vector_norm(x.detach(), dtype=widest(x)))
+
+
 def finite_rows(x: Tensor) -> Tensor:
     """[..., K] -> [...] bool: whether all of a row is finite. Several times as fast as `isfinite().all(-1)`."""
     if known_finite(x):

@@ -120,8 +120,6 @@ class Codebook(Counting):
         self.update, self.init, self.dead_codes, self.affine = update, init, dead_codes, affine
         self.num_candidates = num_candidates
         self._frozen = isinstance(update, Frozen)
-        self._learning = self._frozen_call = False
-        self._reducer: Reducer | None = None
         self._code_moments: tuple[Tensor, Tensor] | None = None
         self.initialized = not isinstance(init, KMeans)
         empty = torch.empty(heads, size, dim, dtype=dtype, device=device)
@@ -204,23 +202,25 @@ class Codebook(Counting):
         if not self.initialized and not self._learning:
             self._raise_not_initialized()
         codes = self._codes(self._settled())
-        return codes.detach() if self._frozen_call else codes
+        return codes.detach() if self._entered and self._entered.frozen else codes
 
-    def codes_for(self, x: Tensor, kept: Tensor) -> Tensor:
-        """`codes()` as a training forward reads them for x [H, N, K], kept [H, N] bool: where affine, by the moments of x, too."""
+    def codes_for(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """`codes()` as a training forward reads them for x [H, N, K], kept [H, N] bool (None: all): where affine, by the moments of x, too."""
         if not self.affine or not self.affine.current:
             return self.codes()
         state = self._settled()
         return self._codes({**state, **self._follow(self.affine, state, state, *self._moments_of(x, kept))})
 
     @torch.no_grad()
-    def _moments_of(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def _moments_of(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """The number [H] of the vectors of all ranks, their sum and that of their squared differences from the mean, [H, 2, K]."""
+        kept = x.new_ones(x.shape[:2], dtype=torch.bool) if kept is None else kept
         x = x.to(self.dtype).where(kept.unsqueeze(-1), 0.0)
         counted = torch.cat([kept.sum(-1, keepdim=True).to(x.dtype), x.sum(1)], dim=-1)
-        vectors, total = sum_in_forward(counted, self._reducer).tensor_split([1], dim=-1)
+        reducer = self._entered.reducer if self._entered else None
+        vectors, total = sum_in_forward(counted, reducer).tensor_split([1], dim=-1)
         mean = (total / vectors.clamp(min=1)).unsqueeze(1)
-        squares = sum_in_forward((x - mean).where(kept.unsqueeze(-1), 0.0).square().sum(1), self._reducer)
+        squares = sum_in_forward((x - mean).where(kept.unsqueeze(-1), 0.0).square().sum(1), reducer)
         return vectors.squeeze(-1), torch.stack([total, squares], dim=1)
 
     def _codes(self, state: State) -> Tensor:
@@ -378,7 +378,7 @@ class Codebook(Counting):
         check_range("code_weights", weights, 0.0, 1 / (1 - decay))
         return weights
 
-    def add_gradient_(self, gradient: Tensor, x: Tensor, kept: Tensor) -> None:
+    def add_gradient_(self, gradient: Tensor, x: Tensor, kept: Tensor | None) -> None:
         """Add to the gradients of the parameters what `gradient` [H, C, K] of `codes_for(x, kept)` gives, without any hook of theirs."""
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # hides those of a checkpoint
         with torch.enable_grad(), hooks:
@@ -431,13 +431,9 @@ class Codebook(Counting):
 
     # The forward of the outermost quantizer
 
-    def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
-        super().enter_(learning=learning, frozen=frozen, reducer=reducer)
-        self._learning, self._frozen_call, self._reducer = learning and not self._frozen, frozen, reducer
-
-    def leave_(self) -> None:
-        super().leave_()
-        self._learning, self._frozen_call, self._reducer = False, False, None
+    @property
+    def _learning(self) -> bool:
+        return self._entered is not None and self._entered.learning and not self._frozen
 
     def start_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Before the codes are read for x [H, N, K] (mask [N] or [H, N] bool): a k-means start, where the codebook still waits for one.
@@ -451,7 +447,7 @@ class Codebook(Counting):
             self._raise_not_initialized()
         if in_backward():
             return
-        reducer = self._reducer or default_reducer()
+        reducer = (self._entered.reducer if self._entered else None) or default_reducer()
         valid = x.detach().isfinite().all(-1)
         if self.metric == "cosine":
             valid = valid & x.detach().any(-1)

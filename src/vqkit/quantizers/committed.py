@@ -10,7 +10,7 @@ Shapes: H heads with a codebook each, C codes, K width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,14 @@ def outside_backward(like: Tensor) -> Tensor | bool:
     return _outside_backward(like.detach()) if torch.compiler.is_compiling() else not in_backward()
 
 
+class Entered(NamedTuple):
+    """What the forward says that a member takes part in."""
+
+    learning: bool
+    frozen: bool
+    reducer: Reducer | None
+
+
 class Committed(nn.Module):
     """State that changes by commits alone: a counter of the commits, and the commit that what is pending follows.
 
@@ -62,7 +70,7 @@ class Committed(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
         self.follows = torch.full_like(self.updates, -1)
         self.auto = False
-        self._entered = False
+        self._entered: Entered | None = None
 
     # Reading
 
@@ -77,7 +85,7 @@ class Committed(nn.Module):
     def _settled(self) -> State:
         """The state as readers see it."""
         state = self.committed_state()
-        if not self.auto or self._entered or not self.training:
+        if not self.training or not self.auto or self._entered:
             return state
         live, after = self.follows == self.updates, self._after_commit()
         return {name: old if after[name] is old else _where_changed(live, after[name], old) for name, old in state.items()}
@@ -92,10 +100,10 @@ class Committed(nn.Module):
     def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
         """A forward begins: until `leave_` readers see what is committed, which is what a recomputation of it sees too."""
         self._follow_device_()
-        self._entered = True
+        self._entered = Entered(learning, frozen, reducer)
 
     def leave_(self) -> None:
-        self._entered = False
+        self._entered = None
 
     @torch.no_grad()
     def settle_(self, outside: Tensor | bool = True) -> None:

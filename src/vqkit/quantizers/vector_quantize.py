@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from vqkit.ops.coding import PlainEstimator, coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
-from vqkit.ops.precision import finite_rows
+from vqkit.ops.precision import finite_rows, is_finite
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.codebook import Codebook, CodeWeights
 from vqkit.quantizers.commit import sum_in_forward
@@ -84,7 +84,7 @@ class _Vectors(NamedTuple):
     rows: Tensor  # [P..., D] the input with its width last
     vectors: Tensor  # [H, M, K] float32 or wider; of length 1 for cosine; 0 where not kept
     mask: Tensor | None  # [P...] bool, the positions that count
-    kept: Tensor  # [P...] bool, those of them that are finite
+    kept: Tensor | None  # [P...] bool, those of them that are finite; None: all are, as is known
     dtype: torch.dtype  # of the projected input
 
 
@@ -282,7 +282,7 @@ class VectorQuantize(Quantizer):
         positions = given.rows.shape[:-1]
         if weights is not None and not callable(weights):
             self._check_weights(weights, positions)
-        own, labels = (self._split_indices(*named, positions) for named in (("indices", indices), ("targets", targets)))
+        own, labels = self._split_indices("indices", indices, positions), self._split_indices("targets", targets, positions)
         self._refuse_nonfinite(given)
         kept = self._spread(given.kept)
         self.table.start_(given.vectors, kept)
@@ -297,10 +297,11 @@ class VectorQuantize(Quantizer):
         counted = self._counts(freeze_codebook) and top_k is None
         constant = freeze_codebook or not self._have_gradient(codes)
         if constant and not several and labels is None and weights is None and reduction == "mean" and self._is_plain(temperature):
-            return self._quantize_plain(given, codes, picked.where(kept, -1), own, counted, project)
+            return self._quantize_plain(given, codes, _of_kept(picked, kept), own, counted, project)
         if top_k is not None:
-            vectors, kept = vectors.repeat_interleave(top_k, dim=1), kept.repeat_interleave(top_k, dim=1)
-        chosen = self._take(vectors, codes, picked.where(kept, -1), temperature)
+            vectors = vectors.repeat_interleave(top_k, dim=1)
+            kept = None if kept is None else kept.repeat_interleave(top_k, dim=1)
+        chosen = self._take(vectors, codes, _of_kept(picked, kept), temperature)
         losses = self._losses(vectors, codes, chosen, labels, reduction)
         if reduction == "none":
             losses = {name: self._join_indices(loss, positions, several) if loss.dim() else loss for name, loss in losses.items()}
@@ -330,12 +331,12 @@ class VectorQuantize(Quantizer):
     ) -> Quantized:
         """As `quantize`, with a codebook [H, P..., C, K] for every vector."""
         vectors, kept = given.vectors.unsqueeze(-2), self._spread(given.kept)
-        wanted = (*kept.shape, self.codebook_size, self.codebook_dim)
+        wanted = (*vectors.shape[:2], self.codebook_size, self.codebook_dim)
         if codes.dim() < 4 or (codes.shape[0], codes.shape[1:-2].numel(), *codes.shape[-2:]) != wanted:
             raise ValueError(f"codes_of returned shape {tuple(codes.shape)}: must be [heads, *positions, codes, width], in all {wanted}")
         codes = codes.reshape(wanted)
         codes = directions(codes) if self.metric == "cosine" else codes
-        indices = self._pick(vectors, codes.detach(), temperature).flatten(1).where(kept, -1)
+        indices = _of_kept(self._pick(vectors, codes.detach(), temperature).flatten(1), kept)
         taken = self._take(vectors, codes, indices.unsqueeze(-1), temperature)
         chosen = _Chosen(indices, taken.codes.squeeze(-2), taken.soft)
         losses = {}
@@ -350,7 +351,7 @@ class VectorQuantize(Quantizer):
             else:
                 raise ValueError(f"losses holds {loss}: must not, where codes_of gives every vector a codebook")
         if labels is not None:
-            targets = labels.where(kept, -1).unsqueeze(-1)
+            targets = _of_kept(labels, kept).unsqueeze(-1)
             losses["cross_entropy"] = cross_entropy_commitment(vectors, codes, targets, metric=self.metric)
         statistics = self._statistics(given, chosen, None, None) if counted else None
         found = self._join_indices(indices, given.rows.shape[:-1], ())
@@ -379,13 +380,13 @@ class VectorQuantize(Quantizer):
         """x -> indices int64 of the nearest codes, [P...] or [P..., heads]; -1: masked or not finite."""
         given = self._read(x, mask, lengths)
         self._refuse_nonfinite(given)
-        indices = self._pick(given.vectors, self.table.codes()).where(self._spread(given.kept), -1)
+        indices = _of_kept(self._pick(given.vectors, self.table.codes()), self._spread(given.kept))
         return self._join_indices(indices, given.rows.shape[:-1], ())
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P...] or [P..., heads] -> vectors in the layout and width of the input; zeros where all heads are -1."""
         codes = self._look_up(indices)
-        return width_back(self._project_out(codes, self._has_code(indices, codes.dim() - 1)), self.layout)
+        return width_back(self._project_out(codes, indices), self.layout)
 
     def decode_codes(self, indices: Tensor) -> Tensor:
         """As `decode`, without the output projection: of width heads * codebook_dim."""
@@ -408,10 +409,11 @@ class VectorQuantize(Quantizer):
         self._refuse_nonfinite(given)
         codes = self.table.codes()
         shape = (len(x), min(num, self.codebook_size))
-        indices = self._pick(given.vectors, codes, num=shape[1]).where(given.kept.repeat_interleave(shape[1]), -1)
+        indices = self._pick(given.vectors, codes, num=shape[1])
+        indices = indices if given.kept is None else indices.where(given.kept.repeat_interleave(shape[1]), -1)
         found = gather_codes(codes, indices).reshape(*shape, self.codebook_dim)
         indices = indices.reshape(shape)
-        return indices, self._project_out(found.to(given.dtype), indices >= 0).to(x.dtype)
+        return indices, self._project_out(found.to(given.dtype), indices).to(x.dtype)
 
     # Learning by hand
 
@@ -420,7 +422,7 @@ class VectorQuantize(Quantizer):
         """What a commit needs of x, which is as for `quantize`, assigned to indices [P..., heads?] (-1: to none), in any mode."""
         given = self._read(x, mask, lengths)
         check_indices("indices", indices, self.codebook_size, torch.Size((*given.rows.shape[:-1], *self.code_shape)))
-        own = self._to_heads(indices.to(torch.int64).reshape(-1, self.heads)).where(self._spread(given.kept), -1)
+        own = _of_kept(self._to_heads(indices.to(torch.int64).reshape(-1, self.heads)), self._spread(given.kept))
         return self._count_once(self.table.statistics(given.vectors, own, (own >= 0).to(given.vectors.dtype)))
 
     def pull_(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None, temperature: float | None = None) -> Tensor:
@@ -445,10 +447,10 @@ class VectorQuantize(Quantizer):
             self.table.leave_()
         return error
 
-    def _pull(self, given: _Vectors, kept: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _pull(self, given: _Vectors, kept: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
         """The mean squared error of the vectors of all ranks to their codes, and its gradient of the codes [H, C, K]."""
         codes = self.table.codes_for(given.vectors, kept).detach()
-        indices = self._pick(given.vectors, codes, temperature).where(kept, -1)
+        indices = _of_kept(self._pick(given.vectors, codes, temperature), kept)
         found = coded(given.vectors, codes.to(given.vectors.dtype), indices, estimator="none", count=True)
         own = [found.squared_error.sum().reshape(1), found.count.flatten(), found.sum.flatten()]
         error, count, total = sum_in_forward(torch.cat(own), self.reducer).split([len(part) for part in own])
@@ -492,22 +494,16 @@ class VectorQuantize(Quantizer):
         mask = position_mask(rows.shape[:-1], mask, lengths)
         if not self.input_gradient:
             rows = rows.detach()
-        kept = self._has_scores(rows) if self.project_in is None else finite_rows(rows)
-        if mask is not None:
-            kept = kept & mask
         # Before the projections, whose gradients what is not finite would reach even with weight 0.
-        projected = where_kept(kept, rows)
+        projected, kept = _keep(rows, mask, finite_rows if self.project_in is not None else self._has_scores)
         if self.project_in is not None:
-            projected = self.project_in(projected.to(self.project_in.weight.dtype))
-            kept = kept & finite_rows(projected)
-            projected = where_kept(kept, projected)
+            projected, kept = _keep(self.project_in(projected.to(self.project_in.weight.dtype)), kept, finite_rows)
         if self.norm is not None:
             projected = self.norm(projected)
         vectors = projected.to(torch.promote_types(projected.dtype, self.table.dtype))
         if self.project_in is not None:
-            kept = kept & self._has_scores(vectors)
-            vectors = where_kept(kept, vectors)
-        vectors = self._to_heads(vectors.reshape(kept.numel(), self.heads, self.codebook_dim))
+            vectors, kept = _keep(vectors, kept, self._has_scores)
+        vectors = self._to_heads(vectors.reshape(-1, self.heads, self.codebook_dim))
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
 
     def _has_scores(self, rows: Tensor) -> Tensor:
@@ -518,9 +514,8 @@ class VectorQuantize(Quantizer):
         """Vectors [H, M, K], or k times as many, to the layout, width and dtype of the input."""
         positions = given.rows.shape[:-1]
         codes = self._from_heads(quantized).reshape(*positions, *several, self.heads * self.codebook_dim)
-        valid = self._has_code(indices, codes.dim() - 1)
         output = codes.to(given.dtype)
-        output = (self._project_out(output, valid) if project else output).to(given.rows.dtype)
+        output = (self._project_out(output, indices) if project else output).to(given.rows.dtype)
         if not project:
             return width_back(output, self.layout)
         if given.mask is not None and self.masked == "input":
@@ -528,10 +523,11 @@ class VectorQuantize(Quantizer):
             output = output.where(mask, given.rows.unsqueeze(-2) if several else given.rows)
         return width_back(output, self.layout)
 
-    def _project_out(self, codes: Tensor, valid: Tensor) -> Tensor:
-        """Codes, 0 where there is none, in the width of the input."""
+    def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
+        """Codes, 0 where no head of a position has one, in the width of the input."""
         if self.project_out is None:
             return codes
+        valid = indices >= 0 if indices.dim() == codes.dim() - 1 else (indices >= 0).any(-1)
         return where_kept(valid, self.project_out(codes.to(self.project_out.weight.dtype)))
 
     def _look_up(self, indices: Tensor) -> Tensor:
@@ -546,23 +542,23 @@ class VectorQuantize(Quantizer):
         codes = self._from_heads(gather_codes(self.table.codes(), chosen))
         return codes.reshape(*positions, self.heads * self.codebook_dim)
 
-    def _has_code(self, indices: Tensor, num_axes: int) -> Tensor:
-        """Whether any head of a position has a code."""
-        return indices >= 0 if indices.dim() == num_axes else (indices >= 0).any(-1)
-
     def _to_heads(self, values: Tensor) -> Tensor:
         """[N, heads, ...] -> [H, M, ...]."""
         return values.transpose(0, 1) if self.separate_heads else values.flatten(0, 1).unsqueeze(0)
 
     def _from_heads(self, values: Tensor) -> Tensor:
-        """[H, M, ...] -> [N, heads, ...]."""
-        if self.separate_heads:
-            return values.transpose(0, 1)
-        return values.reshape(values.shape[1] // self.heads, self.heads, *values.shape[2:])
+        """[H, M, ...] -> in the order of [N, heads, ...]; its shape is for the caller to give."""
+        return values.transpose(0, 1) if self.separate_heads else values
 
-    def _spread(self, values: Tensor) -> Tensor:
+    @overload
+    def _spread(self, values: Tensor) -> Tensor: ...
+
+    @overload
+    def _spread(self, values: None) -> None: ...
+
+    def _spread(self, values: Tensor | None) -> Tensor | None:
         """One value a position [P...] -> one a vector [H, M]."""
-        return self._to_heads(values.reshape(-1, 1).expand(-1, self.heads))
+        return None if values is None else self._to_heads(values.reshape(-1, 1).expand(-1, self.heads))
 
     def _split_indices(self, name: str, indices: Tensor | None, positions: torch.Size) -> Tensor | None:
         """[P..., heads?] -> [H, M]."""
@@ -720,11 +716,26 @@ class VectorQuantize(Quantizer):
     def _refuse_nonfinite(self, given: _Vectors) -> None:
         if self.on_nonfinite == "drop":
             return
+        if given.kept is None or given.kept is given.mask:
+            return
         lost = ~given.kept if given.mask is None else given.mask & ~given.kept
         what = 'must be finite, as on_nonfinite = "raise" says'
         require(
             ~lost.any(), f"x holds vectors that are not finite: {what}", lambda: f"x holds {int(lost.sum())} vectors not finite: {what}"
         )
+
+
+def _keep(x: Tensor, kept: Tensor | None, has_meaning: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """x [P..., D] with zeros where it is not kept [P...] bool, and what is still kept of it: what `has_meaning`. None: all."""
+    if not is_finite(x):
+        found = has_meaning(x)
+        kept = found if kept is None else kept & found
+    return (x, None) if kept is None else (where_kept(kept, x), kept)
+
+
+def _of_kept(indices: Tensor, kept: Tensor | None) -> Tensor:
+    """indices [H, M], -1 where they are not kept."""
+    return indices if kept is None else indices.where(kept, -1)
 
 
 def _check_sizes(**sizes: int | None) -> None:

@@ -173,6 +173,7 @@ class VectorQuantize(nn.Module):
         options = translate.quantizer_options(given)
         self._estimator: Estimator = options["estimator"]
         self._losses = options["losses"]
+        self._learned_losses = tuple(loss for loss in self._losses if loss.weight > 0)
         # Not registered: it owns nothing but what is registered here.
         object.__setattr__(self, "native", self._join(options, sync=sync_codebook is not False))
 
@@ -289,7 +290,7 @@ class VectorQuantize(nn.Module):
             self._check_orthogonal()
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         native, codebook = self.native, self._codebook
-        native.training = self.training
+        self._set_native(x, topk)
         options: dict[str, Any] = {"lengths": lens}
         temperature = translate.temperature(native.assignment, sample_codebook_temp, codebook.sample_codebook_temp)
         in_place = x.new_zeros(())
@@ -303,15 +304,14 @@ class VectorQuantize(nn.Module):
             options |= {"targets": self._as_positions(indices, x), "project": False}
         if codebook_transform_fn is not None:
             options["codes_of"] = codebook_transform_fn
-        native.estimator = self._estimator_of(x)
-        native.losses = self._losses if self.training else self._losses[:1]  # what eval mode returns holds none of the others
-        codebook.call = None
-        if ema_update is not None or ema_update_weight is not None or accum_ema_update:
+        says = ema_update is not None or ema_update_weight is not None or accum_ema_update
+        if says:
             codebook.call = Call(ema_update, ema_update_weight, accum_ema_update)
         try:
             found = native.quantize_and_learn(x, mask, freeze_codebook=frozen, temperature=temperature, **options)
         finally:
-            codebook.call = None
+            if says:
+                codebook.call = None
         if indices is not None:
             return self._in_code_space(found.quantized, x), found.losses["cross_entropy"]
         if topk is not None and x.dim() == 2:  # the codes of one vector stand one after the other, whatever the layout
@@ -321,6 +321,13 @@ class VectorQuantize(nn.Module):
         if topk is not None and losses.commitment.dim():
             losses = losses._replace(commitment=losses.commitment.reshape(len(x), -1, topk))
         return (found.quantized, found.indices, loss, losses) if return_loss_breakdown else (found.quantized, found.indices, loss)
+
+    def _set_native(self, x: Tensor, topk: int | None) -> None:
+        """Let the quantizer do what this call returns, and no more: in eval mode a loss is but that of several codes."""
+        losses = self._learned_losses if self.training else self._losses[:1] if topk is not None else ()
+        for name, value in (("training", self.training), ("estimator", self._estimator_of(x)), ("losses", losses)):
+            if getattr(self.native, name) is not value:
+                setattr(self.native, name, value)
 
     def _estimator_of(self, x: Tensor) -> Estimator:
         """That of the output, where it has any place to go; in eval mode none passes."""
