@@ -205,7 +205,7 @@ class Codebook(Counting):
         return codes.detach() if self._entered and self._entered.frozen else codes
 
     def codes_for(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """`codes()` as a training forward reads them for x [H, N, K], kept [H, N] bool (None: all): where affine, by the moments of x, too."""
+        """`codes()` as a training forward reads them for x [H, N, K], kept [H, N] bool or None: where affine, by the moments of x, too."""
         if not self.affine or not self.affine.current:
             return self.codes()
         state = self._settled()
