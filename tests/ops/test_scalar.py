@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from vqkit.ops.bits import bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
 from vqkit.ops.scalar import (
-    bit_logits,
-    bits_entropy,
-    distribution_entropy,
     join_digits,
     level_codes,
     level_digits,
     level_steps,
-    mean_bit_distribution,
     round_to_levels,
     split_digits,
 )

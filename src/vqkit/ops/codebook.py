@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqkit.ops.precision import may_look
+
 COUNT_FLOOR = 0.01
 """The count at which the official Transformer-VQ clips, so that a code that nobody uses stays where it is."""
 
@@ -107,8 +109,17 @@ def by_codebook(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Callable[[
     return vectors, codebook.reshape(num_groups, *codebook.shape[-2:]), restore
 
 
+_ORDINARY = {dtype: torch.finfo(dtype).tiny ** 0.25 for dtype in (torch.float32, torch.float64)}
+"""Lengths from here to its inverse have squares that neither overflow nor underflow."""
+
+
 def directions(x: Tensor) -> Tensor:
     """x [..., K] scaled to length 1, whatever its length, without overflow or underflow; zero stays zero. Differentiable, also at zero."""
+    if x.dtype in _ORDINARY and x.numel() and may_look(x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        least, most = torch.aminmax(length.detach())
+        if least > _ORDINARY[x.dtype] and most < 1.0 / _ORDINARY[x.dtype]:
+            return x / length
     return polar(x)[0]
 
 

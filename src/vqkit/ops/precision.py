@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +20,32 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; itself where it has that, without the price of asking torch."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Autocast switched off, where it is on; the meta device knows none."""
     on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> contextlib.AbstractContextManager[object]:
     """No autocast, and no matrix product that rounds float32 to something shorter."""
     matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]
     allowed = matmul.fp32_precision
-    shorter = allowed in ("bf16", "tf32")
+    return _ieee(matmul, allowed, device_type) if allowed in ("bf16", "tf32") else without_autocast(device_type)
+
+
+@contextlib.contextmanager
+def _ieee(matmul: Any, allowed: str, device_type: str) -> Iterator[None]:
     with without_autocast(device_type):
-        if shorter:
-            matmul.fp32_precision = "ieee"
+        matmul.fp32_precision = "ieee"
         try:
             yield
         finally:
-            if shorter:
-                matmul.fp32_precision = allowed
+            matmul.fp32_precision = allowed
 
 
 def is_finite(x: Tensor) -> bool:

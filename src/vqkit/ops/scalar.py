@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics
-from vqkit.ops.precision import full_precision, is_traced, may_look, without_autocast
+from vqkit.ops.precision import as_dtype, full_precision, is_traced, may_look
 
 Bound = Literal["tanh", "clamp", "centred_tanh", "centred_clamp"]
 _EPS = 1e-3  # keeps the outermost scalars of FSQ off the ties of rounding
@@ -29,23 +28,29 @@ _EPS = 1e-3  # keeps the outermost scalars of FSQ off the ties of rounding
 # Integers
 
 
-def join_digits(digits: Tensor, levels: Sequence[int]) -> Tensor:
+def join_digits(digits: Tensor, levels: Sequence[int], *, first: Literal["lowest", "highest"] = "lowest") -> Tensor:
     """digits [..., d] of 0 ... L_i - 1, whole numbers of any dtype -> the integer [...] int64 that they write, the first the lowest digit.
 
-    Exact up to 2^63 codes.
+    Or the highest. Exact up to 2^63 codes.
     """
     if digits.is_floating_point() and may_look(digits) and math.prod(levels) <= _whole_up_to(digits.dtype):
+        places = per_scalar(_places if first == "lowest" else _places_from_behind, levels, digits)
         with full_precision("cpu"):
-            total = digits.reshape(-1, len(levels)).mv(per_scalar(_places, levels, digits))
-        return total.to(torch.int64).view(digits.shape[:-1])
+            return digits.matmul(places).to(torch.int64)
+    if first == "highest":
+        digits, levels = digits.flip(-1), levels[::-1]
     total = digits[..., -1].to(torch.int64)
     for place in range(len(levels) - 2, -1, -1):
         total = total * levels[place] + digits[..., place].to(torch.int64)
     return total
 
 
-def split_digits(indices: Tensor, levels: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+def split_digits(
+    indices: Tensor, levels: Sequence[int], dtype: torch.dtype = torch.int64, *, first: Literal["lowest", "highest"] = "lowest"
+) -> Tensor:
     """The digits [..., d] of integers [...] from 0 to C - 1; those of -1 are 0."""
+    if first == "highest":
+        return split_digits(indices, levels[::-1], dtype).flip(-1)
     rest = indices.to(torch.int64).clamp(min=0)
     size = math.prod(levels)
     if may_look(indices) and size <= _whole_up_to(torch.float64):
@@ -60,14 +65,21 @@ def split_digits(indices: Tensor, levels: Sequence[int], dtype: torch.dtype = to
     return torch.stack(digits, dim=-1).to(dtype)
 
 
+_WHOLE = {torch.float32: 2.0**24, torch.float64: 2.0**53}
+
+
 def _whole_up_to(dtype: torch.dtype) -> float:
     """A float of this dtype holds all whole numbers up to here."""
-    return 2 / torch.finfo(dtype).eps
+    return _WHOLE[dtype] if dtype in _WHOLE else 2 / torch.finfo(dtype).eps
 
 
 def _places(levels: Sequence[int]) -> tuple[int, ...]:
     """What a digit of each place is worth."""
     return tuple(itertools.accumulate(levels[:-1], operator.mul, initial=1))
+
+
+def _places_from_behind(levels: Sequence[int]) -> tuple[int, ...]:
+    return _places(levels[::-1])[::-1]
 
 
 # Levels
@@ -96,7 +108,9 @@ def _together(number: int) -> int:
     return next(n for n in range(64, 0, -1) if number % n == 0)
 
 
-def round_to_levels(x: Tensor, levels: Sequence[int], *, symmetric: bool = False, bound: Bound = "tanh") -> Rounded:
+def round_to_levels(
+    x: Tensor, levels: Sequence[int], *, symmetric: bool = False, bound: Bound = "tanh", scale: float | Sequence[float] = 1.0
+) -> Rounded:
     """Finite scalar quantization (Mentzer et al., 2023): x [..., d] float32 or wider, or several vectors `side_by_side`.
 
     With half = L // 2 the codes of a scalar are k / half for k = -half ... L - half - 1, and what is rounded to k is, after appendix A.1
@@ -109,109 +123,130 @@ def round_to_levels(x: Tensor, levels: Sequence[int], *, symmetric: bool = False
 
     `symmetric` (Parker et al., 2024, section 3.2): codes 2 k / (L - 1) - 1 for k = 0 ... L - 1, the nearest one to tanh(x), whether or not
     centred. With bound "clamp" scalars between the outermost codes stand for themselves, and are rounded to the nearest.
+
+    `scale`, one number or one a scalar, divides x first and multiplies the values.
     """
+    grid = _grid(levels, symmetric, bound, scale, x)
     squashed = bound in ("tanh", "centred_tanh")
-    if symmetric:
-        values = x.tanh() if squashed else x.clamp(-1.0, 1.0)
-        middle, width = per_scalar(_middles, levels, x), per_scalar(_half_widths, levels, x)
-        return Rounded(values, torch.addcmul(middle, values.detach(), width).floor_())
-    half = per_scalar(_halves, levels, x)
-    if bound == "clamp":
-        steps = (x * half).clamp(-half, per_scalar(_highest, levels, x))
+    if bound == "clamp" and not symmetric:
+        steps = (x * grid.unit).clamp(-grid.half, grid.highest)
+        return Rounded(steps / grid.unit, steps.detach().round().add_(grid.half))
+    if symmetric and not squashed:
+        values = x.clamp(-grid.scale, grid.scale)
     else:
-        shifts, widths = _BOUNDS[bound]
-        moved = x + per_scalar(shifts, levels, x)
-        bounded = moved.tanh_() if squashed else moved.clamp(-1.0, 1.0)
-        steps = torch.addcmul(per_scalar(_offsets, levels, x), bounded, per_scalar(widths, levels, x))
-    return Rounded(steps / half, steps.detach().round().add_(half))
+        x = x if scale == 1.0 else x / grid.scale
+        if not symmetric:
+            moved = x + grid.shift
+            steps = torch.addcmul(grid.offset, moved.tanh_() if squashed else moved.clamp(-1.0, 1.0), grid.width)
+            return Rounded(steps / grid.unit, steps.detach().round().add_(grid.half))
+        values = x.tanh() if scale == 1.0 else x.tanh() * grid.scale
+    return Rounded(values, torch.addcmul(grid.middle, values.detach(), grid.unit).floor_())
 
 
-def level_digits(codes: Tensor, levels: Sequence[int], *, symmetric: bool = False) -> Tensor:
+def level_digits(codes: Tensor, levels: Sequence[int], *, symmetric: bool = False, scale: float | Sequence[float] = 1.0) -> Tensor:
     """The digits [..., d] of codes as `level_codes` makes them: the nearest level of each scalar, in the dtype of the codes."""
-    half = per_scalar(_half_widths if symmetric else _halves, levels, codes)
-    return torch.addcmul(half, codes.detach(), half).round_().clamp_(min=0).minimum(2 * per_scalar(_half_widths, levels, codes))
+    grid = _grid(levels, symmetric, "tanh", scale, codes)
+    return torch.addcmul(grid.half, codes.detach(), grid.unit).round_().clamp_(min=0).minimum(2 * grid.middle - 1)
 
 
-def level_codes(digits: Tensor, levels: Sequence[int], dtype: torch.dtype, *, symmetric: bool = False) -> Tensor:
+def level_codes(
+    digits: Tensor, levels: Sequence[int], dtype: torch.dtype, *, symmetric: bool = False, scale: float | Sequence[float] = 1.0
+) -> Tensor:
     """The codes [..., d] of `round_to_levels`."""
-    digits = digits.to(dtype)
-    half = per_scalar(_half_widths if symmetric else _halves, levels, digits)
-    return (digits - half).div_(half)
+    digits = as_dtype(digits, dtype)
+    grid = _grid(levels, symmetric, "tanh", scale, digits)
+    return (digits - grid.half).div_(grid.unit)
 
 
-def level_steps(levels: Sequence[int], like: Tensor, *, symmetric: bool = False) -> Tensor:
+def level_steps(levels: Sequence[int], like: Tensor, *, symmetric: bool = False, scale: float | Sequence[float] = 1.0) -> Tensor:
     """How far neighbouring codes of each scalar are apart, [d]."""
-    return 1.0 / per_scalar(_half_widths if symmetric else _halves, levels, like)
+    return 1.0 / _grid(levels, symmetric, "tanh", scale, like).unit
 
 
-def _halves(levels: Sequence[int]) -> list[int]:
-    return [number // 2 for number in levels]
+class _Grid(NamedTuple):
+    """Where the codes of scalars are, and what is done to a scalar before it is rounded: a number for each scalar of a row."""
+
+    half: Tensor  # the digit of code 0, or of the middle of symmetric codes
+    unit: Tensor  # how many digits there are from code 0 to 1
+    scale: Tensor
+    highest: Tensor  # the code of the last digit, in units
+    middle: Tensor  # L / 2
+    shift: Tensor  # what is added to a scalar before it is bounded to -1 ... 1
+    width: Tensor  # how far it goes then, in units
+    offset: Tensor
 
 
-def _highest(levels: Sequence[int]) -> list[int]:
-    return [(number - 1) // 2 for number in levels]
+def _grid(levels: Sequence[int], symmetric: bool, bound: Bound, scale: float | Sequence[float], like: Tensor) -> _Grid:
+    """For rows of `like`, which holds one vector or several side by side."""
+    make = _make_grid if _is_of_its_program(like) else _kept_grid
+    scales = scale if isinstance(scale, (int, float)) else tuple(scale)
+    return make(tuple(levels), symmetric, bound, scales, like.shape[-1], like.dtype, like.device)
 
 
-def _half_widths(levels: Sequence[int]) -> list[float]:
-    return [(number - 1) / 2 for number in levels]
+def _make_grid(
+    levels: tuple[int, ...],
+    symmetric: bool,
+    bound: Bound,
+    scale: float | tuple[float, ...],
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Grid:
+    scales = scale if isinstance(scale, tuple) else (scale,) * len(levels)
+    eps = _EPS if bound.startswith("centred") else -_EPS
+    halves = [(number - 1) / 2 if symmetric else number // 2 for number in levels]
+    widths = [(number - 1) * (1 + eps) / 2 for number in levels]
+    offsets = [0.0 if number % 2 else -0.5 for number in levels]
+    shift, each = _SHIFTS[bound], zip(offsets, widths, levels, strict=True)
+    numbers = {
+        "half": halves,
+        "unit": [half / own for half, own in zip(halves, scales, strict=True)],
+        "scale": scales,
+        "highest": [(number - 1) // 2 for number in levels],
+        "middle": [number / 2 for number in levels],
+        "shift": [shift(-offset / width) if number > 2 else 0.0 for offset, width, number in each],
+        "width": widths,
+        "offset": offsets,
+    }
+    return _Grid(**{name: _make_row(tuple, values, length, dtype, device) for name, values in numbers.items()})
 
 
-def _middles(levels: Sequence[int]) -> list[float]:
-    return [number / 2 for number in levels]
-
-
-def _widths(levels: Sequence[int]) -> list[float]:
-    return [(number - 1) * (1 - _EPS) / 2 for number in levels]
-
-
-def _centred_widths(levels: Sequence[int]) -> list[float]:
-    return [(number - 1) * (1 + _EPS) / 2 for number in levels]
-
-
-def _offsets(levels: Sequence[int]) -> list[float]:
-    return [0.0 if number % 2 else -0.5 for number in levels]
-
-
-def _shifts(levels: Sequence[int]) -> list[float]:
-    each = zip(_offsets(levels), _widths(levels), levels, strict=True)
-    return [math.tan(-offset / width) if number > 2 else 0.0 for offset, width, number in each]
-
-
-def _centred_clamp_shifts(levels: Sequence[int]) -> list[float]:
-    return [-offset / width for offset, width in zip(_offsets(levels), _centred_widths(levels), strict=True)]
-
-
-def _centred_tanh_shifts(levels: Sequence[int]) -> list[float]:
-    return [math.atanh(shift) for shift in _centred_clamp_shifts(levels)]
-
-
-_BOUNDS = {
-    "tanh": (_shifts, _widths),
-    "centred_tanh": (_centred_tanh_shifts, _centred_widths),
-    "centred_clamp": (_centred_clamp_shifts, _centred_widths),
+_SHIFTS: dict[str, Callable[[float], float]] = {
+    "tanh": math.tan,
+    "clamp": float,
+    "centred_tanh": math.atanh,
+    "centred_clamp": float,
 }
-"""What is added to a scalar before it is bounded to -1 ... 1, and how far it goes then."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_grid(*key: Any) -> _Grid:
+    with torch.inference_mode(False):
+        return _make_grid(*key)
 
 
 def per_scalar(of: Callable[[Any], Sequence[float]], values: Sequence[float], like: Tensor) -> Tensor:
     """of(values), one number for each scalar of a row of `like`, which holds one vector or several side by side."""
-    repeats = max(1, like.shape[-1] // len(values))
-    make = _make_row if is_traced() or type(like) is not Tensor else _kept_row  # a traced constant is that of its program alone
-    return make(of, tuple(values), repeats, like.dtype, like.device)
+    make = _make_row if _is_of_its_program(like) else _kept_row
+    return make(of, tuple(values), like.shape[-1], like.dtype, like.device)
+
+
+def _is_of_its_program(like: Tensor) -> bool:
+    """Whether a constant beside it is not kept: one that is traced is that of its program alone."""
+    return is_traced() or type(like) is not Tensor
 
 
 def _make_row(
-    of: Callable[[Any], Sequence[float]], values: tuple[float, ...], repeats: int, dtype: torch.dtype, device: torch.device
+    of: Callable[[Any], Sequence[float]], values: Sequence[float], length: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    return torch.tensor(list(of(values)) * repeats, dtype=dtype, device=device)
+    numbers = list(of(values))
+    return torch.tensor(numbers * max(1, length // len(numbers)), dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _kept_row(
-    of: Callable[[Any], Sequence[float]], values: tuple[float, ...], repeats: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _kept_row(*key: Any) -> Tensor:
     with torch.inference_mode(False):
-        return _make_row(of, values, repeats, dtype, device)
+        return _make_row(*key)
 
 
 # Use
@@ -271,60 +306,3 @@ def _subtract_from_rows(x: Tensor, value: Tensor) -> Tensor:
         return x - value
     rows = side_by_side(x.flatten(1))
     return (rows - value.flatten().repeat(rows.shape[1] // value.numel())).view(x.shape)
-
-
-# Bits
-
-
-def bit_logits(x: Tensor, scale: float, temperature: float) -> Tensor:
-    """The log odds [..., b] of each bit under softmax(-|x - c|^2 / temperature) over all codes c in {-scale, scale}^b.
-
-    They are 4 scale x / temperature, and the softmax is the product of what they say of each bit (Yu et al., 2023).
-    """
-    return x * (4.0 * scale / temperature)
-
-
-def bits_entropy(logits: Tensor) -> Tensor:
-    """The entropy [...], in nats, of independent bits of log odds [..., b]: the sum of theirs."""
-    size = logits.abs()
-    return (F.softplus(-size) + size * torch.sigmoid(-size)).sum(-1)
-
-
-def mean_bit_distribution(logits: Tensor, share: Tensor) -> Tensor:
-    """The mean over vectors of the distribution over all 2^b codes that log odds [H, N, b] say: [H, 2^b], for weights `share` [H, N].
-
-    The first bit is the lowest. One product of N x 2^(b/2) with N x 2^(b/2) numbers: no N x 2^b matrix. Differentiable.
-    """
-    low = logits.shape[-1] // 2
-    first, second = product_distribution(logits[..., :low]), product_distribution(logits[..., low:])
-    with without_autocast(logits.device.type):
-        return ((second * share.unsqueeze(-1)).mT @ first).flatten(1)
-
-
-def product_distribution(logits: Tensor) -> Tensor:
-    """The probabilities [..., 2^b] of all codes of independent bits of log odds [..., b]; the first bit is the lowest. Differentiable."""
-    logs = F.logsigmoid(torch.cat([-logits, logits], dim=-1))
-    make = _make_choices if is_traced() or type(logits) is not Tensor else _kept_choices
-    with without_autocast(logits.device.type):
-        return (logs @ make(logits.shape[-1], logits.dtype, logits.device)).exp()
-
-
-def _make_choices(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[2 b, 2^b]: 1 where a code has a bit of 0, and then where it has a bit of 1."""
-    ones = torch.arange(2**bits, device=device) >> torch.arange(bits, device=device).unsqueeze(-1) & 1
-    return torch.cat([1 - ones, ones]).to(dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_choices(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return _make_choices(bits, dtype, device)
-
-
-def distribution_entropy(distribution: Tensor, floor: float = 0.0) -> Tensor:
-    """[..., C] -> [...], in nats; its gradient is finite also where a code has no probability.
-
-    The logarithm is that of `floor` for smaller probabilities.
-    """
-    least = max(floor, torch.finfo(distribution.dtype).tiny)
-    return -torch.xlogy(distribution, distribution.clamp(min=least)).sum(-1)

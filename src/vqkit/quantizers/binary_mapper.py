@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqkit.ops.bits import bits_entropy, product_distribution
 from vqkit.ops.estimators import straight_through
-from vqkit.ops.scalar import Rounded, bits_entropy, join_digits, product_distribution, split_digits
+from vqkit.ops.scalar import Rounded, join_digits, split_digits
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.config import Commit, FreeBits, check_count, check_kind, check_number
 from vqkit.quantizers.layout import Layout, check_indices, where_kept, width_back

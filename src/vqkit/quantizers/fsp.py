@@ -152,10 +152,11 @@ class FSP(ScalarQuantizer):
         place = values if standard and self.scale == 1.0 else values / self.scale if standard else self._place(values)
         return perturb(place, self.levels, noise, standard=standard)
 
-    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
         names = self.loss_weights
         if not names:
             return {}
+        kept = vectors.new_ones(vectors.shape[:-1], dtype=torch.bool) if kept is None else kept
         share = kept.flatten(0, -2)
         found = moments((vectors / self.scale).flatten(0, -3), share.to(vectors.dtype))
         enough = share.sum(0).unsqueeze(-1) > 1

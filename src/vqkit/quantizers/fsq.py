@@ -11,7 +11,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from vqkit.ops.estimators import straight_through
 from vqkit.ops.scalar import Bound, Rounded, level_codes, level_steps, per_scalar, round_to_levels, side_by_side
 from vqkit.quantizers.base import changed
 from vqkit.quantizers.config import Commit, check_choice, check_number, check_positive
@@ -82,22 +81,20 @@ class FSQ(ScalarQuantizer):
 
     def _round(self, vectors: Tensor) -> Rounded:
         rows = side_by_side(self._turn(vectors))
-        values, digits = round_to_levels(self._scaled(rows), self.levels, symmetric=self.symmetric, bound=self.bound)
-        values = self._scaled(values, back=True)
+        values, digits = round_to_levels(rows, self.levels, symmetric=self.symmetric, bound=self.bound, scale=self.scale)
         return Rounded(values, digits) if rows.shape == vectors.shape else Rounded(values.view(vectors.shape), digits.view(vectors.shape))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        codes = level_codes(side_by_side(digits), self.levels, dtype, symmetric=self.symmetric)
-        return self._scaled(codes, back=True).view(digits.shape)
+        return level_codes(side_by_side(digits), self.levels, dtype, symmetric=self.symmetric, scale=self.scale).view(digits.shape)
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
-        output = straight_through(values, codes)
+        output = super()._estimate(values, codes)
         if not self.training or self.noise_dropout == 0.0:
             return output
         if self.noise_on == "codes":
             return self._blur(output)
-        step = level_steps(self.levels, values, symmetric=self.symmetric)
-        moved = values + self._scaled((torch.rand_like(values) - 0.5) * step, back=True)
+        step = level_steps(self.levels, values, symmetric=self.symmetric, scale=self.scale)
+        moved = values + (torch.rand_like(values) - 0.5) * step
         return torch.where(torch.rand_like(values) < self.noise_dropout, moved, output)
 
     def _blur(self, codes: Tensor) -> Tensor:

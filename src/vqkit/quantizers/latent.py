@@ -97,7 +97,7 @@ class LatentQuantize(ScalarQuantizer):
         chosen = [table[number] for table, number in zip(tables, digits.to(torch.int64).unbind(-1), strict=True)]
         return torch.stack(chosen, dim=-1)
 
-    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
         if self.commitment is None:
             return {}
         return {"commitment": mean_commitment_loss(values, codes, kept, pull=self.commitment.pull)}

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from vqkit.dist import default_reducer
+from vqkit.ops.bits import Entropies, batch_entropies, bit_logits, distribution_entropy, mean_bit_distribution
 from vqkit.ops.codebook import directions
 from vqkit.ops.losses import mean_commitment_loss
-from vqkit.ops.scalar import Rounded, bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
+from vqkit.ops.scalar import Rounded, join_digits, split_digits
 from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.commit import sum_in_forward
 from vqkit.quantizers.config import Commit, Commitment, Diversity, Entropy, check_choice, check_count, check_number
@@ -91,7 +92,8 @@ class LFQ(ScalarQuantizer):
             check_number(name, value)
             if not 0 <= value <= 1 or (value == 0 and name == "loss_share"):
                 raise ValueError(f"{name} = {value}: must be {'from' if name == 'probability_floor' else 'above'} 0 and at most 1")
-        self.first_bit, self.activation, self.probability_floor, self.loss_share = first_bit, activation, probability_floor, loss_share
+        self.first_bit: Literal["lowest", "highest"] = first_bit
+        self.activation, self.probability_floor, self.loss_share = activation, probability_floor, loss_share
         self.scale, self.spherical, self.soft_clamp, self.losses = scale, spherical, soft_clamp, _check_losses(losses)
         self.diversity_bits, self.diversity_over = _check_diversity_bits(diversity_bits, bits, self.losses), diversity_over
         self.commit = commit
@@ -129,11 +131,10 @@ class LFQ(ScalarQuantizer):
         return self._quantize(x, mask, lengths, freeze_codebook, indices, temperature=temperature, loss_mask=loss_mask)
 
     def _join(self, digits: Tensor) -> Tensor:
-        return super()._join(digits.flip(-1) if self.first_bit == "highest" else digits)
+        return join_digits(digits, self.levels, first=self.first_bit)
 
     def _split(self, indices: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
-        digits = super()._split(indices, dtype)
-        return digits.flip(-1) if self.first_bit == "highest" else digits
+        return split_digits(indices, self.levels, dtype, first=self.first_bit)
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
         return super()._estimate(self.activation(values) if self.activation is not None and self.training else values, codes)
@@ -159,25 +160,34 @@ class LFQ(ScalarQuantizer):
         vectors: Tensor,
         values: Tensor,
         codes: Tensor,
-        kept: Tensor,
+        kept: Tensor | None,
         temperature: float | None = None,
         loss_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        if loss_mask is not None:
-            seen = position_mask(kept.shape[:-1], loss_mask, None)
-            kept = kept if seen is None else kept & seen.unsqueeze(-1)
-        seen = kept if self.loss_share == 1 or not self.training else self._draw_share(kept)
-        found, odds = {}, {}
+        if loss_mask is not None and (seen := position_mask(values.shape[:-2], loss_mask, None)) is not None:
+            seen = seen.unsqueeze(-1).expand(values.shape[:-1])
+            kept = seen if kept is None else kept & seen
+        found: dict[str, Tensor] = {}
+        entropies: dict[float, Entropies] = {}
+        share: Tensor | None = None
         for loss in self.losses:
             if isinstance(loss, Commitment):
                 found[_LOSS_NAMES[Commitment]] = mean_commitment_loss(values, codes, kept)
-            else:
-                own = loss.temperature if temperature is None else temperature
-                if own not in odds:
-                    odds[own] = bit_logits(values, self._step, own)
-                logits = odds[own]
-                found[_LOSS_NAMES[type(loss)]] = self._entropy(logits, seen) if isinstance(loss, Entropy) else self._diversity(logits, seen)
+                continue
+            own = loss.temperature if temperature is None else temperature
+            if own not in entropies:
+                if not entropies:
+                    share = self._share(kept, values)
+                logits = bit_logits(values, self._step, own)
+                entropies[own] = self._entropies(logits.flatten(0, -3).transpose(0, 1), share)
+            found[_LOSS_NAMES[type(loss)]] = entropies[own].of_each if isinstance(loss, Entropy) else -entropies[own].of_mean
         return found
+
+    def _share(self, kept: Tensor | None, values: Tensor) -> Tensor | None:
+        """[H, N], 1 for each vector that the entropies see, else 0; None: they see all."""
+        if self.loss_share < 1 and self.training:
+            kept = self._draw_share(values.new_ones(values.shape[:-1], dtype=torch.bool) if kept is None else kept)
+        return None if kept is None else kept.flatten(0, -2).T.to(values.dtype)
 
     def _draw_share(self, kept: Tensor) -> Tensor:
         """A random share of the positions [P...] of kept [P..., H] that count."""
@@ -187,14 +197,15 @@ class LFQ(ScalarQuantizer):
         number = (counted.sum() * self.loss_share).to(torch.int64).clamp(min=1)
         return kept & (place < number).view(kept.shape[:-1]).unsqueeze(-1)
 
-    def _entropy(self, logits: Tensor, seen: Tensor) -> Tensor:
-        return bits_entropy(logits).where(seen, 0.0).sum() / seen.sum().clamp(min=1)
-
-    def _diversity(self, logits: Tensor, seen: Tensor) -> Tensor:
-        logits, share = logits.flatten(0, -3).transpose(0, 1), seen.flatten(0, -2).T.to(logits.dtype)
-        groups = logits.split(self.diversity_bits, dim=-1)
-        entropies = [distribution_entropy(self._mean_distribution(group, share), self.probability_floor) for group in groups]
-        return -torch.stack(entropies).sum(0).mean()
+    def _entropies(self, logits: Tensor, share: Tensor | None) -> Entropies:
+        """Of log odds [H, N, b]; the second is 0 where no loss asks for it."""
+        together = self.diversity_bits if any(isinstance(loss, Diversity) for loss in self.losses) else None
+        if together is None or self.diversity_over == "process" or not self.training or self._is_alone():
+            return batch_entropies(logits, share, together=together, floor=self.probability_floor)
+        share = logits.new_ones(logits.shape[:-1]) if share is None else share
+        means = [self._mean_distribution(group, share) for group in logits.split(together, dim=-1)]
+        of_mean = torch.stack([distribution_entropy(mean, self.probability_floor) for mean in means]).sum(0).mean()
+        return batch_entropies(logits, share, together=None)._replace(of_mean=of_mean)
 
     def _is_alone(self) -> bool:
         """Whether there is no other rank; a traced program asks at every run."""
@@ -202,11 +213,9 @@ class LFQ(ScalarQuantizer):
         return not torch.compiler.is_compiling() and reducer.world_size == 1
 
     def _mean_distribution(self, logits: Tensor, share: Tensor) -> Tensor:
-        """[H, 2^bits], of log odds [H, N, bits] and share [H, N], 1 for a vector that counts; 0 where none does."""
+        """[H, 2^bits], over all ranks, of log odds [H, N, bits] and share [H, N], 1 for a vector that counts; 0 where none does."""
         number = share.sum(-1, keepdim=True)
         total = mean_bit_distribution(logits, share)
-        if self.diversity_over == "process" or not self.training or self._is_alone():
-            return total / number.clamp(min=1)
         with torch.no_grad():
             own = torch.cat([total, number, torch.ones_like(number)], dim=-1)
             everywhere, numbers, ranks = sum_in_forward(own, self.reducer).split([total.shape[-1], 1, 1], dim=-1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vqkit.ops.codebook import CodebookStatistics, zero_statistics
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.nearest_code import nearest_codes
-from vqkit.ops.precision import finite_rows, without_autocast
+from vqkit.ops.precision import as_dtype, finite_rows, is_traced, known_finite, may_look, widest, without_autocast
 from vqkit.ops.scalar import Rounded, join_digits, per_scalar, rounding_stats, split_digits
 from vqkit.ops.usage import active_fraction, perplexity
 from vqkit.quantizers.base import Quantized, Quantizer, changed
@@ -111,10 +111,14 @@ class _Vectors(NamedTuple):
 
     rows: Tensor  # [P..., D] the input with its width last
     vectors: Tensor  # [P..., H, d] float32 or wider; 0 where not kept
-    mask: Tensor | None  # [P...] bool, the positions that count
-    kept: Tensor  # [P...] bool, those of them that are finite
-    whole: bool  # whether it is known that all are kept
+    mask: Tensor | None  # [P...] bool, the positions that count; None: all
+    finite: Tensor | None  # [P...] bool, those of them that are finite; None: it is known that all positions are
     dtype: torch.dtype  # of the projected input
+
+    @property
+    def kept(self) -> Tensor:
+        """[P...] bool, the positions that count and are finite."""
+        return self.rows.new_ones(self.rows.shape[:-1], dtype=torch.bool) if self.finite is None else self.finite
 
 
 class ScalarQuantizer(Quantizer):
@@ -153,6 +157,7 @@ class ScalarQuantizer(Quantizer):
         self.project_out = nn.Linear(inner, self.dim, device=device) if inner != self.dim else None
         check_kind("rotation", rotation, bool)
         self.counts = CodeCounts(heads, self.levels, self._codes_of, device=device)
+        self._rotates = rotation
         if rotation:
             self.counts.rotation = _draw_rotation(self.width, device)
 
@@ -167,23 +172,22 @@ class ScalarQuantizer(Quantizer):
 
     def _turn(self, vectors: Tensor) -> Tensor:
         """Vectors [..., d] in the axes in which scalars are rounded."""
-        return _times(vectors, self.counts.rotation)
+        return _times(vectors, self.counts.rotation) if self._rotates else vectors
 
     def _turn_back(self, codes: Tensor) -> Tensor:
         """The opposite of `_turn`."""
-        rotation = self.counts.rotation
-        return _times(codes, None if rotation is None else rotation.mT)
+        return _times(codes, self.counts.rotation, back=True) if self._rotates else codes
 
     @abstractmethod
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         """digits [..., d], whole numbers of any dtype -> codes [..., d]."""
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
-        """The codes in value, or near them, with a gradient to the values."""
-        return straight_through(values, codes)
+        """The codes in value, or near them, with a gradient to the values if these have one."""
+        return straight_through(values, codes) if values.requires_grad or is_traced() else codes
 
-    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        """Of vectors as they came, values and codes, all [P..., H, d]; kept [P..., H]."""
+    def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
+        """Of vectors as they came, values and codes, all [P..., H, d]; kept [P..., H], or None where it is known that all are."""
         return {}
 
     def _join(self, digits: Tensor) -> Tensor:
@@ -242,24 +246,24 @@ class ScalarQuantizer(Quantizer):
         if indices is not None:
             check_indices("indices", indices, self.codebook_size, torch.Size((*positions, *self.code_shape)))
         values, digits = self._round(given.vectors)
-        found = self._join(digits)
-        kept = given.kept.unsqueeze(-1).expand(found.shape)
-        if indices is not None:
-            found = indices.to(torch.int64).reshape(found.shape)
-            digits, kept = self._split(found, values.dtype), kept & (found >= 0)
-            given = given._replace(whole=False)
-        if not given.whole:
+        if indices is None:
+            found = self._join(digits)
+            kept = None if given.finite is None else given.finite.unsqueeze(-1).expand(found.shape)
+        else:
+            found = indices.to(torch.int64).reshape(digits.shape[:-1])
+            digits, kept = self._split(found, values.dtype), given.kept.unsqueeze(-1) & (found >= 0)
+        if kept is not None:
             found = found.where(kept, -1)
         codes = self._codes(digits, values.dtype)
         losses = self._losses(given.vectors, values, codes, kept, **options)
         output = self._turn_back(self._estimate(values, codes))
-        if not given.whole:
+        if kept is not None:
             output = where_kept(kept, output)
         statistics = None
         if self.training and not freeze_codebook:
             statistics = self._statistics(given, values, found, codes, indices)
-        found = found.reshape(*positions, *self.code_shape)
-        return Quantized(self._write(given, output, found), found, losses, statistics)
+        found = found.squeeze(-1) if self.heads == 1 else found
+        return Quantized(self._write(given, output, None if kept is None else found), found, losses, statistics)
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64, [P...] or [P..., heads]; -1: masked or not finite."""
@@ -268,18 +272,18 @@ class ScalarQuantizer(Quantizer):
 
     def _indices(self, given: _Vectors, digits: Tensor) -> Tensor:
         found = self._join(digits)
-        if not given.whole:
-            found = found.where(given.kept.unsqueeze(-1), -1)
-        return found.reshape(*given.rows.shape[:-1], *self.code_shape)
+        if given.finite is not None:
+            found = found.where(given.finite.unsqueeze(-1), -1)
+        return found.squeeze(-1) if self.heads == 1 else found
 
     def encode_and_decode(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         given = self._read(x, mask, **{"lengths": None, **options})
         digits = self._round(given.vectors).digits
         indices = self._indices(given, digits)
-        codes = self._turn_back(self._codes(digits, torch.float32))
-        if not given.whole:
-            codes = codes.where(given.kept[..., None, None], 0.0)
-        return indices, width_back(self._project_out(codes.flatten(-2), indices), self.layout)
+        codes = self._turn_back(self._codes(digits, torch.float32)).flatten(-2)
+        if given.finite is None:
+            return indices, width_back(self._project_out(codes), self.layout)
+        return indices, width_back(self._project_out(where_kept(given.finite, codes), indices), self.layout)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P...] or [P..., heads] -> vectors in the layout and width of the input; zeros where all heads are -1."""
@@ -323,31 +327,41 @@ class ScalarQuantizer(Quantizer):
     def _read(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> _Vectors:
         rows = width_last(x, self.dim, self.layout)
         mask = position_mask(rows.shape[:-1], mask, lengths)
+        if mask is None and may_look(rows):
+            vectors = self._project_in(rows)
+            if known_finite(vectors):  # and so are the rows: what is not shows in its projection
+                return self._vectors(rows, vectors, None, None)
         kept = finite_rows(rows) if mask is None else finite_rows(rows) & mask
-        whole = is_all(kept)
         # Before the projection, whose gradient what is not finite would reach even with weight 0.
-        vectors = rows if whole else rows.where(kept.unsqueeze(-1), 0.0)
+        vectors = where_kept(kept, rows)
         if self.project_in is not None:
-            vectors = self.project_in(vectors.to(self.project_in.weight.dtype))
+            vectors = self._project_in(vectors)
             kept = kept & finite_rows(vectors)
-            whole = is_all(kept)
-            vectors = vectors if whole else vectors.where(kept.unsqueeze(-1), 0.0)
-        wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        return _Vectors(rows, wide.unflatten(-1, (self.heads, self.width)), mask, kept, whole, vectors.dtype)
+            vectors = where_kept(kept, vectors)
+        return self._vectors(rows, vectors, mask, None if is_all(kept) else kept)
 
-    def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor) -> Tensor:
-        """[P..., H, d] to the layout, width and dtype of the input."""
-        output = self._project_out(quantized.flatten(-2).to(given.dtype), indices).to(given.rows.dtype)
+    def _project_in(self, rows: Tensor) -> Tensor:
+        return rows if self.project_in is None else self.project_in(as_dtype(rows, self.project_in.weight.dtype))
+
+    def _vectors(self, rows: Tensor, vectors: Tensor, mask: Tensor | None, finite: Tensor | None) -> _Vectors:
+        split = as_dtype(vectors, widest(vectors)).unflatten(-1, (self.heads, self.width))
+        return _Vectors(rows, split, mask, finite, vectors.dtype)
+
+    def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor | None) -> Tensor:
+        """[P..., H, d] to the layout, width and dtype of the input; no indices where all are known to have one."""
+        output = as_dtype(self._project_out(as_dtype(quantized.flatten(-2), given.dtype), indices), given.rows.dtype)
         if given.mask is not None and self.masked == "input":
             output = output.where(given.mask.unsqueeze(-1), given.rows)
         return width_back(output, self.layout)
 
-    def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
-        """Codes, 0 where the indices of all heads are -1, in the width of the input."""
+    def _project_out(self, codes: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Codes, 0 where the indices of all heads are -1, in the width of the input; no indices where there is no such position."""
         if self.project_out is None:
             return codes
-        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
-        return where_kept(known, self.project_out(codes.to(self.project_out.weight.dtype)))
+        output = self.project_out(as_dtype(codes, self.project_out.weight.dtype))
+        if indices is None:
+            return output
+        return where_kept((indices >= 0) if self.heads == 1 else (indices >= 0).any(-1), output)
 
     def _look_up(self, indices: Tensor) -> Tensor:
         """[P...] or [P..., heads] -> codes [P..., heads * d]."""
@@ -373,7 +387,7 @@ class ScalarQuantizer(Quantizer):
             counted = known if counted is None else counted & known
         x, codes = (tensor.reshape(-1, self.heads, self.width) for tensor in (values, codes))
         counted = None if counted is None else counted.reshape(-1, self.heads)
-        return self.counts.statistics(x, codes, found.reshape(-1, self.heads), counted, whole=given.whole and own is None)
+        return self.counts.statistics(x, codes, found.reshape(-1, self.heads), counted, whole=given.finite is None and own is None)
 
 
 def _first_of_each(levels: Sequence[float]) -> list[float]:
@@ -385,11 +399,11 @@ def _draw_rotation(width: int, device: torch.device | str | None) -> Tensor:
     return nn.init.orthogonal_(torch.empty(width, width, device=device))
 
 
-def _times(vectors: Tensor, matrix: Tensor | None) -> Tensor:
-    if matrix is None:
+def _times(vectors: Tensor, rotation: Tensor | None, *, back: bool = False) -> Tensor:
+    if rotation is None:
         return vectors
     with without_autocast(vectors.device.type):
-        return vectors @ matrix.to(vectors.dtype)
+        return vectors @ as_dtype(rotation.mT if back else rotation, vectors.dtype)
 
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:

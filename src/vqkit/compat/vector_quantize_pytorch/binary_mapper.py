@@ -15,7 +15,8 @@ from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.functions import default, exists
 from vqkit.compat.vector_quantize_pytorch.rows import hide
-from vqkit.ops.scalar import bits_entropy, split_digits
+from vqkit.ops.bits import bits_entropy
+from vqkit.ops.scalar import split_digits
 from vqkit.quantizers import binary_mapper
 from vqkit.quantizers.layout import check_indices, check_tensor
 

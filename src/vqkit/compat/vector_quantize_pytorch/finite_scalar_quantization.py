@@ -111,9 +111,10 @@ class FSQ(Module):
 
     def settle(self, native: fsq.FSQ) -> fsq.FSQ:
         """`native` with the mode and the rotation of now."""
-        native.training = self.training
-        if self.orthogonal_rotation:
-            native.counts.rotation = self.orthogonal_rot
+        if native.training is not self.training:
+            native.training = self.training
+        if self.orthogonal_rotation and (counts := native.counts).rotation is not (rotation := self.orthogonal_rot):
+            counts.rotation = rotation
         return native
 
     def _bound(self, hard_clamp: bool) -> Bound:

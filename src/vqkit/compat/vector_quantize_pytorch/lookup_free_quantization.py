@@ -175,8 +175,8 @@ class LFQ(Module):
 
     def settle(self) -> lfq.LFQ:
         """The native quantizer for the mode of now, with the rotation of now: in eval mode it has no losses."""
-        if self.orthogonal_rotation:
-            self.native.counts.rotation = self.orthogonal_rot
+        if self.orthogonal_rotation and (counts := self.native.counts).rotation is not (rotation := self.orthogonal_rot):
+            counts.rotation = rotation
         return self.native if self.training else self.quiet
 
     # Codes and indices
@@ -224,28 +224,27 @@ class LFQ(Module):
         found = self._quantize(project_in(self.project_in, rows), inv_temperature, seen)
         out = project_out(self.project_out, found.quantized, found.indices)
         indices = with_codebooks(found.indices, self.num_codebooks, self.keep_num_codebooks_dim)
-        loss, parts = self.weigh(found.losses)
-        output = Return(out.movedim(-1, 1) if first else out, indices, loss)
-        return (output, parts) if return_loss_breakdown else output
+        output = Return(out.movedim(-1, 1) if first else out, indices, self.weigh(found.losses) if found.losses else self.zero * 1.0)
+        return (output, self._breakdown(found.losses)) if return_loss_breakdown else output
 
     def _quantize(self, vectors: Tensor, inv_temperature: float, seen: Tensor | None) -> Quantized:
         native = self.settle()
         if not self.training:
-            with torch.no_grad():
-                return native.quantize(vectors, freeze_codebook=True)
+            return native.quantize(vectors.detach(), freeze_codebook=True)
         return native.quantize(vectors, freeze_codebook=True, temperature=1.0 / inv_temperature, loss_mask=seen)
 
-    def weigh(self, losses: dict[str, Tensor]) -> tuple[Tensor, LossBreakdown]:
-        """The loss, and its parts, of what the native quantizer gives by name."""
-        if not losses:
-            return self.zero * 1.0, LossBreakdown(self.zero, self.zero, self.zero)
-        per_sample, batch = losses["entropy"], -losses["diversity"]
-        commitment = losses.get("commitment", self.zero)
-        auxiliary = per_sample - self.diversity_gamma * batch
+    def weigh(self, losses: dict[str, Tensor]) -> Tensor:
+        """The loss of what the native quantizer gives by name."""
+        auxiliary = torch.add(losses["entropy"], losses["diversity"], alpha=self.diversity_gamma)
         if self.experimental_softplus_entropy_loss:
             auxiliary = F.softplus(auxiliary + self.entropy_loss_offset)
-        total = auxiliary * self.entropy_loss_weight + commitment * self.commitment_loss_weight
-        return total, LossBreakdown(per_sample, batch, commitment)
+        total = auxiliary * self.entropy_loss_weight
+        return total + losses["commitment"] * self.commitment_loss_weight if "commitment" in losses else total
+
+    def _breakdown(self, losses: dict[str, Tensor]) -> LossBreakdown:
+        if not losses:
+            return LossBreakdown(self.zero, self.zero, self.zero)
+        return LossBreakdown(losses["entropy"], -losses["diversity"], losses.get("commitment", self.zero))
 
 
 _project_out = project_out

@@ -6,11 +6,11 @@ Shapes: P... positions of the input, d scalars, q layers, G groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from math import log2
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
@@ -112,8 +112,7 @@ class ResidualLFQ(Module):
         if self.training:
             options |= {"temperature": 1.0 / INV_TEMPERATURE, "loss_mask": seen}
         vectors = project_in(self.project_in, rows)
-        with nullcontext() if self.training else torch.no_grad():
-            found = self._settle().quantize(vectors, freeze_codebook=True, **options)
+        found = self._settle().quantize(vectors if self.training else vectors.detach(), freeze_codebook=True, **options)
         output = project_out(self.project_out, found.quantized, found.indices)
         output = output.movedim(-1, 1) if image else output
         result = (output, found.indices, self._losses(found.losses, depth))
@@ -121,11 +120,12 @@ class ResidualLFQ(Module):
 
     def _losses(self, losses: dict[str, Tensor], depth: int) -> Tensor:
         """[q], 0 for layers that took no part."""
-        weighed = []
-        for number, layer in enumerate(self.layers):
-            own = {name.split("/")[0]: loss for name, loss in losses.items() if name.endswith(f"/{number}")}
-            weighed.append(layer.weigh(own if number < depth else {})[0])
-        return torch.stack(weighed)
+        first: Any = self.layers[0]
+        if not losses:
+            return first.zero.new_zeros(self.num_quantizers)
+        names = first.native.loss_weights
+        found = first.weigh({name: torch.stack([losses[f"{name}/{number}"] for number in range(depth)]) for name in names})
+        return found if depth == self.num_quantizers else F.pad(found, (0, self.num_quantizers - depth))
 
 
 def _refuse_layer_options(options: dict[str, Any]) -> None:
