@@ -13,6 +13,7 @@ from vqkit.ops.codebook import (
     CodebookStatistics,
     assignment_stats,
     codes_from_ema,
+    directions,
     ema_update,
     gather_codes,
     laplace_codes_from_ema,
@@ -322,3 +323,15 @@ def test_bad_shapes_are_named():
         assignment_stats(x, indices, 7, weights=torch.ones(11))
     with pytest.raises(ValueError, match=r"^quantized has shape \(3, 2, 11\): must be \(3, 2, 11, 4\)"):
         assignment_stats(x, indices, 7, quantized=x[..., 0])
+
+
+@pytest.mark.parametrize("length", [1.0, 1e-30, 1e30])
+def test_directions_have_length_1_and_no_slope_along_themselves(length):
+    x = (length * torch.randn(5, 7)).requires_grad_()
+    found, wide, weights = directions(x), x.detach().double(), torch.randn(5, 7, dtype=torch.float64)
+    expected = wide / wide.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(found.detach().double(), expected, rtol=1e-6, atol=0)
+    (slope,) = torch.autograd.grad((found * weights.float()).sum(), x)
+    across = (weights - expected * (weights * expected).sum(-1, keepdim=True)) / wide.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(slope.double(), across, rtol=1e-4, atol=1e-5 * across.abs().max().item())
+    assert torch.equal(directions(torch.cat([x.detach(), torch.zeros(1, 7)]))[-1], torch.zeros(7))

@@ -1,13 +1,9 @@
-"""Scalars rounded to levels, and what factorises over them: against the published formulas and against all codes at once."""
-
-import itertools
-import math
+"""Scalars rounded to levels: against the published formulas."""
 
 import numpy as np
 import pytest
 import torch
 
-from vqkit.ops.bits import bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
 from vqkit.ops.scalar import (
     join_digits,
     level_codes,
@@ -75,17 +71,6 @@ def test_zero_has_code_zero():
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_small_probabilities_count_with_the_logarithm_of_the_floor(symmetric):
-    share = torch.tensor([0.5, 0.499, 1e-3, 0.0], dtype=torch.float64, requires_grad=True)
-    floor = 0.1 if symmetric else 0.0
-    logs = share.detach().clamp(min=floor or 1.0e-300).log()
-    found = distribution_entropy(share, floor)
-    torch.testing.assert_close(found.detach(), -(share.detach() * logs).sum())
-    (gradient,) = torch.autograd.grad(found, share)
-    assert gradient.isfinite().all() and gradient[2] == pytest.approx(-math.log(0.1) if symmetric else -math.log(1e-3) - 1)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
 def test_two_levels_part_at_zero(symmetric):
     x = torch.tensor([-3.0, -0.1, -1e-6, 1e-6, 0.1, 3.0]).unsqueeze(-1)
     digits = round_to_levels(x, (2,), symmetric=symmetric).digits.squeeze(-1)
@@ -130,35 +115,3 @@ def test_integers_and_digits_are_each_others_inverse(levels):
         assert torch.equal(join_digits(digits.to(dtype), levels), indices)
         assert torch.equal(split_digits(indices, levels, dtype), digits.to(dtype))
     assert indices[0] == 0 and int(indices[1]) == int(np.prod([int(n) for n in levels], dtype=object)) - 1
-
-
-def every_code(bits, scale):
-    """[2^b, b], the first bit the lowest."""
-    return torch.tensor([code[::-1] for code in itertools.product((-scale, scale), repeat=bits)], dtype=torch.float64)
-
-
-@pytest.mark.parametrize(("bits", "scale", "temperature"), [(1, 1.0, 1.0), (5, 0.5, 0.3), (6, 2.0, 0.3)])
-def test_what_factorises_is_what_all_codes_say(bits, scale, temperature):
-    x = torch.randn(2, 7, bits, dtype=torch.float64, requires_grad=True)
-    share = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.5, 1.0, 1.0], dtype=torch.float64).expand(2, 7)
-    distances = (x.unsqueeze(-2) - every_code(bits, scale)).square().sum(-1)
-    logs = (-distances / temperature).log_softmax(-1)
-    entropy, mean = -(logs.exp() * logs).sum(-1), (logs.exp() * share.unsqueeze(-1)).sum(1)
-    logits = bit_logits(x, scale, temperature)
-    found_entropy, found_mean = bits_entropy(logits), mean_bit_distribution(logits, share)
-    torch.testing.assert_close(found_entropy, entropy, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found_mean, mean, rtol=1e-9, atol=1e-12)
-    expected = entropy.sum() + torch.special.entr(mean / 5.5).sum()
-    found = found_entropy.sum() + distribution_entropy(found_mean / 5.5).sum()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, x)[0], torch.autograd.grad(expected, x)[0], rtol=1e-7, atol=1e-9)
-
-
-def test_sure_bits_have_no_entropy_and_finite_gradients():
-    logits = torch.tensor([[0.0, 1e4, -1e4]], requires_grad=True)
-    entropy = bits_entropy(logits)
-    assert entropy.item() == pytest.approx(np.log(2))
-    mean = mean_bit_distribution(logits.unsqueeze(0), torch.ones(1, 1))
-    assert torch.equal(mean, torch.tensor([[0.0, 0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0]]))
-    (entropy.sum() + distribution_entropy(mean).sum()).backward()
-    assert logits.grad.isfinite().all()

@@ -1,0 +1,98 @@
+"""What bits say of all codes, factorised: against all codes at once, and the fast entropies against plain operations."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vqkit.ops import bits
+from vqkit.ops.bits import batch_entropies, bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
+
+
+def every_code(bits, scale):
+    """[2^b, b], the first bit the lowest."""
+    return torch.tensor([code[::-1] for code in itertools.product((-scale, scale), repeat=bits)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("bits", "scale", "temperature"), [(1, 1.0, 1.0), (5, 0.5, 0.3), (6, 2.0, 0.3)])
+def test_what_factorises_is_what_all_codes_say(bits, scale, temperature):
+    x = torch.randn(2, 7, bits, dtype=torch.float64, requires_grad=True)
+    share = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.5, 1.0, 1.0], dtype=torch.float64).expand(2, 7)
+    distances = (x.unsqueeze(-2) - every_code(bits, scale)).square().sum(-1)
+    logs = (-distances / temperature).log_softmax(-1)
+    entropy, mean = -(logs.exp() * logs).sum(-1), (logs.exp() * share.unsqueeze(-1)).sum(1)
+    logits = bit_logits(x, scale, temperature)
+    found_entropy, found_mean = bits_entropy(logits), mean_bit_distribution(logits, share)
+    torch.testing.assert_close(found_entropy, entropy, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found_mean, mean, rtol=1e-9, atol=1e-12)
+    expected = entropy.sum() + torch.special.entr(mean / 5.5).sum()
+    found = found_entropy.sum() + distribution_entropy(found_mean / 5.5).sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x)[0], torch.autograd.grad(expected, x)[0], rtol=1e-7, atol=1e-9)
+
+
+def test_sure_bits_have_no_entropy_and_finite_gradients():
+    logits = torch.tensor([[0.0, 1e4, -1e4]], requires_grad=True)
+    entropy = bits_entropy(logits)
+    assert entropy.item() == pytest.approx(np.log(2))
+    mean = mean_bit_distribution(logits.unsqueeze(0), torch.ones(1, 1))
+    assert torch.equal(mean, torch.tensor([[0.0, 0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0]]))
+    (entropy.sum() + distribution_entropy(mean).sum()).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_small_probabilities_count_with_the_logarithm_of_the_floor(floor):
+    share = torch.tensor([0.5, 0.499, 1e-3, 0.0], dtype=torch.float64, requires_grad=True)
+    logs = share.detach().clamp(min=floor or 1.0e-300).log()
+    found = distribution_entropy(share, floor)
+    torch.testing.assert_close(found.detach(), -(share.detach() * logs).sum())
+    (gradient,) = torch.autograd.grad(found, share)
+    assert gradient.isfinite().all() and gradient[2] == pytest.approx(-math.log(0.1) if floor else -math.log(1e-3) - 1)
+
+
+SIZES = [(1, 9, 4, 4), (2, 7, 9, 9), (1, 13, 12, 5), (3, 5, 8, 1), (2, 0, 3, 3)]
+"""Heads, vectors, bits, and how many of them are taken together: one part, two, groups of them, single bits, no vector."""
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.05])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_entropies_of_a_batch_and_their_derivatives_are_those_in_plain_operations(size, shared, floor):
+    heads, number, width, together = size
+    logits = (2 * torch.randn(heads, number, width, dtype=torch.float64)).requires_grad_()
+    share = (torch.rand(heads, number) > 0.3).double() if shared else None
+    both = [batch_entropies(logits, share, together=together, floor=floor), bits._batch_entropies(logits, share, together, floor)]
+    gradients = [torch.autograd.grad(1.3 * each - 0.7 * mean, logits)[0] for each, mean in both]
+    torch.testing.assert_close(*both, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
+    each, mean = batch_entropies(logits, share, together=together, floor=floor)
+    (again,) = torch.autograd.grad(each.square() - mean, logits, create_graph=True)
+    each, mean = bits._batch_entropies(logits, share, together, floor)
+    (plain,) = torch.autograd.grad(each.square() - mean, logits, create_graph=True)
+    torch.testing.assert_close(*(torch.autograd.grad(first.square().sum(), logits)[0] for first in (again, plain)), rtol=1e-9, atol=1e-12)
+
+
+def test_entropies_of_a_batch_in_a_compiled_program_and_in_a_transform():
+    logits = torch.randn(2, 6, 8, requires_grad=True)
+    share = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]).expand(2, 6)
+
+    def run(logits):
+        each, mean = batch_entropies(logits, share, together=8, floor=1e-5)
+        return each + 0.5 * mean
+
+    expected = run(logits)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(logits)
+    assert torch.equal(compiled, expected)
+    (slope,) = torch.autograd.grad(expected, logits)
+    assert torch.equal(torch.autograd.grad(compiled, logits)[0], slope)
+    torch.testing.assert_close(torch.func.grad(run)(logits.detach()), slope, rtol=1e-5, atol=1e-7)
+
+
+def test_sure_bits_have_no_slope():
+    logits = torch.tensor([[[90.0, -80.0, 70.0]]], requires_grad=True)
+    each = batch_entropies(logits, together=3).of_each
+    each.backward()
+    assert 0 < each < 1e-28 and logits.grad.abs().max() < 1e-28
