@@ -5,7 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqkit.ops import assignment, distances
-from vqkit.ops.assignment import assignment_cross_entropy, mean_assignment, sample_codes, sample_indices, soft_codes
+from vqkit.ops.assignment import (
+    assignment_cross_entropy,
+    mean_assignment,
+    mean_assignment_cross_entropy,
+    sample_codes,
+    sample_indices,
+    soft_codes,
+)
 from vqkit.ops.codebook import gather_codes
 
 METRICS = ("euclidean", "cosine")
@@ -75,6 +82,23 @@ def test_cross_entropy_is_that_of_the_dense_softmax(leading, metric, tiles):
     found = assignment_cross_entropy(x, codebook, target, temperature=0.7, metric=metric)
     torch.testing.assert_close(found, expected)
     assert_same_gradients(found, expected, (x, codebook))
+
+
+@pytest.mark.parametrize("leading", SHAPES)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("constant", [None, "x", "codebook"])
+def test_the_mean_cross_entropy_is_that_of_the_dense_softmax(leading, metric, constant, tiles):
+    x, codebook = draw(leading)
+    inputs = [tensor for name, tensor in (("x", x), ("codebook", codebook)) if name != constant]
+    x.requires_grad_(constant != "x")
+    codebook.requires_grad_(constant != "codebook")
+    logits = dense_scores(x, codebook, metric) / 0.7
+    target = torch.randint(-1, 7, logits.shape[:-1])
+    expected = torch.nn.functional.cross_entropy(logits.movedim(-1, 0).flatten(1).mT, target.flatten(), ignore_index=-1)
+    found = mean_assignment_cross_entropy(x, codebook, target, temperature=0.7, metric=metric)
+    torch.testing.assert_close(found, expected)
+    assert_same_gradients(found, expected, inputs)
+    assert mean_assignment_cross_entropy(x, codebook, torch.full_like(target, -1), metric=metric) == 0
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -172,6 +196,7 @@ OPERATIONS = {
     "reinmax": lambda x, c: sample_codes(x, c, estimator="reinmax", noise=torch.full(x.shape[:-1], 0.3, dtype=x.dtype)).quantized,
     "cross entropy": lambda x, c: assignment_cross_entropy(x, c, torch.arange(x.shape[-2]).expand(x.shape[:-1]) % c.shape[-2]),
     "mean": mean_assignment,
+    "mean cross entropy": lambda x, c: mean_assignment_cross_entropy(x, c, torch.arange(x.shape[-2]).expand(x.shape[:-1]) % c.shape[-2]),
 }
 
 
@@ -197,6 +222,7 @@ def test_float32_is_accurate_off_centre_and_at_any_scale(name, offset, scale, by
         ),
         "cross entropy": lambda a, b: assignment_cross_entropy(a, b, torch.arange(60).unsqueeze(0) % 20, temperature=scale),
         "mean": lambda a, b: mean_assignment(a, b, temperature=scale),
+        "mean cross entropy": lambda a, b: mean_assignment_cross_entropy(a, b, torch.arange(60).unsqueeze(0) % 20, temperature=scale),
     }[name]
     x64, codebook64 = x.double(), codebook.double()
     weight = torch.randn_like(operation(x, codebook))
@@ -223,7 +249,7 @@ def test_what_is_not_finite_influences_nothing(name, poison):
     spoiled = torch.cat([x, torch.full((1, 2, 4), poison)], dim=1)
     value, of_x, of_codes = with_gradients(OPERATIONS[name], spoiled, codebook)
     clean, clean_of_x, _ = with_gradients(OPERATIONS[name], x, codebook)
-    if name == "mean":
+    if name.startswith("mean"):
         torch.testing.assert_close(value, clean)
         torch.testing.assert_close(of_x[:, :20], clean_of_x)
     else:
@@ -268,6 +294,7 @@ def test_all_compile_to_one_graph(dynamic):
     def run(x, codebook):
         sampled = sample_codes(x, codebook, estimator="reinmax")
         entropy = assignment_cross_entropy(x, codebook, sampled.indices, metric="cosine")
+        entropy = entropy + mean_assignment_cross_entropy(x, codebook, sampled.indices)
         return sampled.quantized.sum(-1) + entropy + (mean_assignment(x, codebook).square().sum())
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -313,6 +340,7 @@ def test_no_matrix_of_vectors_by_codes_is_made_or_kept(name, monkeypatch):
             (assignment._cross_entropy, (x, codebook, chosen, 1.0, "euclidean")),
             (assignment._cross_entropy_backward, (share, x, codebook, chosen, 1.0, "euclidean", (True, True))),
         ],
+        "mean cross entropy": [(mean_assignment_cross_entropy, (x, codebook, chosen))],
         "mean": [
             (assignment._mean_softmax, (x, codebook, share, 1.0, "euclidean")),
             (assignment._mean_softmax_backward, (codebook[..., 0], x, codebook, share, 1.0, "euclidean", (True, True))),

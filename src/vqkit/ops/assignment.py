@@ -138,14 +138,30 @@ def assignment_cross_entropy(
     x [..., N, K], codebook [..., C, K], indices [..., N] int64 of all leading axes -> [..., N] float32 or wider; 0, with no gradient,
     for index -1 and for a vector that is not finite. Differentiable in x and codebook.
     """
+    scored, target = _score_targets(x, codebook, indices, temperature, metric)
+    return scored.restore(_run(_CROSS_ENTROPY, _cross_entropy_opaque, scored.vectors, scored.codes, target, temperature, metric))
+
+
+def mean_assignment_cross_entropy(
+    x: Tensor, codebook: Tensor, indices: Tensor, *, temperature: float = 1.0, metric: Metric = "euclidean"
+) -> Tensor:
+    """The mean of `assignment_cross_entropy` over the finite vectors whose index is not -1, [] float32 or wider; 0 where there are none.
+
+    Forward, which has the softmax at hand, computes the gradients, too.
+    """
+    scored, target = _score_targets(x, codebook, indices, temperature, metric)
+    if is_traced():
+        loss = _cross_entropy_opaque(scored.vectors, scored.codes, target, temperature, metric)
+        return loss.sum() / (target >= 0).sum().clamp(min=1)
+    return _MeanCrossEntropy.apply(scored.vectors, scored.codes, target, temperature, metric)
+
+
+def _score_targets(x: Tensor, codebook: Tensor, indices: Tensor, temperature: float, metric: Metric) -> tuple[_Scored, Tensor]:
+    """And the targets [G, N], -1 where none counts."""
     _check_places("indices", indices, x, codebook)
     scored = _score(x, codebook, temperature, metric)
-    grouped = by_codebook(indices.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
-    target = torch.where(scored.valid, grouped, -1)
-    inputs = scored.vectors, scored.codes, target, temperature, metric
-    if not is_traced() and torch.is_grad_enabled() and scored.vectors.requires_grad and not scored.codes.requires_grad:
-        return scored.restore(_CrossEntropyAhead.apply(*inputs))
-    return scored.restore(_run(_CROSS_ENTROPY, _cross_entropy_opaque, *inputs))
+    target = by_codebook(indices.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
+    return scored, torch.where(scored.valid, target, -1)
 
 
 def mean_assignment(
@@ -304,23 +320,33 @@ def _look_up_backward(
 
 def _cross_entropy(x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str) -> Tensor:
     """[G, N]; 0 for target -1."""
-    return _cross_entropy_ahead(x, codes, target, temperature, metric, None)
+    return _cross_entropy_and_gradients(x, codes, target, temperature, metric)
 
 
-def _cross_entropy_ahead(x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str, of_x: Tensor | None) -> Tensor:
-    """As `_cross_entropy`; adds to `of_x` [G, N, K], if given, the gradient of each for its vector, anything for target -1."""
+def _cross_entropy_and_gradients(
+    x: Tensor,
+    codes: Tensor,
+    target: Tensor,
+    temperature: float,
+    metric: str,
+    share: Tensor | None = None,
+    of_x: Tensor | None = None,
+    of_codes: Tensor | None = None,
+) -> Tensor:
+    """As `_cross_entropy`; adds to `of_x` and `of_codes`, where given, the gradients of the sum of share [G, N] times that."""
     loss = x.new_empty(x.shape[:-1])
     chosen = target.clamp(min=0).unsqueeze(-1)
     minus_one = x.new_full((), -1.0).expand(chosen.shape)
     with _computing(x):
         scores = _Scores(x, codes, temperature, metric)
+        weight = None if share is None else share.div(scores.unit).unsqueeze(-1)
         for rows, tile, logits in scores.tiles():
             probability = logits.softmax(-1)
             log_sum = logits.amax(-1) - probability.amax(-1).log_()  # of the exponentials, without another pass of them
             loss[:, rows] = log_sum - logits.gather(-1, chosen[:, rows]).squeeze(-1)
-            if of_x is not None:
-                of_logits = probability.scatter_add_(-1, chosen[:, rows], minus_one[:, rows]).div_(scores.unit)
-                scores.add_gradients_(of_logits, tile, rows, of_x, None)
+            if weight is not None:
+                of_tile = probability.scatter_add_(-1, chosen[:, rows], minus_one[:, rows]).mul_(weight[:, rows])
+                scores.add_gradients_(of_tile, tile, rows, of_x, of_codes)
     return loss.masked_fill_(target < 0, 0.0)
 
 
@@ -413,21 +439,23 @@ _CROSS_ENTROPY = _Pass(_cross_entropy, _keep_pair, _cross_entropy_backward, 2)
 _MEAN_SOFTMAX = _Pass(_mean_softmax, _keep_pair, _mean_softmax_backward, 2)
 
 
-class _CrossEntropyAhead(torch.autograd.Function):
-    """As `_CROSS_ENTROPY` for constant codes: forward, which has the softmax at hand, computes the gradient."""
-
+class _MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str) -> Tensor:
-        of_x = x.new_zeros(x.shape)
-        loss = _cross_entropy_ahead(x, codes, target, temperature, metric, of_x)
-        ctx.save_for_backward(of_x, target)
-        return loss
+        needed = ctx.needs_input_grad[:2]
+        gradients = [own.new_zeros(own.shape) if asked else None for own, asked in zip((x, codes), needed, strict=True)]
+        counted = target >= 0
+        num = counted.sum().clamp_(min=1)
+        share = counted / num if any(needed) else None
+        loss = _cross_entropy_and_gradients(x, codes, target, temperature, metric, share, *gradients)
+        ctx.save_for_backward(*gradients)
+        return loss.sum() / num
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        of_x, target = ctx.saved_tensors
-        return of_x * gradients[0].where(target >= 0, 0.0).unsqueeze(-1), None, None, None, None
+        found = [None if own is None else own * gradients[0] for own in ctx.saved_tensors]
+        return *found, None, None, None
 
 
 def _run(passing: _Pass, opaque: Callable[..., Tensor], *inputs: Any) -> Tensor:

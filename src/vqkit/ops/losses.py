@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vqkit.ops.assignment import Metric, assignment_cross_entropy, has_scores, mean_assignment
+from vqkit.ops.assignment import Metric, assignment_cross_entropy, mean_assignment, mean_assignment_cross_entropy
 from vqkit.ops.codebook import directions
 from vqkit.ops.estimators import scale_gradient
 from vqkit.ops.precision import widest, without_autocast
@@ -80,10 +80,8 @@ def cross_entropy_commitment(
     _check_reduction(reduction)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
-    loss = assignment_cross_entropy(x, codebook, indices, temperature=temperature, metric=metric)
-    if reduction == "none":
-        return loss
-    return loss.sum() / ((indices >= 0) & has_scores(x, metric)).sum().clamp(min=1)
+    loss = assignment_cross_entropy if reduction == "none" else mean_assignment_cross_entropy
+    return loss(x, codebook, indices, temperature=temperature, metric=metric)
 
 
 def orthogonality_loss(

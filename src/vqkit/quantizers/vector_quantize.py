@@ -94,6 +94,7 @@ class _Chosen(NamedTuple):
     indices: Tensor  # [H, M] int64; -1: none
     codes: Tensor  # [H, M, K], 0 where there is none; differentiable where the codes learn by gradient
     soft: bool  # whether the gradient of a softmax is in `codes` already
+    each: int = 1  # so many of them side by side are those of one vector
 
 
 @knows_the_peer
@@ -296,12 +297,12 @@ class VectorQuantize(Quantizer):
         picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
         counted = self._counts(freeze_codebook) and top_k is None
         constant = freeze_codebook or not self._have_gradient(codes)
-        if constant and not several and labels is None and weights is None and reduction == "mean" and self._is_plain(temperature):
-            return self._quantize_plain(given, codes, _of_kept(picked, kept), own, counted, project)
+        if constant and not several and weights is None and reduction == "mean" and self._is_plain(temperature):
+            return self._quantize_plain(given, codes, _of_kept(picked, kept), own, labels, counted, project)
         if top_k is not None:
             vectors = vectors.repeat_interleave(top_k, dim=1)
             kept = None if kept is None else kept.repeat_interleave(top_k, dim=1)
-        chosen = self._take(vectors, codes, _of_kept(picked, kept), temperature)
+        chosen = self._take(vectors, codes, _of_kept(picked, kept), temperature)._replace(each=top_k or 1)
         losses = self._losses(vectors, codes, chosen, labels, reduction)
         if reduction == "none":
             losses = {name: self._join_indices(loss, positions, several) if loss.dim() else loss for name, loss in losses.items()}
@@ -315,9 +316,9 @@ class VectorQuantize(Quantizer):
         return self.training and not frozen and self.table.counts
 
     def _is_plain(self, temperature: float) -> bool:
-        """Whether, if codes are constants, one pass over the vectors does: nothing is drawn, and no loss but the commitment's."""
-        drawn = isinstance(self.estimator, DiVeQ) or temperature > 0
-        return not drawn and all(isinstance(loss, Commitment) for loss in self.losses)
+        """Whether, if codes are constants, one pass over the vectors does: the output has neither noise nor the gradient of a softmax."""
+        soft = temperature > 0 and not isinstance(self.assignment, str) and self.assignment.estimator is not None
+        return not soft and not isinstance(self.estimator, DiVeQ)
 
     def _have_gradient(self, codes: Tensor) -> bool:
         """Whether codes get a gradient; the first pass of a reentrant checkpoint, which has none, goes the way of the second."""
@@ -358,13 +359,14 @@ class VectorQuantize(Quantizer):
         return Quantized(self._write(given, self._estimate(given.vectors, chosen), found, (), project), found, losses, statistics)
 
     def _quantize_plain(
-        self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, counted: bool, project: bool
+        self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, targets: Tensor | None, counted: bool, project: bool
     ) -> Quantized:
         """As the other steps of `quantize` together, in one pass forward and one backward; indices [H, M]."""
         vectors = given.vectors
         codes = codes.to(vectors.dtype)
         found = coded(vectors, codes, indices, estimator=cast(PlainEstimator, self.estimator), count=counted)
-        losses = {_LOSS_NAMES[type(loss)]: found.error for loss in self.losses}
+        chosen = _Chosen(indices, found.quantized, soft=False)
+        losses = self._losses(vectors, codes, chosen, targets, commitment=found.error)
         statistics = None
         if counted:
             ignored = None if given.mask is None else ~self._spread(given.mask)
@@ -611,10 +613,19 @@ class VectorQuantize(Quantizer):
     # Losses and statistics
 
     def _losses(
-        self, vectors: Tensor, codes: Tensor, chosen: _Chosen, targets: Tensor | None, reduction: Reduction = "mean"
+        self,
+        vectors: Tensor,
+        codes: Tensor,
+        chosen: _Chosen,
+        targets: Tensor | None,
+        reduction: Reduction = "mean",
+        commitment: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """By name: [], or with reduction "none" [H, M] those that are means over vectors."""
-        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, vectors, codes, chosen, reduction) for loss in self.losses}
+        """By name: [], or with reduction "none" [H, M] those that are means over vectors; that of commitment may be known."""
+        losses = {}
+        for loss in self.losses:
+            known = commitment if isinstance(loss, Commitment) else None
+            losses[_LOSS_NAMES[type(loss)]] = self._loss(loss, vectors, codes, chosen, reduction) if known is None else known
         if targets is not None:
             targets = targets.where(chosen.indices >= 0, -1)
             losses["cross_entropy"] = cross_entropy_commitment(vectors, codes, targets, metric=self.metric, reduction=reduction)
@@ -628,7 +639,8 @@ class VectorQuantize(Quantizer):
         if isinstance(loss, CrossEntropyCommitment):
             return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self.metric, reduction=reduction)
         if isinstance(loss, Diversity):
-            return diversity_loss(vectors, codes, counted, temperature=loss.temperature, metric=self.metric)
+            own = vectors[:, :: chosen.each], counted[:, :: chosen.each]  # a mean over vectors is that over their candidates
+            return diversity_loss(own[0], codes, own[1], temperature=loss.temperature, metric=self.metric)
         noise = None if self.training else torch.zeros_like(codes[..., 0])  # evaluation draws nothing
         active = _active(chosen.indices, self.codebook_size) if loss.active_only else None
         return orthogonality_loss(codes, active, max_codes=loss.max_codes, noise=noise)
