@@ -46,6 +46,7 @@ def draw(leading=((3,), (3,)), num=13, codes=7, width=4, dtype=torch.float64):
 def tiles(request, monkeypatch):
     num, by_products = request.param
     monkeypatch.setitem(assignment._SCORES_PER_TILE, "cpu", num)
+    monkeypatch.setattr(assignment, "_FEWEST_ROWS_PER_TILE", 1)
     if by_products:
         take_products(monkeypatch)
 
@@ -325,6 +326,7 @@ class _Sizes(TorchDispatchMode):
 def test_no_matrix_of_vectors_by_codes_is_made_or_kept(name, monkeypatch):
     """Of what autograd keeps, and of all that the passes make, which a dispatch mode sees."""
     monkeypatch.setitem(assignment._SCORES_PER_TILE, "cpu", 1 << 10)
+    monkeypatch.setattr(assignment, "_FEWEST_ROWS_PER_TILE", 8)
     num, codes, width = 512, 128, 4
     x, codebook = torch.randn(1, num, width, requires_grad=True), torch.randn(1, codes, width, requires_grad=True)
     kept = []

@@ -24,8 +24,9 @@ from vqkit.ops.precision import finite_rows, full_precision, is_traced, may_look
 Metric = Literal["euclidean", "cosine"]
 SoftEstimator = Literal["straight_through", "reinmax"]
 
-_SCORES_PER_TILE = {"cpu": 1 << 18}
+_SCORES_PER_TILE = {"cpu": 1 << 16}  # which stay in cache
 _SCORES_PER_TILE_ELSEWHERE = 1 << 24
+_FEWEST_ROWS_PER_TILE = 32
 
 
 class SampledCodes(NamedTuple):
@@ -225,7 +226,7 @@ class _Scores:
     def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, their distances or cosines, and of these the logits, score / temperature: [G, R, C] each."""
         budget = _SCORES_PER_TILE.get(self.x.device.type, _SCORES_PER_TILE_ELSEWHERE)
-        num = max(1, budget // max(1, self.codes.shape[0] * self.codes.shape[1]))
+        num = max(_FEWEST_ROWS_PER_TILE, budget // max(1, self.codes.shape[0] * self.codes.shape[1]))
         for start in range(0, self.x.shape[1], num):
             rows = slice(start, start + num)
             tile = self.x[:, rows] @ self.codes.mT if self.distances is None else self.distances.tile(rows)
