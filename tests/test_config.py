@@ -168,6 +168,7 @@ def test_differences_name_path_old_and_new() -> None:
     old, new = Outer("a", second=Inner(rate=1.0)), Outer("a", size=4, second=Inner(rate=2.0))
     assert config.differences(old, new) == [("size", 3, 4), ("second.rate", 1.0, 2.0)]
     assert config.differences({"a": 1}, {"b": {"c": 1}}) == [("a", 1, config.ABSENT), ("b", config.ABSENT, {"c": 1})]
+    assert [d.path for d in config.differences({"size": 1, "kind": "a"}, {"kind": "b", "size": 2})] == ["kind", "size"]
     assert config.differences({"a": 1}, {"a": True}) == [("a", 1, True)]
     assert str(config.Difference("model.dim", 3, 4)) == "model.dim: 3 -> 4"
 

@@ -176,12 +176,12 @@ def _near_path(path: str, known: Iterable[str], siblings: Iterable[str]) -> str:
 
 
 def differences(old: Any, new: Any) -> list[Difference]:
-    """Every entry in which two configurations, given as dataclasses or as nested dicts, differ, in the order of `old`."""
+    """Every entry in which two configurations, given as dataclasses or as nested dicts, differ, in the order of `old`, kinds first."""
     return list(_differences(_table(old), _table(new), ""))
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> Iterator[Difference]:
-    for key in dict.fromkeys([*old, *new]):
+    for key in sorted(dict.fromkeys([*old, *new]), key=lambda key: key != "kind"):  # of which the others are a consequence
         a, b, path = old.get(key, ABSENT), new.get(key, ABSENT), _join(where, key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             yield from _differences(a, b, path)

@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from vqkit.cli import app, main
+from vqkit.cli.bench import BenchOptions
+from vqkit.cli.data import DownloadOptions, PrepareOptions
 from vqkit.cli.errors import UsageError
+from vqkit.cli.eval import EvalOptions
+from vqkit.cli.export import ExportOptions
 from vqkit.cli.import_official import ImportOptions
-from vqkit.cli.options import option_names
+from vqkit.cli.options import OTHER_NAMES, option_names
 from vqkit.cli.sample import SampleOptions
 from vqkit.cli.train import TrainOptions, requested
 from vqkit.data.config import ImageSource, PathSplits
@@ -165,6 +169,14 @@ def test_positional_arguments_are_no_options() -> None:
         ("train --file", "--file: needs a value"),
         ("train --rnu x", "unknown option --rnu; did you mean --run?"),
         ("sample", "missing: RUN: The folder of a run, a checkpoint or exported weights.\n"),
+        ("sample RUN --length 9", "unknown option --length; did you mean --num-tokens?"),
+        ("sample RUN --xyz 9", "unknown option --xyz; there are --prompt, --prompts-file, --images, --out, --num-tokens, "),
+        ("train text --lr 9", "unknown option --lr; did you mean --train.learning-rate?"),
+        ("train text --epochs=9", "unknown option --epochs; did you mean --train.steps?"),
+        ("train text --out x", "unknown option --out; did you mean --run?"),
+        ("train text --fsdp x", "unknown option --fsdp; did you mean --train.parallel?"),
+        ("bench train text --length 9", "unknown option --length; did you mean --lengths?"),
+        ("bench train text --data.path x", "--data.path: bench reads no data, its tokens are random: leave it out; --model.vocab-size and"),
         ("sample RUN --temprature 1", "unknown option --temprature; did you mean --temperature?"),
         ("eval RUN --split trian", "--split: must be train or validation or test, not 'trian'"),
         ("inspect", "missing: "),
@@ -223,6 +235,12 @@ def test_whatever_happens_is_one_line_and_the_traceback_can_be_asked_for(
     assert said.code == code
     assert said.err.startswith("Traceback")
     assert said.err.endswith(f"vqkit: {line}\n")
+
+
+def test_what_other_programs_call_an_option_leads_to_one_that_there_is() -> None:
+    classes = [TrainOptions, SampleOptions, BenchOptions, EvalOptions, ExportOptions, PrepareOptions, DownloadOptions]
+    here = {name.rpartition(".")[2].lstrip("-") for cls in classes for name in option_names(cls)}
+    assert set(OTHER_NAMES) <= here
 
 
 def test_none_is_written_as_in_a_file_or_as_in_python() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from vqkit.data import ByteTokenizer, DataConfig, Split, SplitSummary, pack, reading
 from vqkit.data.config import IdSource, ImageSource, PathSplits, SizedSplits
+from vqkit.data.events import Note
 from vqkit.data.source import SPLITS
 
 END = ByteTokenizer.END
@@ -184,10 +186,37 @@ def test_files_that_are_no_arrays_are_named(tmp_path: Path) -> None:
     for name, message in (
         ("short.npy", r"short\.npy is not an array that numpy wrote, or it is damaged"),
         ("rubbish.npy", r"rubbish\.npy is not an array"),
-        ("odd.bin", r"odd\.bin has 3 bytes: must be a multiple of 2 for numbers of data\.source\.dtype = 'uint16'"),
+        (
+            "odd.bin",
+            r"odd\.bin has 3 bytes: must be a multiple of 2 for numbers of data\.source\.dtype = 'uint16'; --data\.source\.dtype ",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             pack(replace(config, path=str(tmp_path / name)), tmp_path / "data")
+
+
+def test_what_bare_numbers_were_taken_for_is_told(tmp_path: Path) -> None:
+    config = DataConfig(sequence_len=1, source=IdSource(vocab_size=70_000), splits=PathSplits("a.bin", "", ""))
+    np.array([5, 70, 3], dtype="<u4").tofile(tmp_path / "a.bin")
+    for source, told in (
+        (config.source, r"6 ids, the largest 70 of data.source.vocab_size = 70,000; numbers without a header were taken for uint16: "),
+        (
+            IdSource(70_000, "uint32"),
+            r"3 ids, the largest 70 of data.source.vocab_size = 70,000; .* taken for uint32: --data.source",
+        ),
+    ):
+        notes: list[Any] = []
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        pack(replace(config, path=str(tmp_path), source=source), folder, on_event=notes.append)
+        (note,) = [event.text for event in notes if isinstance(event, Note)]
+        assert re.match(told, note)
+    wrong = replace(config, path=str(tmp_path), source=IdSource(60))
+    with pytest.raises(ValueError, match=r"a\.bin has id 70 at place 2: .*; its numbers were taken for uint16: --data"):
+        pack(wrong, tmp_path / "data")
+    np.save(tmp_path / "b.npy", np.arange(9))
+    notes = []
+    pack(replace(config, path=str(tmp_path), splits=PathSplits("b.npy", "", "")), tmp_path / "data", on_event=notes.append)
+    assert notes[-1] == Note("9 ids, the largest 8 of data.source.vocab_size = 70,000")  # which such a file says itself
 
 
 # Images

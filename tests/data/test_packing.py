@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqkit.data import ByteTokenizer, DataConfig, Split, SplitSummary, pack, packing, read_summary
+from vqkit.data.config import ByteTokens, SentencePieceTokens
 from vqkit.data.source import SPLITS, list_files, split_documents
 
 
@@ -125,6 +126,14 @@ def test_data_from_other_files_are_refused(corpus: DataConfig, tmp_path: Path) -
     ):
         pack(corpus, tmp_path / "data")
     assert contents(tmp_path / "data") == before
+
+
+def test_another_tokenizer_is_named_by_its_kind(tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("the quick brown fox " * 50)
+    config = DataConfig(path=str(tmp_path / "words"), sequence_len=8, tokenizer=SentencePieceTokens(vocab_size=290))
+    pack(config, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"was packed with data\.tokenizer\.kind = 'sentencepiece', not 'bytes': ask for the same"):
+        pack(replace(config, tokenizer=ByteTokens()), tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "meta.json"])

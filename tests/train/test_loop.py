@@ -283,6 +283,12 @@ def test_a_run_of_another_configuration_is_refused_by_field(config, unbroken, wo
     assert traces(run_dir) == before
 
 
+def test_data_that_are_not_there_are_said_to_be_so_first(config, unbroken):
+    elsewhere = replace(config, data=replace(config.data, path="/nope"))
+    with pytest.raises(ValueError, match=r"^data\.path = '/nope': there is no such file or folder; \S*run is a run of '\S+texts'$"):
+        train(elsewhere, unbroken[0])
+
+
 def test_a_directory_that_is_no_run_is_refused_untouched(config, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "love.txt").write_text("dear")

@@ -97,6 +97,12 @@ def requested(words: Sequence[str]) -> tuple[str, RunConfig, BenchOptions]:
     name, *others = rest
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}{near_miss(name, RECIPES)}")
+    for word in others:
+        if word.startswith("--data."):
+            raise UsageError(
+                f"{word.partition('=')[0]}: bench reads no data, its tokens are random: leave it out; "
+                "--model.vocab-size and --lengths are what matters of them"
+            )
     recipe = RECIPES[name]()
     description = f"Measure {WHAT[what]}, of the model of recipe {name}.\n$ vqkit bench {what} {name} --lengths 512 2048 8192 --out bench"
     options = parse(BenchOptions, others, prog=f"vqkit bench {what} {name}", description=description, default=BenchOptions(recipe.model))

@@ -185,7 +185,10 @@ def with_rules_of_packed(data: DataConfig, words: Sequence[str]) -> DataConfig:
     path = Path(value_of(words, "--data.path") or data.path).expanduser()
     if not (path / "meta.json").is_file():
         return data
-    from vqkit.data import read_rules
+    from vqkit.data import is_packed, read_rules
+
+    if not is_packed(path):  # a text of that name
+        return data
 
     rules = read_rules(path)
     kept = {name: getattr(data, name) for name in CUT_OPTIONS if rules.source.kind != "images" or name != "sequence_len"}

@@ -138,14 +138,46 @@ def _refuse_unknown_options(cls: type, words: Sequence[str], prog: str, default:
             raise UsageError(f"unknown option {name}{_option_near_miss(name, known)}; see {prog} --help")
 
 
+OTHER_NAMES = {
+    "num-tokens": ("length", "tokens", "max-tokens", "max-new-tokens", "max-length", "bytes"),
+    "prompt": ("text", "input", "start"),
+    "out": ("output", "output-file", "file"),
+    "run": ("output-dir", "out-dir", "dir", "save", "name", "out"),
+    "to": ("out", "output", "dir", "folder"),
+    "path": ("folder", "dataset", "corpus", "files", "input"),
+    "learning-rate": ("lr", "rate", "eta"),
+    "steps": ("iterations", "iters", "epochs", "max-steps", "num-steps"),
+    "batch-size": ("batch", "bs"),
+    "micro-batches": ("accumulate", "gradient-accumulation", "accumulation-steps", "grad-accum"),
+    "dim": ("width", "hidden-size", "d-model", "embed-dim", "n-embd"),
+    "layers": ("depth", "num-layers", "n-layer"),
+    "codebook-size": ("codes", "num-codes", "code-size"),
+    "sequence-len": ("context", "seq-len", "length", "context-length", "block-size", "max-length"),
+    "lengths": ("length", "seq-len", "sequence-len", "context"),
+    "top-p": ("nucleus", "p"),
+    "top-k": ("k",),
+    "seed": ("random-seed",),
+    "device": ("gpu", "cuda", "cpu"),
+    "parallel": ("fsdp", "ddp"),
+    "precision": ("bf16", "fp16", "amp", "mixed-precision"),
+    "recompute": ("checkpointing", "activation-checkpointing", "gradient-checkpointing"),
+}
+"""What other programs call an option, by the last part of its name here."""
+FEW = 16
+"""So many options are listed where none is near."""
+
+
 def _option_near_miss(name: str, known: list[str]) -> str:
-    """The option that ends like `name`, or looks like it, or of which the last part does."""
-    name = name.replace("_", "-")
+    """The option that ends like `name`, or is called so elsewhere, or looks like it, or of which the last part does; else what there is."""
     last = {option: option.lstrip("-").rpartition(".")[2] for option in known}
     word = name.lstrip("-").rpartition(".")[2]
-    close = [option for option in known if last[option] == word] or difflib.get_close_matches(name, known, n=1)
+    close = [option for option in known if last[option] == word]
+    close = close or [option for option in known if word in OTHER_NAMES.get(last[option], ())]
+    close = close or difflib.get_close_matches(name, known, n=1)
     close = close or [option for option in known if last[option] in difflib.get_close_matches(word, list(last.values()), n=1)]
-    return f"; did you mean {close[0]}?" if close else ""
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; there are {', '.join(known)}" if len(known) <= FEW else ""
 
 
 def _first_section(box: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from vqkit.config import differences, to_dict
 from vqkit.data.config import DataConfig, FractionSplits, SentencePieceTokens
-from vqkit.data.events import DataEvent, Packing
+from vqkit.data.events import DataEvent, Note, Packing
 from vqkit.data.pieces import SentencePieceTokenizer
 from vqkit.data.reading import Counts, Reader, measure_of, reader_of
 from vqkit.data.source import (
@@ -186,6 +186,8 @@ def _write(folder: Path, config: DataConfig, emit: Emit) -> DataSummary:
             for pieces in reader.read(document, digest, advance, writer.counts):
                 writer.document(pieces)
         written = {name: writer.close() for name, writer in writers.items()}
+    if note := reader.note():
+        emit(Note(note))
     reader.tokenizer.save(folder)
     listing = _listing(sources, digest.files, times, began)
     (folder / FILES_FILE).write_bytes(listing)

@@ -20,6 +20,7 @@ from vqkit.data.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
 
 BLOCK = 1 << 20
 """Ids, or bytes of images, that are read at once."""
+CHANGES_DTYPE = "--data.source.dtype names another type"
 Documents = Iterator[Iterator[np.ndarray]]
 
 
@@ -48,6 +49,10 @@ class Reader(Protocol):
 
     def read(self, document: Document, digest: Fingerprint, advance: Callable[[int], None], split: Counts) -> Documents:
         """The documents in a part of a file as pieces of ids; all are to be read in turn."""
+        ...
+
+    def note(self) -> str:
+        """What is worth telling of what was read; empty where nothing was taken for granted."""
         ...
 
 
@@ -86,6 +91,10 @@ class TextReader:
         for _, pieces in read_documents([document], digest):
             yield self._ids(document, split.text(pieces, advance))
 
+    def note(self) -> str:
+        """See `Reader`: bytes are bytes."""
+        return ""
+
     def _ids(self, document: Document, pieces: Iterator[bytes]) -> Iterator[np.ndarray]:
         try:
             yield from self.tokenizer.encode_pieces(pieces)
@@ -103,6 +112,7 @@ class IdReader:
         self.tokenizer = IdTokenizer(source.vocab_size, 3 if add else 0)
         self.ends, self.ends_inside = ends and add, not add
         self._source = source
+        self._number, self._largest, self._bare = 0, 0, False
 
     def measure(self, file: SourceFile) -> SourceFile:
         """`file` with its number of ids, or of rows. Raises ValueError, with the name of the file, for what holds no ids."""
@@ -125,16 +135,27 @@ class IdReader:
         limit, least = self._source.vocab_size, 0 if self.tokenizer.shift else IdTokenizer.PAD + 1
         for start in range(0, len(row), BLOCK):
             block = row[start : start + BLOCK].astype(np.int64)
+            self._number, self._largest = self._number + len(block), max(self._largest, int(block.max()))
             wrong = np.flatnonzero((block < least) | (block >= limit))
             if len(wrong):
                 place = first + start + int(wrong[0])
                 raise ValueError(
                     f"{document.file.path} has id {block[wrong[0]]} at {where}place {place}: must be from {least} to {limit - 1}, "
                     f"with data.source.vocab_size = {limit} and data.source.special_ids = {self._source.special_ids!r}"
+                    + self._taken(document.file.path)
                 )
             yield block + self.tokenizer.shift
 
+    def note(self) -> str:
+        """See `Reader`: how many ids, how large, and of which numbers, where the files do not say it themselves."""
+        found = f"{self._number:,} ids, the largest {self._largest:,} of data.source.vocab_size = {self._source.vocab_size:,}"
+        return f"{found}; numbers without a header were taken for {self._source.dtype}: {CHANGES_DTYPE}" if self._bare else found
+
+    def _taken(self, path: Path) -> str:
+        return "" if path.suffix == ".npy" else f"; its numbers were taken for {self._source.dtype}: {CHANGES_DTYPE}"
+
     def _array(self, path: Path) -> np.ndarray:
+        self._bare = self._bare or path.suffix != ".npy"
         array = open_array(path, np.dtype(self._source.dtype).newbyteorder("<"))
         if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
             raise ValueError(f"{path} holds {array.dtype} of {array.ndim} axes: must be integers of one axis, or of two, a row a document")
@@ -172,6 +193,10 @@ class ImageReader:
             advance(stop - start)
             yield images.reshape(-1).astype(np.int64) + ByteTokenizer.FIRST_BYTE
 
+    def note(self) -> str:
+        """See `Reader`: the size of every image was compared."""
+        return ""
+
     def _array(self, path: Path) -> np.ndarray:
         array = open_array(path, np.dtype(np.uint8))
         if self.tokenizer.channels == 1 and array.ndim == 3:
@@ -190,9 +215,8 @@ def open_array(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     if path.suffix != ".npy":
         size = path.stat().st_size
         if size % dtype.itemsize:
-            raise ValueError(
-                f"{path} has {size} bytes: must be a multiple of {dtype.itemsize} for numbers of data.source.dtype = {dtype.name!r}"
-            )
+            multiple = f"must be a multiple of {dtype.itemsize} for numbers of data.source.dtype = {dtype.name!r}"
+            raise ValueError(f"{path} has {size} bytes: {multiple}; {CHANGES_DTYPE}")
         return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
     try:
         return np.load(path, mmap_mode="r")

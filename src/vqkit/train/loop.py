@@ -418,6 +418,9 @@ def _check_directory(run_dir: Path, config: RunConfig) -> None:
         return
     found = from_json(RunConfig, stored.read_text(encoding="utf-8"), where=str(stored))
     refused = [difference for difference in differences(found, config) if difference.path not in CHANGEABLE]
+    data = config.data.path
+    if any(difference.path == "data.path" for difference in refused) and not Path(data).expanduser().exists():
+        raise ValueError(f"data.path = {data!r}: there is no such file or folder; {run_dir} is a run of {found.data.path!r}")
     if refused:
         fields = ", ".join(map(str, refused))
         raise ValueError(f"{run_dir} is a run of another configuration: {fields}; use the same one, or another directory")
