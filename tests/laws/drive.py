@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from laws.family import Case
 from vqkit.quantizers import LearnableVQ, SimpleVQ, add_statistics_, update_codebooks_
 
+NOTHING = "update_codebooks_: nothing was counted"
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 
 
@@ -36,7 +38,9 @@ def call(module: Any, x: Tensor, mask: Tensor | None = None, **options: Any) -> 
 def commit_(module: nn.Module, reducer: Any = None) -> None:
     """Bring what is pending into the codebooks: by name where that is manual, else as `eval()` does."""
     if is_manual(module):
-        update_codebooks_(module, reducer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=NOTHING)  # which is a commit, too
+            update_codebooks_(module, reducer)
     else:
         training = module.training
         module.train(False)

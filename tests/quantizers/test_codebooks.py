@@ -175,6 +175,7 @@ def test_code_weights_that_do_not_fit_are_refused_and_change_nothing():
 # Start
 
 
+@pytest.mark.filterwarnings("ignore:update_codebooks_. nothing was counted")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_what_is_set_is_read_and_stays(rule, metric):

@@ -126,6 +126,7 @@ def test_automatic_commits_sum_over_the_ranks_in_the_forward(name):
     assert_same(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:update_codebooks_. nothing was counted")
 def test_one_sum_for_the_codebooks_of_a_model_whatever_a_rank_saw():
     model = Pair(dead_codes=DeadCodes(1.0))
     for _ in range(2):
@@ -133,6 +134,26 @@ def test_one_sum_for_the_codebooks_of_a_model_whatever_a_rank_saw():
         update_codebooks_(model, reducer)
         assert reducer.sums == 1
         model(batch(0))
+
+
+@pytest.mark.parametrize("rule", [EMA(0.9), Gradient(0.9)])
+def test_an_update_of_nothing_warns_and_says_what_to_do(rule):
+    model = Plain(commit="manual", update=rule)
+    said = "nothing was counted since the last update, .* after forwards in training mode; .* after add_statistics_"
+    with pytest.warns(UserWarning, match=said) as caught:
+        update_codebooks_(model)  # before any forward
+    assert caught[0].filename == __file__
+    model(batch(0))
+    update_codebooks_(model)
+    with pytest.warns(UserWarning, match=said):
+        update_codebooks_(model)  # twice a step
+    model.eval()(batch(0))
+    with pytest.warns(UserWarning, match=said):
+        update_codebooks_(model)  # of a model that does not learn
+    model.train()(batch(0)[:0])  # no vector, but a step of the loop
+    update_codebooks_(model)
+    torch.compile(model, backend="eager")(batch(0))
+    update_codebooks_(model)
 
 
 @pytest.mark.parametrize("commit", ["auto", "manual"])

@@ -349,6 +349,7 @@ def test_setting_the_codebook_drops_what_is_pending():
 # Moving and storing
 
 
+@pytest.mark.filterwarnings("ignore:update_codebooks_. nothing was counted")
 @pytest.mark.parametrize("config", [CodebookConfig(), EXPIRY, CodebookConfig(init="kmeans")])
 def test_any_state_survives_the_state_dict(config):
     model = Two(config)

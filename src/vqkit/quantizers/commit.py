@@ -6,6 +6,7 @@ Every rank takes part in every sum, with zeros when it saw nothing.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vqkit.dist import Reducer, default_reducer, is_sharded, register_forward_methods
 from vqkit.ops.codebook import CodebookStatistics, largest_keys, pool_moments
+from vqkit.ops.precision import is_traced, may_look
 from vqkit.quantizers.committed import Committed, Counting
 from vqkit.quantizers.config import Commit, check_choice
 
@@ -81,12 +83,30 @@ def update_codebooks_(model: nn.Module, reducer: Reducer | None = None) -> None:
     Sums what is pending over the ranks of `reducer` (one all-reduce for all codebooks; None: the default process group if there is one
     now, else this process alone), makes one step of each codebook, replaces dead codes where the configuration says so, counts the
     update and empties what is pending. Raises ValueError for quantizers that commit by themselves (commit="auto"), TypeError for what is
-    no module.
+    no module; warns where no rank has counted anything since the last update, which then only shrinks the moving averages.
     """
     if not isinstance(model, nn.Module):
         inner = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"model is a {type(model).__name__}: must be a torch.nn.Module{inner}")
     _update_(model, reducer, None)
+
+
+def _warn_of_nothing(codebooks: Sequence[Counting], statistics: Sequence[CodebookStatistics], reducer: Reducer) -> None:
+    """Warn where nothing was added to any codebook. A device is waited for until something was, and only after compiled forwards."""
+    learning = [(codebook, entry) for codebook, entry in zip(codebooks, statistics, strict=True) if codebook.counts and not codebook.frozen]
+    if is_traced() or not learning or any(codebook.added for codebook, _ in learning):
+        return
+    if all(codebook.has_counted for codebook, _ in learning) and not may_look(learning[0][1].vectors):
+        return
+    counted = [bool((entry.vectors + entry.non_finite).any()) for _, entry in learning]
+    for (codebook, _), found in zip(learning, counted, strict=True):
+        codebook.has_counted = codebook.has_counted or found
+    if not any(counted) and reducer.rank == 0:
+        warnings.warn(
+            "update_codebooks_: nothing was counted since the last update, so this one only makes moving averages smaller: call it once "
+            "for each step, after forwards in training mode; where a model returns its statistics, after add_statistics_(model, them)",
+            stacklevel=5,
+        )
 
 
 def discard_statistics_(model: nn.Module) -> None:
@@ -110,6 +130,8 @@ def _update_(model: nn.Module, reducer: Reducer | None, refused: Tensor | None) 
     flags = [] if refused is None or not members else [refused.detach().reshape(1).to(members[0].updates.device)]
     reduced, flags = _reduce([codebook.pending for codebook in codebooks], flags, reducer)
     applied = flags[0].squeeze(0) == 0 if flags else None
+    if refused is None:  # by hand, not by the hook of an optimizer
+        _warn_of_nothing(codebooks, reduced, reducer)
     for codebook, statistics in zip(codebooks, reduced, strict=True):
         if statistics is not codebook.pending:
             codebook.replace_statistics_(statistics, True)

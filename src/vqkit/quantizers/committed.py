@@ -231,6 +231,10 @@ class Counting(Committed):
     """Whether codes can be read."""
     frozen: Any = False
     """Whether commits change nothing."""
+    added = False
+    """Whether statistics were added since the last commit, outside compiled programs."""
+    has_counted = False
+    """Whether an update by hand has seen any vector that a compiled program added."""
 
     def __init__(self, size: int, pending: CodebookStatistics, *, device: torch.device | str | None = None) -> None:
         super().__init__(device=device)
@@ -248,6 +252,11 @@ class Counting(Committed):
 
     # Counting
 
+    @property
+    def counts(self) -> bool:
+        """Whether a commit has any use for statistics."""
+        return True
+
     def check_statistics(self, statistics: CodebookStatistics) -> None:
         """Raise ValueError for shapes that are not those of what is pending."""
         for name, new, pending in zip(statistics._fields, statistics, self.pending, strict=True):
@@ -258,6 +267,8 @@ class Counting(Committed):
     def add_statistics_(self, statistics: CodebookStatistics, outside: Tensor | bool | None = None) -> None:
         """Add to what is pending; in a recomputation, which runs inside a backward, add nothing."""
         self.check_statistics(statistics)
+        if not torch.compiler.is_compiling():
+            self.added = True
         self._write_pending_(merge_statistics(self.pending, statistics), outside)
 
     @torch.no_grad()
@@ -288,6 +299,7 @@ class Counting(Committed):
     @torch.no_grad()
     def discard_pending_(self) -> None:
         super().discard_pending_()
+        self.added = False
         for tensor in self.pending:
             tensor.zero_()
 
