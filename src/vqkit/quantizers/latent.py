@@ -5,6 +5,7 @@ Shapes: P... positions of the input, H heads, d scalars of a head, L levels of a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,10 +14,24 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.losses import mean_commitment_loss
-from vqkit.ops.scalar import Rounded
+from vqkit.ops.precision import is_traced
+from vqkit.ops.scalar import Rounded, per_scalar
 from vqkit.quantizers.config import Commit, Commitment, check_kind
 from vqkit.quantizers.layout import Layout
-from vqkit.quantizers.scalar import CodeCounts, ScalarQuantizer
+from vqkit.quantizers.scalar import CodeCounts, ScalarQuantizer, first_of_each
+
+
+def _table_places(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where a table [L, d] has its values from, the first level in place of what a scalar has less than others: of equals it is taken."""
+    firsts = first_of_each(levels)
+    rows = [[first + (level if level < number else 0) for first, number in zip(firsts, levels, strict=True)] for level in range(max(levels))]
+    return torch.tensor(rows, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_places(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _table_places(levels, device)
 
 
 class LevelValues(CodeCounts):
@@ -86,16 +101,15 @@ class LatentQuantize(ScalarQuantizer):
         return {} if self.commitment is None else {"commitment": self.commitment.weight}
 
     def _round(self, vectors: Tensor) -> Rounded:
-        tables = self.counts.weight.detach().to(vectors.dtype).split(self.levels)
-        nearest = [(scalars.unsqueeze(-1) - table).abs().argmin(-1) for scalars, table in zip(vectors.unbind(-1), tables, strict=True)]
-        return Rounded(vectors, torch.stack(nearest, dim=-1).to(vectors.dtype))
+        weight = self.counts.weight.detach().to(vectors.dtype)
+        table = weight[(_table_places if is_traced() else _kept_places)(self.levels, weight.device)]
+        apart = vectors.detach() - table.view(len(table), *(1 for _ in vectors.shape[1:]), self.width)
+        return Rounded(vectors, apart.abs_().min(0).indices.to(vectors.dtype))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.counts.weight.detach() if self.counts.constant else self.counts.weight
-        values = weight.clone()  # a backward reads what the forward read
-        tables = values.to(dtype).split(self.levels)
-        chosen = [table[number] for table, number in zip(tables, digits.to(torch.int64).unbind(-1), strict=True)]
-        return torch.stack(chosen, dim=-1)
+        places = (digits + per_scalar(first_of_each, self.levels, digits)).to(torch.int64)
+        return weight.to(dtype).index_select(0, places.flatten()).view_as(places)
 
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
         if self.commitment is None:

@@ -93,7 +93,7 @@ class CodeCounts(Counting):
         used, size = indices.unsqueeze(-1), self.size
         if self.by_level:
             digits = split_digits(indices, self.levels)
-            used, size = digits + per_scalar(_first_of_each, self.levels, digits), sum(self.levels)
+            used, size = digits + per_scalar(first_of_each, self.levels, digits), sum(self.levels)
         return rounding_stats(x, codes, used, size, indices, counted, whole=whole)
 
     def _usage(self, count: Tensor) -> dict[str, Tensor]:
@@ -390,7 +390,7 @@ class ScalarQuantizer(Quantizer):
         return self.counts.statistics(x, codes, found.reshape(-1, self.heads), counted, whole=given.finite is None and own is None)
 
 
-def _first_of_each(levels: Sequence[float]) -> list[float]:
+def first_of_each(levels: Sequence[float]) -> list[float]:
     """Where the levels of each scalar begin, side by side."""
     return [0, *itertools.accumulate(levels[:-1])]
 

@@ -5,7 +5,6 @@ Shapes: P... positions of the input, c codebooks, d scalars of a codebook, L lev
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,17 +19,17 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
     hide,
     index_dtype,
     linear,
-    project_in,
     project_out,
+    projected,
     rows_of,
-    with_codebooks,
     without_codebooks,
 )
 from vqkit.ops.estimators import straight_through
+from vqkit.ops.losses import mean_commitment_loss
 from vqkit.quantizers import latent
-from vqkit.quantizers.committed import in_backward
-from vqkit.quantizers.config import Commitment, check_number
-from vqkit.quantizers.layout import check_tensor
+from vqkit.quantizers.committed import WIDE, in_backward
+from vqkit.quantizers.config import check_number
+from vqkit.quantizers.layout import check_tensor, where_kept
 
 
 class _BadLevels(ValueError, RuntimeError):
@@ -66,7 +65,6 @@ class LatentQuantize(Module):
 
     _levels: Tensor
     native: latent.LatentQuantize
-    quiet: latent.LatentQuantize
 
     def __init__(
         self,
@@ -100,23 +98,18 @@ class LatentQuantize(Module):
         self.has_projections = dim != self.effective_codebook_dim
         self.project_in = linear(dim, self.effective_codebook_dim, self.has_projections)
         self.project_out = linear(self.effective_codebook_dim, dim, self.has_projections)
-        commitment, quantization = self._weights
-        pull = quantization / commitment if commitment > 0 else 1.0
-        native = latent.LatentQuantize(sizes, heads=num_codebooks, commitment=Commitment(pull=pull))
-        native.training = False  # what it counts nobody reads
+        native = latent.LatentQuantize(sizes, heads=num_codebooks, commitment=None)
         values = [own.clone() for own in native.counts.weight.detach().split(sizes)]
         del native.counts.weight
-        quiet = copy.copy(native)
-        quiet.commitment = None
         self.values_per_latent: Any = nn.ParameterList(values) if optimize_values else _Fixed(values)
         self.in_place_codebook_optimizer: Any = None
         if in_place_codebook_optimizer is not None:
             self.in_place_codebook_optimizer = in_place_codebook_optimizer(self.values_per_latent)
-        hide(self, native=native, quiet=quiet)
+        hide(self, native=native)
 
     def _settle(self) -> latent.LatentQuantize:
         """The native quantizer with the values of now."""
-        self.native.counts.weight = torch.cat(list(self.values_per_latent))
+        hide(self.native.counts, weight=torch.cat([*self.values_per_latent]))
         return self.native
 
     @property
@@ -164,42 +157,52 @@ class LatentQuantize(Module):
         return codes, out, indices if self.keep_num_codebooks_dim else indices.squeeze(-1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = rows_of(z, self.dim, True)
-        vectors = project_in(self.project_in, rows)
+        vectors, kept = projected(self.project_in, rows_of(z, self.dim, True))
+        if kept is not None:
+            vectors = where_kept(kept, vectors)
+        vectors = vectors.unflatten(-1, (self.num_codebooks, self.codebook_dim))
         if self.in_place_codebook_optimizer is not None and self.training and not in_backward():
             with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # a checkpoint around this call knows nothing of it
-                self._step_(vectors.detach())
-        quantized, indices, loss = self._quantize(vectors)
-        out = project_out(self.project_out, quantized, indices).movedim(-1, 1)
-        indices = with_codebooks(indices, self.num_codebooks, self.keep_num_codebooks_dim)
-        return out, indices.to(index_dtype(self.codebook_size)), loss
+                self._step_(vectors.detach(), kept)
+        found = self._settle()._round(vectors if vectors.dtype in WIDE else vectors.float())
+        codes, indices = self.native._codes(found.digits, found.values.dtype), self.native._join(found.digits)
+        loss = self._loss(found.values, codes, kept)
+        out = (straight_through(found.values, codes) if found.values.requires_grad else codes.detach()).flatten(-2).to(vectors.dtype)
+        if kept is None:
+            out = self.project_out(out)
+        else:
+            indices = indices.where(kept.unsqueeze(-1), -1)
+            out = project_out(self.project_out, where_kept(kept, out), indices)
+        indices = indices if self.keep_num_codebooks_dim else indices.squeeze(-1)
+        return out.movedim(-1, 1), indices.to(index_dtype(self.codebook_size)), loss
 
-    def _quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        native = self._settle()
+    def _loss(self, vectors: Tensor, codes: Tensor, kept: Tensor | None) -> Tensor:
+        """Of vectors and codes [P..., c, d] and the positions [P...] of them that count; None: all."""
         commitment, quantization = self._weights
         if not self.training or commitment == quantization == 0:
-            found = self.quiet.quantize(vectors, freeze_codebook=True)
-            return found.quantized, found.indices, torch.zeros((), device=vectors.device)
-        if commitment > 0:
-            found = native.quantize(vectors, freeze_codebook=True)
-            apart = found.losses["commitment"]
-            return found.quantized, found.indices, commitment * apart + quantization * apart.detach()
-        found = native.quantize(vectors.detach(), freeze_codebook=True)  # scalars are not pulled to their values
-        return straight_through(vectors, found.quantized), found.indices, quantization * found.losses["commitment"]
+            return torch.zeros((), device=vectors.device)
+        if commitment == 0:
+            return quantization * _apart(codes, vectors, kept)
+        apart = _apart(vectors, codes, kept, quantization / commitment)
+        return torch.add(commitment * apart, apart.detach(), alpha=quantization)
 
     @torch.enable_grad()
-    def _step_(self, vectors: Tensor) -> None:
+    def _step_(self, vectors: Tensor, kept: Tensor | None) -> None:
         """A step of the values alone."""
-        apart = self._settle().quantize(vectors, freeze_codebook=True).losses["commitment"]
-        pull = self._weights[1] / self._weights[0] if self._weights[0] > 0 else 1.0
+        found = self._settle()._round(vectors)
+        loss = self._weights[1] * _apart(self.native._codes(found.digits, vectors.dtype), vectors, kept)
         values = list(self.values_per_latent)
         own = [value.grad for value in values]
-        found = torch.autograd.grad(self._weights[1] / pull * apart if pull > 0 else 0.0 * apart, values)
-        for value, gradient in zip(values, found, strict=True):
+        for value, gradient in zip(values, torch.autograd.grad(loss, values), strict=True):
             value.grad = gradient
         self.in_place_codebook_optimizer.step()
         for value, before in zip(values, own, strict=True):
             value.grad = before
+
+
+def _apart(pulled: Tensor, to: Tensor, kept: Tensor | None, pull: float = 0.0) -> Tensor:
+    """The mean squared difference of tensors [P..., c, d], which pulls the first, and the second `pull` times as much."""
+    return mean_commitment_loss(pulled, to, None if kept is None else kept.unsqueeze(-1), pull=pull)
 
 
 _project_out = project_out

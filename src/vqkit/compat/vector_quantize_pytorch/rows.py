@@ -26,7 +26,7 @@ def rows_of(x: Tensor, dim: int, first: bool) -> Tensor:
     right = x.dim() >= 2 if first else x.dim() == 3
     if not right or x.shape[1 if first else -1] != dim:
         raise ValueError(f"x has shape {tuple(x.shape)}: must be {f'[batch, {dim}, ...]' if first else f'[batch, time, {dim}]'}")
-    return x.movedim(1, -1) if first else x
+    return x.movedim(1, -1).contiguous() if first else x  # a layer would copy it, too, and take a slower way
 
 
 def project_in(layer: nn.Module, rows: Tensor) -> Tensor:
