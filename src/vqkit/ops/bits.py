@@ -29,8 +29,8 @@ def bit_logits(x: Tensor, scale: float, temperature: float) -> Tensor:
 
 def bits_entropy(logits: Tensor) -> Tensor:
     """The entropy [...], in nats, of independent bits of log odds [..., b]: the sum of theirs."""
-    size = logits.abs()
-    return (F.softplus(-size) + size * torch.sigmoid(-size)).sum(-1)
+    away = -logits.abs()
+    return (F.softplus(away) - away * torch.sigmoid(away)).sum(-1)
 
 
 def mean_bit_distribution(logits: Tensor, share: Tensor) -> Tensor:

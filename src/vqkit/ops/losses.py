@@ -5,10 +5,9 @@ Shapes: B batch, T time, N vectors, H heads with a codebook each, C codes, K wid
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vqkit.ops.assignment import Metric, assignment_cross_entropy, mean_assignment, mean_assignment_cross_entropy
@@ -51,16 +50,15 @@ def mean_commitment_loss(
     _check_reduction(reduction)
     _check_alike(x, quantized)
     dtype = widest(x, quantized)
-    x, quantized = x.to(dtype), scale_gradient(quantized, pull).to(dtype)
-    if mask is None and reduction == "mean":
-        return F.mse_loss(x, quantized) if x.numel() else (x - quantized).sum()
-    difference = x - quantized
+    difference = x.to(dtype) - scale_gradient(quantized, pull).to(dtype)
     if mask is not None:
         mask = _spread("mask", mask, x.shape[:-1])
         difference = difference.where(mask.unsqueeze(-1), 0.0)
     if reduction == "none":
         return difference.square().mean(-1)
-    return difference.square().sum() / (cast(Tensor, mask).sum() * x.shape[-1]).clamp(min=1)
+    if mask is None:
+        return difference.square().sum() / max(difference.numel(), 1)
+    return difference.square().sum() / (mask.sum() * x.shape[-1]).clamp(min=1)
 
 
 def cross_entropy_commitment(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.ops.bits import bits_entropy, product_distribution
-from vqkit.ops.estimators import straight_through
 from vqkit.ops.scalar import Rounded, join_digits, split_digits
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.config import Commit, FreeBits, check_count, check_kind, check_number
@@ -98,30 +97,29 @@ class BinaryMapper(ScalarQuantizer):
         `indices` [P..., heads?] are taken instead of drawing; -1: none. `draw` says whether bits are drawn; None: in training. The loss is
         that of the logits, whatever the `temperature`, a positive number.
         """
-        check_number("temperature", temperature)
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature = {temperature}: must be positive and finite")
+        check_temperature(temperature)
         given = self._read(x, mask, lengths)
         positions = given.rows.shape[:-1]
         if indices is not None:
             check_indices("indices", indices, self.codebook_size, torch.Size((*positions, *self.code_shape)))
-        logits = given.vectors / temperature
+        logits = given.vectors if temperature == 1.0 else given.vectors / temperature
         found = join_digits(self._bits(logits, self.training if draw is None else draw), self.levels)
-        kept = given.kept.unsqueeze(-1).expand(found.shape)
+        kept = None if given.finite is None else given.finite.unsqueeze(-1).expand(found.shape)
         if indices is not None:
             found = indices.to(torch.int64).reshape(found.shape)
-            kept = kept & (found >= 0)
-        found = found.where(kept, -1)
+            kept = given.kept.unsqueeze(-1) & (found >= 0)
+        if kept is not None:
+            found = found.where(kept, -1)
         losses = {} if self.free_bits is None else {"free_bits": self._divergence(given.vectors, kept, self.free_bits)}
-        output = self._one_hot(found, logits.dtype)
-        if logits.requires_grad:
-            output = where_kept(kept, straight_through(product_distribution(logits), output))
+        output = self._one_hot(found, logits.dtype, logits if logits.requires_grad else None, whole=kept is None)
+        if kept is not None and logits.requires_grad:
+            output = where_kept(kept, output)  # no gradient where there is no code
         statistics = None
         if self.training and not freeze_codebook:
             chances = torch.sigmoid(logits.detach())
             statistics = self._statistics(given, chances, found, split_digits(found, self.levels).to(logits.dtype), indices)
         found = found.reshape(*positions, *self.code_shape)
-        return Quantized(self._write(given, output, found), found, losses, statistics)
+        return Quantized(self._write(given, output, None if kept is None else found), found, losses, statistics)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P...] or [P..., heads] -> one-hot vectors, side by side, or what the layer behind makes of them; zeros for -1."""
@@ -141,22 +139,41 @@ class BinaryMapper(ScalarQuantizer):
         raise ValueError("nearest: a BinaryMapper has no codes that are near a vector; take FSQ or LFQ for a beam search")
 
     def _bits(self, logits: Tensor, draw: bool) -> Tensor:
-        """[..., b] int64."""
-        chances = torch.sigmoid(logits.detach())
-        return (torch.bernoulli(chances) if draw else chances > 0.5).to(torch.int64)
+        """[..., b], 0 or 1 in the dtype of the logits."""
+        logits = logits.detach()
+        return torch.bernoulli(torch.sigmoid(logits)) if draw else (logits > 0.0).to(logits.dtype)
 
-    def _one_hot(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """[...] -> [..., C]; -1 gives zeros."""
-        known = (indices >= 0).unsqueeze(-1).to(dtype)
-        return known.new_zeros(*indices.shape, self.codebook_size).scatter(-1, indices.clamp(min=0).unsqueeze(-1), known)
+    def _one_hot(self, indices: Tensor, dtype: torch.dtype, logits: Tensor | None = None, *, whole: bool = False) -> Tensor:
+        """[...] -> [..., C]; -1, of which `whole` says that there is none, gives zeros.
 
-    def _divergence(self, logits: Tensor, kept: Tensor, free: FreeBits) -> Tensor:
+        With the gradient of the chances of all codes that `logits` [..., b] say, if given.
+        """
+        if logits is None:
+            vectors = torch.zeros(*indices.shape, self.codebook_size, dtype=dtype, device=indices.device)
+        else:
+            chances = product_distribution(logits)
+            vectors = chances - chances.detach()
+        places, ones = indices.unsqueeze(-1), vectors.new_ones(())
+        if whole:
+            return vectors.scatter_add_(-1, places, ones.expand(places.shape))
+        return vectors.scatter_add_(-1, places.clamp(min=0), (places >= 0).to(ones.dtype))
+
+    def _divergence(self, logits: Tensor, kept: Tensor | None, free: FreeBits) -> Tensor:
         """The mean over vectors and heads."""
-        divergence = self.width * math.log(2.0) - bits_entropy(logits)
-        return (divergence - free.threshold).clamp(min=0.0).where(kept, 0.0).sum() / kept.sum().clamp(min=1)
+        beyond = (self.width * math.log(2.0) - free.threshold - bits_entropy(logits)).relu()
+        if kept is None:
+            return beyond.sum() / max(beyond.numel(), 1)
+        return beyond.where(kept, 0.0).sum() / kept.sum().clamp(min=1)
 
     def _round(self, vectors: Tensor) -> Rounded:
         return Rounded(vectors, self._bits(vectors, draw=False))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Any:
         return digits.to(dtype)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise TypeError unless it is a number, ValueError unless it is positive and finite."""
+    check_number("temperature", temperature)
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature = {temperature}: must be positive and finite")

@@ -24,7 +24,9 @@ from vqkit.quantizers.scalar import CodeCounts, ScalarQuantizer, first_of_each
 def _table_places(levels: tuple[int, ...], device: torch.device) -> Tensor:
     """Where a table [L, d] has its values from, the first level in place of what a scalar has less than others: of equals it is taken."""
     firsts = first_of_each(levels)
-    rows = [[first + (level if level < number else 0) for first, number in zip(firsts, levels, strict=True)] for level in range(max(levels))]
+    rows = [
+        [first + (level if level < number else 0) for first, number in zip(firsts, levels, strict=True)] for level in range(max(levels))
+    ]
     return torch.tensor(rows, device=device)
 
 

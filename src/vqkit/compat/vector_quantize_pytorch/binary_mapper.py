@@ -16,9 +16,12 @@ from torch.nn import Module
 from vqkit.compat.vector_quantize_pytorch.functions import default, exists
 from vqkit.compat.vector_quantize_pytorch.rows import hide
 from vqkit.ops.bits import bits_entropy
+from vqkit.ops.precision import finite_rows, known_finite
 from vqkit.ops.scalar import split_digits
 from vqkit.quantizers import binary_mapper
-from vqkit.quantizers.layout import check_indices, check_tensor
+from vqkit.quantizers.binary_mapper import check_temperature
+from vqkit.quantizers.committed import WIDE
+from vqkit.quantizers.layout import check_indices, check_tensor, where_kept
 
 __all__ = ["NAT", "BinaryMapper", "binary_entropy", "default", "exists"]
 
@@ -56,7 +59,7 @@ class BinaryMapper(Module):
 
     def calc_aux_loss(self, logits: Tensor, reduce_aux_kl_loss: bool = True) -> Tensor:
         """What the divergence of the bits from fair coins has above the threshold: the mean, or one number a vector [...]."""
-        divergence = F.relu(self.bits * NAT - binary_entropy(logits) - self.kl_loss_threshold)
+        divergence = (self.bits * NAT - self.kl_loss_threshold - binary_entropy(logits)).relu()
         return divergence.mean() if reduce_aux_kl_loss else divergence
 
     def log_prob(self, logits: Tensor, *, indices: Tensor | None = None, one_hot: Tensor | None = None, sum_bits: bool = True) -> Tensor:
@@ -79,15 +82,21 @@ class BinaryMapper(Module):
         reduce_aux_kl_loss: bool = True,
     ) -> Any:
         check_tensor("logits", logits)
+        check_temperature(temperature)
         if logits.dim() < 1 or logits.shape[-1] != self.bits:
             raise ValueError(f"logits has shape {tuple(logits.shape)}: must be [..., {self.bits}]")
+        native, kept = self.native, None if known_finite(logits) else finite_rows(logits)
         likeliest = default(deterministic, self.deterministic_on_eval and not self.training)
-        rows = logits.reshape(-1, self.bits)
-        self.native.training = self.training
-        found = self.native.quantize(rows, freeze_codebook=True, temperature=temperature, draw=not likeliest)
-        one_hot = found.quantized.to(torch.promote_types(logits.dtype, torch.float32))
-        if not default(straight_through, self.training):
-            one_hot = one_hot.detach().to(torch.float32)
-        one_hot, indices = one_hot.reshape(*logits.shape[:-1], self.num_codes), found.indices.reshape(logits.shape[:-1])
+        gradient = default(straight_through, self.training)
+        wide = logits if logits.dtype in WIDE else logits.float()
+        wide = wide if kept is None else where_kept(kept, wide)
+        scaled = wide if temperature == 1.0 else wide / temperature
+        indices = native._join(native._bits(scaled, not likeliest))
+        if kept is not None:
+            indices = indices.where(kept, -1)
+        dtype = wide.dtype if gradient else torch.float32
+        one_hot = native._one_hot(indices, dtype, scaled if gradient and scaled.requires_grad else None, whole=kept is None)
+        if kept is not None and gradient:
+            one_hot = where_kept(kept, one_hot)
         loss = self.calc_aux_loss(logits, reduce_aux_kl_loss) if default(calc_aux_loss, self.training) else self.zero.clone()
         return (one_hot, indices, loss) if return_indices else (one_hot, loss)

@@ -24,7 +24,7 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
     rows_of,
     without_codebooks,
 )
-from vqkit.ops.estimators import straight_through
+from vqkit.ops.estimators import scale_gradient, straight_through
 from vqkit.ops.losses import mean_commitment_loss
 from vqkit.quantizers import latent
 from vqkit.quantizers.committed import WIDE, in_backward
@@ -202,6 +202,8 @@ class LatentQuantize(Module):
 
 def _apart(pulled: Tensor, to: Tensor, kept: Tensor | None, pull: float = 0.0) -> Tensor:
     """The mean squared difference of tensors [P..., c, d], which pulls the first, and the second `pull` times as much."""
+    if kept is None and pulled.numel():
+        return F.mse_loss(pulled, scale_gradient(to, pull))
     return mean_commitment_loss(pulled, to, None if kept is None else kept.unsqueeze(-1), pull=pull)
 
 
