@@ -7,8 +7,8 @@ Both start from the peer's state dict and see the same inputs and the same rando
     parameters           their names in order: an optimizer's state goes by it
     output.N, eval.N     what a training step and a call in eval mode return
     input_gradient       of the sum of all that is differentiable in the output, with fixed random weights
-    parameter_gradient   the same, for the parameters; then plain SGD takes a step
-    state                the state dict after each step
+    parameter_gradient.NAME   the same, for the parameters; then plain SGD takes a step
+    state.KEY            the state dict after each step
     decode.METHOD        what the indices of the call in eval mode decode to
 """
 
@@ -18,6 +18,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Comparison:
     name: str
     kwargs: dict[str, Any]
     calls: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
 
@@ -49,7 +51,7 @@ class Comparison:
 
     def check(self, rtol: float = RTOL) -> float:
         """The worst difference of what may not differ; AssertionError where it is above `rtol`."""
-        arguments = {**self.kwargs, **self.calls}
+        arguments = {**self.kwargs, **self.calls, **self.facts}
         far = {part: worst for part, worst in self.worst.items() if not worst <= rtol}
         far = {part: worst for part, worst in far.items() if not excused(self.name, arguments, part)}
         shown = "\n".join(f"  {part}: {worst:.2e} at {self.where[part]}" for part, worst in far.items())
@@ -67,14 +69,17 @@ def compare(
     steps: int = 2,
     seed: int = 0,
     prepare: Callable[[nn.Module], None] | None = None,
+    optimize: bool = True,
 ) -> Comparison:
     """Class `name` of both, made with `kwargs`, called with `x` (a tensor, or a function of the step) and `calls`.
 
-    `eval_calls` are the arguments in eval mode (None: `calls`). `prepare` changes each of the two after it is made. What the peer raises is
-    raised: such a case is none.
+    `eval_calls` are the arguments in eval mode (None: `calls`). `prepare` changes each of the two after it is made. Without `optimize`
+    gradients are compared, and go no further: what differs in them alone then excuses nothing else. What the peer raises is raised: such
+    a case is none.
     """
     kinds = getattr(_peer.peer, name), getattr(_peer.facade, name)
-    return compare_kinds(name, kinds, kwargs, x, calls=calls, eval_calls=eval_calls, steps=steps, seed=seed, prepare=prepare)
+    options = {"steps": steps, "seed": seed, "prepare": prepare, "optimize": optimize}
+    return compare_kinds(name, kinds, kwargs, x, calls=calls, eval_calls=eval_calls, **options)
 
 
 def compare_kinds(
@@ -88,11 +93,13 @@ def compare_kinds(
     steps: int = 2,
     seed: int = 0,
     prepare: Callable[[nn.Module], None] | None = None,
+    optimize: bool = True,
 ) -> Comparison:
     """As `compare`, of any two classes, the reference first."""
     calls = dict(calls or {})
     eval_calls = calls if eval_calls is None else dict(eval_calls)
-    comparison = Comparison(name, dict(kwargs), calls)
+    facts = {"an optimizer": optimize, "sequences": (x(0) if callable(x) else x).dim() > 2}
+    comparison = Comparison(name, dict(kwargs), calls, facts)
     sides = _Sides(comparison)
     reference = _seeded(seed, lambda: kinds[0](**copy.deepcopy(dict(kwargs))))
     made = sides.candidate("construction", lambda: _seeded(seed, lambda: kinds[1](**copy.deepcopy(dict(kwargs)))))
@@ -103,7 +110,7 @@ def compare_kinds(
     if prepare is not None:
         prepare(reference)
         prepare(made)
-    optimizers = [_sgd(module) for module in (reference, made)]
+    optimizers = [_sgd(module) if optimize else None for module in (reference, made)]
     for step in range(steps):
         given = x(step) if callable(x) else x * (1 + 0.1 * step)
         weights_seed = 1000 * seed + step
@@ -186,17 +193,19 @@ def _train_step(
     leaves = dict(_leaves(output, ""))
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())
-    for leaf in leaves.values():
+    for where, leaf in leaves.items():
         weights = torch.rand(leaf.shape, generator=generator) + 0.5  # drawn for all, so that both sides have the same
-        if leaf.requires_grad:
+        if leaf.requires_grad and not where.endswith("inplace_optimize"):  # whose backward has run
             total = total + (leaf * weights.to(leaf.dtype)).sum()
     kept = {where: leaf.detach().clone() for where, leaf in leaves.items()}
     if total.requires_grad:
         total.backward()
     parts = {f"output.{where}": {where: leaf} for where, leaf in kept.items()}
     parts["input_gradient"] = {"x": torch.zeros_like(x) if x.grad is None else x.grad.clone()}
-    parts["parameter_gradient"] = {
-        key: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for key, p in module.named_parameters() if p.requires_grad
+    parts |= {
+        f"parameter_gradient.{key}": {key: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()}
+        for key, p in module.named_parameters()
+        if p.requires_grad
     }
     if optimizer is not None:
         optimizer.step()
@@ -226,7 +235,7 @@ def _compare_trees(comparison: Comparison, where: str, expected: dict[str, dict[
         for key in there.keys() | here.keys():
             if key in there and key in here:
                 comparison.note(part, *_difference(there[key], here[key], f"{where}, {key}"))
-            elif part == "parameter_gradient" and not (there.get(key, here.get(key)) != 0).any():
+            elif part.startswith("parameter_gradient") and not (there.get(key, here.get(key)) != 0).any():
                 comparison.note(part, 0.0, f"{where}, {key}")
             else:
                 comparison.note(part, float("inf"), f"{where}: {key} is {'there' if key in there else 'here'} alone")
@@ -235,7 +244,7 @@ def _compare_trees(comparison: Comparison, where: str, expected: dict[str, dict[
 def _compare_states(comparison: Comparison, where: str, reference: nn.Module, made: nn.Module) -> None:
     there, here = _tensors(reference.state_dict()), _tensors(made.state_dict())
     for key in there.keys() & here.keys():
-        comparison.note("state", *_difference(there[key], here[key], f"{where}, {key}"))
+        comparison.note(f"state.{key}", *_difference(there[key], here[key], f"{where}, {key}"))
 
 
 def _compare_evaluation(
@@ -256,11 +265,13 @@ def _compare_evaluation(
     for decoder in DECODERS:
         if indices is None or not hasattr(reference, decoder):
             continue
+        if comparison.name == "VectorQuantize":
+            indices = indices.clamp(min=0)  # there -1 is the last code
         try:
             codes = getattr(reference, decoder)(indices)
         except Exception:  # what the peer cannot do is nothing to compare with
             continue
-        decoded = sides.candidate(decoder, lambda decoder=decoder: getattr(made, decoder)(indices))
+        decoded = sides.candidate(decoder, partial(getattr(made, decoder), indices))
         if decoded is not None:
             trees = ({f"decode.{decoder}": dict(_leaves(output, ""))} for output in (codes, decoded))
             _compare_trees(comparison, "decode", *trees)

@@ -107,7 +107,8 @@ def run(kind: type[nn.Module]) -> Any:
 def test_a_class_is_what_it_is() -> None:
     found = run(peer.VectorQuantize)
     assert found.check() == 0.0
-    assert {"state_layout", "parameters", "output.0", "input_gradient", "parameter_gradient", "state", "eval.2"} <= found.worst.keys()
+    assert {"state_layout", "parameters", "output.0", "input_gradient", "eval.2"} <= found.worst.keys()
+    assert {"parameter_gradient.project_in.bias", "state._codebook.embed"} <= found.worst.keys()
     assert {"decode.get_codes_from_indices", "decode.get_output_from_indices"} <= found.worst.keys()
 
 
@@ -117,7 +118,7 @@ FAULTS = ["raises", "output.0", "output.1", "output.2", "eval.0", "input_gradien
 @pytest.mark.parametrize("fault", [*FAULTS, "decode.get_codes_from_indices"])
 def test_a_planted_difference_is_found(fault: str) -> None:
     found = run(type("Shifted", (Shifted,), {"fault": fault}))
-    assert found.worst[fault] > 1e-5
+    assert any(worst > 1e-5 for part, worst in found.worst.items() if part == fault or part.startswith(f"{fault}."))
     with pytest.raises(AssertionError, match=fault.replace(".", r"\.")):
         found.check()
 

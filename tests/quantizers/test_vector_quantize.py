@@ -317,6 +317,41 @@ def test_cross_entropy_of_targets(metric, separate):
 # Weights
 
 
+def same_for_all(codes):
+    return codes[:, None, None].expand(-1, BATCH, TIME, -1, -1)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 3}, {"top_k": 3, "reduction": "none"}, {"targets": True}, {"top_k": 3, "targets": True, "reduction": "none"}]
+)
+def test_the_same_codebook_for_every_vector_is_a_codebook(metric, options):
+    losses = (Commitment(), CrossEntropyCommitment(), Diversity(temperature=1.0), Orthogonality())
+    quantizer = spread_out(update=Gradient(), metric=metric, losses=losses)
+    mask = torch.rand(BATCH, TIME) > 0.3
+    options = options | ({"targets": torch.randint(-1, CODES, (BATCH, TIME))} if "targets" in options else {})
+    given, found = vectors(), []
+    for codes_of in (None, same_for_all):
+        x = given.clone().requires_grad_()
+        out = quantizer.quantize(x, mask, codes_of=codes_of, **options)
+        total = out.quantized.sin().sum() + sum((loss * 0.3).exp().sum() for loss in out.losses.values())
+        found.append((out.quantized, out.indices, out.losses, torch.autograd.grad(total, [x, quantizer.table.weight])))
+    torch.testing.assert_close(*found)
+    assert {"commitment", "diversity", "orthogonality"} <= found[0][2].keys()
+
+
+def test_a_pull_by_own_codes_is_that_of_the_codebook():
+    quantizer, mask = spread_out(update=Gradient()), torch.rand(BATCH, TIME) > 0.3
+    x, found = vectors(), []
+    for codes_of in (None, same_for_all, lambda codes: same_for_all(2 * codes)):
+        quantizer.zero_grad()
+        found.append((quantizer.pull_(x, mask, codes_of=codes_of), quantizer.table.weight.grad.clone()))
+    torch.testing.assert_close(found[0], found[1])
+    quantizer.codebook = 2 * quantizer.codebook
+    quantizer.zero_grad()
+    torch.testing.assert_close(found[2], (quantizer.pull_(x, mask), 2 * quantizer.table.weight.grad))
+
+
 def test_a_weight_of_two_is_a_vector_that_comes_twice():
     quantizer = spread_out()
     x, repeats = vectors(1, TIME), torch.tensor([[0, 1, 2, 3, 1, 0, 2]])
@@ -973,7 +1008,7 @@ def _indices(value=0, *shape):
         ({}, {"reduction": "sum"}, ValueError, r"^reduction = 'sum': must be one of 'mean', 'none'"),
         ({}, {"top_k": 9}, ValueError, r"^top_k = 9: must be from 1 to 8"),
         ({"heads": 2}, {"top_k": 2}, ValueError, r"^top_k = 2: must be None with heads = 2"),
-        ({}, {"top_k": 2, "targets": _indices(0)}, ValueError, r"^targets is given together with top_k = 2"),
+        ({}, {"top_k": 2, "indices": _indices(0)}, ValueError, r"^indices is given together with top_k = 2"),
         ({}, {"temprature": 2}, TypeError, "temprature"),
     ],
 )

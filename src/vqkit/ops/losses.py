@@ -130,8 +130,12 @@ def diversity_loss(
     codebook [..., C, K], mask [..., N] bool that broadcasts. Vectors that are masked or not finite take no part. Differentiable in x and
     codebook; no N x C matrix is made or kept. Returns a scalar, float32 or wider.
     """
-    mean = mean_assignment(x, codebook, mask, temperature=temperature, metric=metric)
-    return torch.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum(-1).mean()
+    return negative_entropy(mean_assignment(x, codebook, mask, temperature=temperature, metric=metric))
+
+
+def negative_entropy(shares: Tensor) -> Tensor:
+    """Of distributions [..., C], in nats, averaged over them; a distribution of zeros has none."""
+    return torch.xlogy(shares, shares.clamp(min=torch.finfo(shares.dtype).tiny)).sum(-1).mean()
 
 
 def _spread(name: str, mask: Tensor, shape: torch.Size) -> Tensor:

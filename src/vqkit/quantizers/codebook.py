@@ -323,7 +323,7 @@ class Codebook(Counting):
                 state = {**state, **self._follow(self.affine, state, state, *moments, self._code_moments)}
             statistics = self._without_affine(statistics, state)
         rows = {name: state[name] for name in self._rule_names}
-        after = advance(self._rule(), self.dead_codes, rows, statistics, self._weigh_codes(statistics))
+        after = advance(self._rule(), self.dead_codes, rows, statistics, self._weigh_codes(statistics), unit=self.metric == "cosine")
         if self.metric == "cosine" and isinstance(self.update, StoredEMA):
             after["weight"] = directions(after["weight"])
         if self.affine and not self.affine.current:
@@ -375,7 +375,7 @@ class Codebook(Counting):
         weights = weights.expand(shapes[1])
         weights = weights if seen is None else weights.where(seen, 1.0)
         decay = self.update.decay if isinstance(self.update, EMA | ClipEMA | StoredEMA) else 0.0
-        check_range("code_weights", weights, 0.0, 1 / (1 - decay))
+        check_range("code_weights", weights, 0.0, 1 / (1 - decay) if decay < 1 else math.inf)
         return weights
 
     def add_gradient_(self, gradient: Tensor, x: Tensor, kept: Tensor | None) -> None:

@@ -72,6 +72,12 @@ def _check_decay(owner: object, name: str = "decay") -> None:
     _check(owner, name, 0.0 <= _number(owner, name) < 1.0, "at least 0 and below 1")
 
 
+def _check_moving(owner: object, *names: str) -> None:
+    """Decays of what may also stand still."""
+    for name in names:
+        _check(owner, name, 0.0 <= _number(owner, name) <= 1.0, "from 0 to 1")
+
+
 def _check_positive(owner: object, *names: str) -> None:
     for name in names:
         _check(owner, name, 0 < _number(owner, name) < math.inf, "positive and finite")
@@ -130,7 +136,7 @@ class StoredEMA:
     """Codes of their own beside moving averages as `EMA` keeps them: what a commit makes of either is a choice."""
 
     decay: float = 0.99
-    """1 - decay of each new batch enters the averages."""
+    """1 - decay of each new batch enters the averages; 1 leaves them as they are."""
     eps: float = 1e-5
     """What Laplace smoothing adds to each count."""
     follow: bool = True
@@ -141,7 +147,7 @@ class StoredEMA:
     """Whether the codes are a parameter, too. Where they follow, the averages then start at every commit from where it stands."""
 
     def __post_init__(self) -> None:
-        _check_decay(self)
+        _check_moving(self, "decay")
         _check_not_negative(self, "eps")
         _check(self, "count", self.count or not self.follow, "True where follow is True")
 
@@ -249,8 +255,7 @@ class Affine:
     """Whether a training forward already reads the codes by the moments of its own vectors; else by those up to the last commit."""
 
     def __post_init__(self) -> None:
-        _check_decay(self, "batch_decay")
-        _check_decay(self, "codebook_decay")
+        _check_moving(self, "batch_decay", "codebook_decay")
 
 
 @dataclass(frozen=True)

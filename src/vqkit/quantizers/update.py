@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkit.ops.codebook import CodebookStatistics, codes_from_ema, ema_update, laplace_codes_from_ema, replace_dead_codes
+from vqkit.ops.codebook import CodebookStatistics, codes_from_ema, directions, ema_update, laplace_codes_from_ema, replace_dead_codes
 from vqkit.quantizers.config import EMA, ClipEMA, DeadCodes, Frozen, OwnOptimizer, StoredEMA, Update
 
 State = dict[str, Tensor]
@@ -42,14 +42,23 @@ def stored_codes(rule: Update, state: State) -> Tensor:
 
 
 def advance(
-    rule: Update, dead_codes: DeadCodes | None, state: State, statistics: CodebookStatistics, code_weights: Tensor | None = None
+    rule: Update,
+    dead_codes: DeadCodes | None,
+    state: State,
+    statistics: CodebookStatistics,
+    code_weights: Tensor | None = None,
+    *,
+    unit: bool = False,
 ) -> State:
-    """The state after one commit; moving averages take 1 - decay, times `code_weights` [H, C] if given, of what is new."""
+    """The state after one commit; moving averages take 1 - decay, times `code_weights` [H, C] if given, of what is new.
+
+    With `unit` codes are read as directions.
+    """
     if isinstance(rule, Frozen) or (isinstance(rule, StoredEMA) and not rule.count):
         return state
     if isinstance(rule, EMA | ClipEMA | StoredEMA):
         if isinstance(rule, StoredEMA) and rule.learn and rule.follow:
-            state = follow_codes(rule, state)
+            state = follow_codes(rule, state, unit=unit)
         decay = rule.decay if code_weights is None else 1 - (1 - rule.decay) * code_weights
         total, count = ema_update(state["sum"], state["count"], statistics, decay)
         state = {**state, "sum": total, "count": count}
@@ -69,8 +78,10 @@ def follow_averages(rule: StoredEMA, state: State) -> State:
     return {**state, "weight": laplace_codes_from_ema(state["sum"], state["count"], rule.eps)}
 
 
-def follow_codes(rule: StoredEMA, state: State) -> State:
-    """The state with its sums set to what its codes and counts say."""
+def follow_codes(rule: StoredEMA, state: State, *, unit: bool = False) -> State:
+    """The state with its sums set to what its codes and counts say; with `unit` codes are directions, and sums keep their lengths."""
+    if unit:
+        return {**state, "sum": directions(state["weight"]) * torch.linalg.vector_norm(state["sum"], dim=-1, keepdim=True)}
     return {**state, "sum": state["weight"] * _weights(rule, state["count"]).unsqueeze(-1)}
 
 

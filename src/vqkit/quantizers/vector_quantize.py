@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.dist import Reducer
-from vqkit.ops.assignment import has_scores, sample_indices, soft_codes
+from vqkit.ops.assignment import has_scores, mean_assignment, sample_indices, soft_codes
 from vqkit.ops.codebook import CodebookStatistics, directions, gather_codes
 from vqkit.ops.coding import PlainEstimator, coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
-from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, orthogonality_loss
+from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, negative_entropy, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
 from vqkit.ops.precision import finite_rows, is_finite
 from vqkit.quantizers.base import Quantized, Quantizer, changed
@@ -274,11 +274,11 @@ class VectorQuantize(Quantizer):
         have the shape of the indices, 0 where there is no code; so has, then, the loss that a call returns.
 
         With project=False the output is that before the output projection, of width heads * codebook_dim. `codes_of` makes of the codes
-        [H, C, K] a codebook for every vector, [H, P..., C, K], among which it chooses; without the loss Diversity.
+        [H, C, K] a codebook for every vector, [H, P..., C, K], among which it chooses.
 
         Raises ValueError or TypeError for what does not fit, and ValueError before a k-means start.
         """
-        self._check_options(indices, targets, weights, temperature, top_k, reduction, codes_of)
+        self._check_options(indices, weights, temperature, top_k, reduction)
         given = self._read(x, mask, lengths)
         positions = given.rows.shape[:-1]
         if weights is not None and not callable(weights):
@@ -292,8 +292,9 @@ class VectorQuantize(Quantizer):
         vectors, several = given.vectors, () if top_k is None else (top_k,)
         temperature = self._temperature(temperature) if own is None else 0.0
         if codes_of is not None:
-            options = {"temperature": temperature, "labels": labels, "counted": self._counts(freeze_codebook), "project": project}
-            return self._quantize_by_own_codes(given, codes_of(codes), **options)
+            counted = self._counts(freeze_codebook) and top_k is None
+            options = {"temperature": temperature, "labels": labels, "counted": counted, "project": project}
+            return self._quantize_by_own_codes(given, codes_of(codes), several=several, reduction=reduction, **options)
         picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
         counted = self._counts(freeze_codebook) and top_k is None
         constant = freeze_codebook or not self._have_gradient(codes)
@@ -305,7 +306,7 @@ class VectorQuantize(Quantizer):
         chosen = self._take(vectors, codes, _of_kept(picked, kept), temperature)._replace(each=top_k or 1)
         losses = self._losses(vectors, codes, chosen, labels, reduction)
         if reduction == "none":
-            losses = {name: self._join_indices(loss, positions, several) if loss.dim() else loss for name, loss in losses.items()}
+            losses = self._join_losses(losses, positions, several)
         found = self._join_indices(chosen.indices, positions, several)
         output = self._write(given, self._estimate(vectors, chosen), found, several, project)
         statistics = self._statistics(given, chosen, own, weights) if counted else None
@@ -328,35 +329,65 @@ class VectorQuantize(Quantizer):
             return self.table.codes().requires_grad
 
     def _quantize_by_own_codes(
-        self, given: _Vectors, codes: Tensor, *, temperature: float, labels: Tensor | None, counted: bool, project: bool
+        self,
+        given: _Vectors,
+        codes: Tensor,
+        *,
+        temperature: float,
+        labels: Tensor | None,
+        counted: bool,
+        project: bool,
+        several: tuple[int, ...],
+        reduction: Reduction,
     ) -> Quantized:
         """As `quantize`, with a codebook [H, P..., C, K] for every vector."""
-        vectors, kept = given.vectors.unsqueeze(-2), self._spread(given.kept)
-        wanted = (*vectors.shape[:2], self.codebook_size, self.codebook_dim)
-        if codes.dim() < 4 or (codes.shape[0], codes.shape[1:-2].numel(), *codes.shape[-2:]) != wanted:
-            raise ValueError(f"codes_of returned shape {tuple(codes.shape)}: must be [heads, *positions, codes, width], in all {wanted}")
-        codes = codes.reshape(wanted)
-        codes = directions(codes) if self.metric == "cosine" else codes
-        indices = _of_kept(self._pick(vectors, codes.detach(), temperature).flatten(1), kept)
-        taken = self._take(vectors, codes, indices.unsqueeze(-1), temperature)
-        chosen = _Chosen(indices, taken.codes.squeeze(-2), taken.soft)
+        positions, num = given.rows.shape[:-1], math.prod(several)
+        codes, kept = self._as_own_codes(codes, given), self._spread(given.kept)
+        vectors = given.vectors.unsqueeze(-2)
+        picked = self._pick(vectors, codes.detach(), temperature, num).flatten(1)
+        picked = _of_kept(picked, None if kept is None else kept.repeat_interleave(num, dim=1))
+        taken = self._take(vectors.expand(-1, -1, num, -1), codes, picked.unflatten(1, (-1, num)), temperature)
+        repeated = given.vectors.repeat_interleave(num, dim=1)
+        chosen = _Chosen(picked, taken.codes.flatten(1, 2), taken.soft, each=num)
+        counted_once = picked[:, ::num] >= 0
         losses = {}
         for loss in self.losses:
             if isinstance(loss, Commitment):
-                losses["commitment"] = self._loss(loss, given.vectors, codes, chosen, "mean")
+                losses["commitment"] = self._loss(loss, repeated, codes, chosen, reduction)
             elif isinstance(loss, CrossEntropyCommitment):
-                own = cross_entropy_commitment(vectors, codes, indices.unsqueeze(-1), metric=self.metric)
-                losses["cross_entropy_commitment"] = own
+                losses["cross_entropy_commitment"] = self._own_cross_entropy(vectors, codes, picked, reduction)
             elif isinstance(loss, Orthogonality):
-                losses["orthogonality"] = self._loss(loss, given.vectors, self.table.codes(), chosen, "mean")
+                losses["orthogonality"] = self._loss(loss, given.vectors, self.table.codes(), chosen, reduction)
             else:
-                raise ValueError(f"losses holds {loss}: must not, where codes_of gives every vector a codebook")
+                mean = mean_assignment(vectors, codes, counted_once.unsqueeze(-1), temperature=loss.temperature, metric=self.metric)
+                mean = mean.unflatten(0, counted_once.shape).sum(1) / counted_once.sum(1, keepdim=True).clamp(min=1)
+                losses["diversity"] = negative_entropy(mean)
         if labels is not None:
-            targets = _of_kept(labels, kept).unsqueeze(-1)
-            losses["cross_entropy"] = cross_entropy_commitment(vectors, codes, targets, metric=self.metric)
+            losses["cross_entropy"] = self._own_cross_entropy(vectors, codes, _of_kept(labels, kept), reduction)
         statistics = self._statistics(given, chosen, None, None) if counted else None
-        found = self._join_indices(indices, given.rows.shape[:-1], ())
-        return Quantized(self._write(given, self._estimate(given.vectors, chosen), found, (), project), found, losses, statistics)
+        found = self._join_indices(picked, positions, several)
+        output = self._write(given, self._estimate(repeated, chosen), found, several, project)
+        return Quantized(output, found, self._join_losses(losses, positions, several), statistics)
+
+    def _as_own_codes(self, codes: Tensor, given: _Vectors) -> Tensor:
+        """[H, P..., C, K] -> [H, M, C, K]."""
+        wanted = (*given.vectors.shape[:-1], self.codebook_size, self.codebook_dim)
+        if codes.dim() < 4 or (codes.shape[0], codes.shape[1:-2].numel(), *codes.shape[-2:]) != wanted:
+            raise ValueError(f"codes_of returned shape {tuple(codes.shape)}: must be [heads, *positions, codes, width], in all {wanted}")
+        codes = codes.reshape(wanted)
+        return directions(codes) if self.metric == "cosine" else codes
+
+    def _own_cross_entropy(self, vectors: Tensor, codes: Tensor, indices: Tensor, reduction: Reduction) -> Tensor:
+        """Of vectors [H, M, 1, K] and codes [H, M, C, K]; indices [H, M], or several of each vector side by side."""
+        chosen = indices.unflatten(1, (vectors.shape[1], -1))
+        vectors = vectors.expand(-1, -1, chosen.shape[-1], -1)
+        found = cross_entropy_commitment(vectors, codes, chosen, metric=self.metric, reduction=reduction)
+        return found.flatten(1) if found.dim() else found
+
+    def _join_losses(self, losses: dict[str, Tensor], positions: torch.Size, several: tuple[int, ...]) -> dict[str, Tensor]:
+        """Those that have a number for each vector [H, M], or for each of several codes of it, in the shape of the indices."""
+        ks = {name: () if name == "cross_entropy" else several for name in losses}
+        return {name: self._join_indices(loss, positions, ks[name]) if loss.dim() else loss for name, loss in losses.items()}
 
     def _quantize_plain(
         self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, targets: Tensor | None, counted: bool, project: bool
@@ -427,10 +458,18 @@ class VectorQuantize(Quantizer):
         own = _of_kept(self._to_heads(indices.to(torch.int64).reshape(-1, self.heads)), self._spread(given.kept))
         return self._count_once(self.table.statistics(given.vectors, own, (own >= 0).to(given.vectors.dtype)))
 
-    def pull_(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None, temperature: float | None = None) -> Tensor:
+    def pull_(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        temperature: float | None = None,
+        codes_of: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Add to the gradients of what the codes are made of that of the mean squared error of the vectors of x to their codes.
 
-        For an optimizer of the codebook alone, which is then stepped before x is quantized. x, mask, lengths, temperature as for
+        For an optimizer of the codebook alone, which is then stepped before x is quantized. x, mask, lengths, temperature, codes_of as for
         `quantize`. Returns the error, [] float32 or wider. With several ranks error and gradients are those of all their vectors. Changes
         nothing in a backward, where a forward is computed again.
         """
@@ -442,16 +481,20 @@ class VectorQuantize(Quantizer):
                 given = self._read(x, mask, lengths)
                 kept = self._spread(given.kept)
                 self.table.start_(given.vectors, kept)
-                error, gradient = self._pull(given, kept, self._temperature(temperature))
+                error, gradient = self._pull(given, kept, self._temperature(temperature), codes_of)
             if not in_backward():
                 self.table.add_gradient_(gradient, given.vectors, kept)
         finally:
             self.table.leave_()
         return error
 
-    def _pull(self, given: _Vectors, kept: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    def _pull(
+        self, given: _Vectors, kept: Tensor | None, temperature: float, codes_of: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """The mean squared error of the vectors of all ranks to their codes, and its gradient of the codes [H, C, K]."""
         codes = self.table.codes_for(given.vectors, kept).detach()
+        if codes_of is not None:
+            return self._pull_own_codes(given, kept, temperature, codes, codes_of)
         indices = _of_kept(self._pick(given.vectors, codes, temperature), kept)
         found = coded(given.vectors, codes.to(given.vectors.dtype), indices, estimator="none", count=True)
         own = [found.squared_error.sum().reshape(1), found.count.flatten(), found.sum.flatten()]
@@ -459,6 +502,23 @@ class VectorQuantize(Quantizer):
         share = (count.sum() * self.codebook_dim).clamp(min=1)
         gradient = 2 * (count.view_as(found.count).unsqueeze(-1) * codes - total.view_as(found.sum)) / share
         return error.squeeze(0) / share, gradient
+
+    def _pull_own_codes(
+        self, given: _Vectors, kept: Tensor | None, temperature: float, codes: Tensor, codes_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """As `_pull`, of the codebook that `codes_of` gives every vector."""
+        with torch.enable_grad():
+            codes.requires_grad_()
+            own = self._as_own_codes(codes_of(codes), given)
+            indices = _of_kept(self._pick(given.vectors.unsqueeze(-2), own.detach(), temperature).flatten(1), kept)
+            counted = indices >= 0
+            taken = gather_codes(own, indices.unsqueeze(-1)).squeeze(-2)
+            error = (taken - given.vectors).where(counted.unsqueeze(-1), 0.0).square().sum()
+            (gradient,) = torch.autograd.grad(error, codes)
+        parts = [error.detach().reshape(1), counted.sum().to(error).reshape(1), gradient.flatten()]
+        error, vectors, gradient = sum_in_forward(torch.cat(parts), self.reducer).split([len(part) for part in parts])
+        share = (vectors * self.codebook_dim).clamp(min=1)
+        return (error / share).squeeze(0), (gradient / share).view_as(codes)
 
     # Setting
 
@@ -627,8 +687,9 @@ class VectorQuantize(Quantizer):
             known = commitment if isinstance(loss, Commitment) else None
             losses[_LOSS_NAMES[type(loss)]] = self._loss(loss, vectors, codes, chosen, reduction) if known is None else known
         if targets is not None:
-            targets = targets.where(chosen.indices >= 0, -1)
-            losses["cross_entropy"] = cross_entropy_commitment(vectors, codes, targets, metric=self.metric, reduction=reduction)
+            own, known = vectors[:, :: chosen.each], chosen.indices[:, :: chosen.each] >= 0  # one of a vector with several candidates
+            targets = targets.where(known, -1)
+            losses["cross_entropy"] = cross_entropy_commitment(own, codes, targets, metric=self.metric, reduction=reduction)
         return losses
 
     def _loss(self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen, reduction: Reduction) -> Tensor:
@@ -698,12 +759,10 @@ class VectorQuantize(Quantizer):
     def _check_options(
         self,
         indices: Tensor | None,
-        targets: Tensor | None,
         weights: Weights | None,
         temperature: float | None,
         top_k: int | None,
         reduction: Reduction,
-        codes_of: Callable[[Tensor], Tensor] | None,
     ) -> None:
         check_choice("reduction", reduction, get_args(Reduction))
         if temperature is not None:
@@ -716,7 +775,7 @@ class VectorQuantize(Quantizer):
             raise ValueError(f"temperature = {temperature}: must be None where indices are given, as nothing is drawn")
         if top_k is None:
             return
-        for name, value in (("codes_of", codes_of), ("indices", indices), ("targets", targets), ("weights", weights)):
+        for name, value in (("indices", indices), ("weights", weights)):
             if value is not None:
                 raise ValueError(f"{name} is given together with top_k = {top_k}: must be one of them")
         if self.heads > 1:

@@ -234,6 +234,8 @@ class Codebook(_Codebook):
     def weight_of_use(self, number: int, uses: int) -> float:
         """Of the statistics of one of several uses, in a step of decay^uses, so that it is that of one step after each use."""
         decay = self.decay
+        if decay == 1:
+            return 1 / uses  # of nothing
         return (1 - decay) * decay ** (uses - 1 - number) / (1 - decay**uses)
 
     def _weigh_codes(self, statistics: CodebookStatistics) -> Tensor | None:

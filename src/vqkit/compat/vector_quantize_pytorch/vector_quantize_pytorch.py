@@ -277,33 +277,32 @@ class VectorQuantize(nn.Module):
         With mask [B, N] bool or lens [B] what is masked takes no part: index -1, zeros, or the input itself with
         return_zeros_for_masked_padding=False. With `topk` the nearest codes of each vector, nearest first, one axis more: quantized
         [..., k, D], indices [..., k], and in this shape the loss. With `indices` it returns codes [B, N, K] of what it chose ([heads, B,
-        N, K] with separate codebooks, [1, B * heads, N, K] with shared heads) and the cross-entropy of the given ones (-1: left out).
+        N, K] with separate codebooks, [1, B * heads, N, K] with shared heads; with `topk` [B, N, k, K]) and the cross-entropy of the given
+        ones (-1: left out).
 
         Raises ValueError and TypeError for what does not fit.
         """
         self._check_input(x, mask)
         if topk is not None:
             topk = self._check_topk(topk)
-        if codebook_transform_fn is not None:
-            self._check_transform(topk)
         if indices is None:
             self._check_orthogonal()
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         native, codebook = self.native, self._codebook
         self._set_native(x, topk)
         options: dict[str, Any] = {"lengths": lens}
+        if codebook_transform_fn is not None:
+            options["codes_of"] = self._codes_of(codebook_transform_fn)
         temperature = translate.temperature(native.assignment, sample_codebook_temp, codebook.sample_codebook_temp)
         in_place = x.new_zeros(())
         if self.in_place_codebook_optimizer is not None and self.training and not frozen:
-            in_place = native.pull_(x, mask, lengths=lens, temperature=temperature)
+            in_place = native.pull_(x, mask, temperature=temperature, **options)
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
         if topk is not None:
-            options |= {"top_k": topk, "reduction": "none"}
+            options |= {"top_k": topk, "reduction": "none" if indices is None else "mean"}
         if indices is not None:
             options |= {"targets": self._as_positions(indices, x), "project": False}
-        if codebook_transform_fn is not None:
-            options["codes_of"] = codebook_transform_fn
         says = ema_update is not None or ema_update_weight is not None or accum_ema_update
         if says:
             codebook.call = Call(ema_update, ema_update_weight, accum_ema_update)
@@ -313,7 +312,7 @@ class VectorQuantize(nn.Module):
             if says:
                 codebook.call = None
         if indices is not None:
-            return self._in_code_space(found.quantized, x), found.losses["cross_entropy"]
+            return self._in_code_space(found.quantized, () if topk is None else (topk,)), found.losses["cross_entropy"]
         if topk is not None and x.dim() == 2:  # the codes of one vector stand one after the other, whatever the layout
             found = found._replace(quantized=found.quantized.movedim(-1 if native.layout == "last" else 1, -1))
         losses = self._name_losses(found, in_place, topk is not None)
@@ -373,13 +372,6 @@ class VectorQuantize(nn.Module):
         if self.training and active and self.separate_codebook_per_head and self.heads > 1:
             raise ValueError("orthogonal_reg_active_codes_only = True: must be False with separate_codebook_per_head")
 
-    def _check_transform(self, topk: int | None) -> None:
-        for clash, what in ((topk is not None, "topk"), (self.in_place_codebook_optimizer is not None, "in_place_codebook_optimizer")):
-            if clash:
-                raise ValueError(f"codebook_transform_fn is given: must be None with {what}")
-        if self.training and self.has_codebook_diversity_loss:
-            raise ValueError("codebook_transform_fn is given: must be None with codebook_diversity_loss_weight, as codes differ by vector")
-
     def _check_topk(self, topk: int) -> int:
         if self.heads > 1:
             raise ValueError(f"topk = {topk}: must be None with heads = {self.heads}, whose nearest codes do not combine")
@@ -391,6 +383,12 @@ class VectorQuantize(nn.Module):
             raise ValueError(f"topk = {topk}: must be None in training with an in_place_codebook_optimizer")
         return min(int(topk), self.codebook_size)
 
+    def _codes_of(self, transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """As vqkit has it; of heads that share a codebook it gives [1, B * heads, N, C, K]."""
+        if self.heads == 1 or self.separate_codebook_per_head:
+            return transform
+        return lambda codes: transform(codes).unflatten(1, (-1, self.heads)).transpose(2, 3)
+
     def _as_positions(self, indices: Tensor, x: Tensor) -> Tensor:
         """Indices [B, positions in one axis, heads?] where the positions of x have several axes, or none, in their shape."""
         check_tensor("indices", indices)
@@ -399,11 +397,11 @@ class VectorQuantize(nn.Module):
         flat = (x.shape[0], shape[1:].numel() if self.heads == 1 else torch.Size(positions[1:]).numel(), *self.native.code_shape)
         return indices.reshape(shape) if indices.shape == flat else indices
 
-    def _in_code_space(self, codes: Tensor, x: Tensor) -> Tensor:
-        """Codes in the layout of x -> [B, N, K], in heads as `maybe_split_heads_from_input` says."""
+    def _in_code_space(self, codes: Tensor, several: tuple[int, ...]) -> Tensor:
+        """Codes in the layout of the input -> [B, N, K] or [B, N, k, K], in heads as `maybe_split_heads_from_input` says."""
         if self.native.layout == "first":
             codes = codes.movedim(1, -1)
-        rows = codes.reshape(codes.shape[0], -1, codes.shape[-1])
+        rows = codes.reshape(codes.shape[0], -1, *several, codes.shape[-1])
         return self.maybe_split_heads_from_input(rows)
 
 
