@@ -243,6 +243,16 @@ def test_what_other_programs_call_an_option_leads_to_one_that_there_is() -> None
     assert set(OTHER_NAMES) <= here
 
 
+@pytest.mark.parametrize(("rank", "local_rank", "lines"), [("0", "0", 1), ("1", "1", 0), ("2", "0", 1)])
+def test_words_that_all_processes_get_are_refused_once_a_machine(
+    vqkit: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, lines: int
+) -> None:
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", rank), ("LOCAL_RANK", local_rank)):
+        monkeypatch.setenv(name, value)
+    said = vqkit("train", "quickstat")
+    assert (said.code, said.err.count("\n")) == (2, lines)
+
+
 def test_none_is_written_as_in_a_file_or_as_in_python() -> None:
     for word in ("none", "None"):
         train = requested("quickstart", ["--train.clip", word, "--train.betas", word])[1].train

@@ -1,5 +1,6 @@
 """From words to a command, and from whatever happens there to an exit code and one clear line.
 
+Of the processes that torchrun starts the one that failed first speaks, or, where none has begun to work, the first of every machine.
 Exit codes: 0 done, 1 something is wrong with data, run or checkpoint, 2 the words make no sense, 130 Ctrl-C, 143 SIGTERM, 141 nobody
 reads on.
 Only the module of the command asked for is imported, and torch only once that command does its work.
@@ -55,23 +56,23 @@ def run(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # tyro leaves so after it has printed a help text
         return int(exit_.code or 0)
     except UsageError as error:
-        return _fail(2, str(error))
+        return _fail(2, str(error), error)
     except KeyboardInterrupt as error:
-        return _fail(128 + getattr(error, "signal_number", 2), str(error) or "stopped")
+        return _fail(128 + getattr(error, "signal_number", 2), str(error) or "stopped", error)
     except BrokenPipeError:
         # Whoever read the output has gone; keep the interpreter from complaining of it when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in EXTRA_MODULES:
-            return _fail(1, f'this command needs the package {error.name.split(".")[0]}: pip install "vqkit[train]"')
-        return _fail(1, f"internal error: {error}")
+            return _fail(1, f'this command needs the package {error.name.split(".")[0]}: pip install "vqkit[train]"', error)
+        return _fail(1, f"internal error: {error}", error)
     except ImportError as error:  # says which extra is missing
-        return _fail(1, str(error))
+        return _fail(1, str(error), error)
     except (ValueError, TypeError, RuntimeError, MemoryError, OSError) as error:
-        return _fail(1, _describe(error))
+        return _fail(1, _describe(error), error)
     except Exception as error:
-        return _fail(1, f"internal error: {type(error).__name__}: {error} (VQKIT_TRACEBACK=1 shows where)")
+        return _fail(1, f"internal error: {type(error).__name__}: {error} (VQKIT_TRACEBACK=1 shows where)", error)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -93,12 +94,20 @@ def _dispatch(words: list[str]) -> int:
     return import_module(f"vqkit.cli.{name.replace('-', '_')}").main(rest)
 
 
-def _fail(code: int, message: str) -> int:
+def _fail(code: int, message: str, error: BaseException) -> int:
     if os.environ.get("VQKIT_TRACEBACK") == "1":
         traceback.print_exc()
     sys.stdout.flush()
+    if _is_told_elsewhere(error):
+        return code
     print(f"vqkit: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _is_told_elsewhere(error: BaseException) -> bool:
+    """Whether another process of this run says the same, or that of which this is a consequence."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    return several and getattr(error, "of_another_process", os.environ.get("LOCAL_RANK", "0") != "0")
 
 
 def _describe(error: Exception) -> str:

@@ -65,7 +65,8 @@ class Processes:
 def joined(device: str) -> Iterator[Processes]:
     """The processes of this run: those that torchrun started, those of a default group that is there, or this one alone.
 
-    `device` is "auto", "cpu" or "cuda". A group that is made here ends here.
+    `device` is "auto", "cpu" or "cuda". A group that is made here ends here. An error that leaves it has `of_another_process`, which says
+    whether another process failed before: then it is a consequence, or the same once more, and nobody needs to be told of it.
     Raises ValueError for a device that is not there.
     """
     here = resolve_device(device)
@@ -84,8 +85,20 @@ def joined(device: str) -> Iterator[Processes]:
     try:
         yield Processes(here, ProcessGroupReducer())
         torch_dist.barrier()  # the first process keeps the address book that the others still need
+    except BaseException as error:
+        error.of_another_process = not _is_first_to_fail()  # type: ignore[attr-defined]
+        raise
     finally:
         torch_dist.destroy_process_group()
+
+
+def _is_first_to_fail() -> bool:
+    """Write this process down as the one that failed, unless another one is written there."""
+    own = str(torch_dist.get_rank())
+    try:
+        return torch_dist.distributed_c10d._get_default_store().compare_set("vqkit/failed", "", own).decode() == own
+    except torch_dist.DistError:  # who kept the store is gone, hence failed before
+        return False
 
 
 def _never_free(group: Any) -> None:
