@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import vqkit as package
 from tiny_runs import STEPS, tiny_config, write_texts
 from vqkit.cli import main
 from vqkit.data.config import IdSource, ImageSource, SentencePieceTokens
+from vqkit.models import weights
 from vqkit.train import train
 
 
@@ -40,6 +42,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_checkpoint_that_is_pruned_meanwhile_gives_way_to_another(
+    vqkit: Callable[..., tuple], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    load, pruned = weights.load_weights, []
+
+    def load_weights(folder: Path, *rest: Any) -> Any:
+        if not pruned:
+            pruned.append(folder)
+            shutil.rmtree(folder)
+        return load(folder, *rest)
+
+    monkeypatch.setattr(weights, "load_weights", load_weights)
+    code, out, err = vqkit("export", run, tmp_path / "model")
+    assert (code, err) == (0, "")
+    assert pruned[0].name == f"step_{STEPS:08d}" and f"model: step_{STEPS - 3:08d} of" in out
+
+
 def test_what_was_exported_needs_no_run(vqkit: Callable[..., tuple], trained: Path, tmp_path: Path) -> None:
     run, before = Path(shutil.copytree(trained, tmp_path / "run")), contents(trained)
     target = tmp_path / "models" / "mine"
@@ -52,11 +72,11 @@ def test_what_was_exported_needs_no_run(vqkit: Callable[..., tuple], trained: Pa
     measured = vqkit("eval", target, "--data", run)[1]
     assert measured.splitlines()[0] == vqkit("eval", run)[1].splitlines()[0]
     sample = vqkit("sample", run, "--prompt", "the q", "--num-tokens", "30")[1]
-    weights = package.load(run).model.state_dict()
+    tensors = package.load(run).model.state_dict()
     shutil.rmtree(run)
     assert vqkit("sample", target, "--prompt", "the q", "--num-tokens", "30")[1] == sample
     for model in (package.load(target).model, package.TransformerVQ.from_pretrained(target)):
-        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert vqkit("inspect", target)[0] == 0
 
 

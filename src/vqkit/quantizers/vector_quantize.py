@@ -409,6 +409,14 @@ class VectorQuantize(Quantizer):
         joined = self._join_indices(indices, given.rows.shape[:-1], ())
         return Quantized(self._write(given, found.quantized, joined, (), project), joined, losses, statistics)
 
+    def cross_entropy(self, x: Tensor, targets: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
+        """The loss "cross_entropy" of `quantize(x, mask, targets=targets)` by itself: no code is chosen."""
+        given = self._read(x, mask, lengths)
+        labels = cast(Tensor, self._split_indices("targets", targets, given.rows.shape[:-1]))
+        self._refuse_nonfinite(given)
+        labels = _of_kept(labels, self._spread(given.kept))
+        return cross_entropy_commitment(given.vectors, self.table.codes(), labels, metric=self.metric)
+
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64 of the nearest codes, [P...] or [P..., heads]; -1: masked or not finite."""
         given = self._read(x, mask, lengths)

@@ -42,6 +42,7 @@ class RandomProjectionQuantizer(nn.Module):
     def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
         rows = self.norm(rows_of(x, self.dim, False))
         projected = rows @ self.rand_projs.movedim(0, 1).flatten(1).to(rows.dtype)
-        self.vq.eval()
-        found = self.vq(projected, indices=indices)
-        return found[1]
+        if self.vq.training:
+            self.vq.eval()
+        native = self.vq.native  # of what a call of `vq` gives, this alone is read
+        return native.encode(projected) if indices is None else native.cross_entropy(projected, self.vq._as_positions(indices, projected))

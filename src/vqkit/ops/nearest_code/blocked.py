@@ -133,10 +133,8 @@ def _settle_part(x: Tensor, codebook: Tensor, tiled: _Tiled) -> Tensor:
     vectors, factor = _Rows(x, tiled.origin, len(x)).tile(0)
     scores = factor @ tiled.factor.mT
     row, code = (scores >= scores.amax(-1, keepdim=True) - _rounding(vectors, tiled.radius).unsqueeze(-1)).nonzero(as_tuple=True)
-    if len(row) * x.shape[1] > _DIFFERENCES_AT_ONCE:
-        parts = x.split(max(1, _DIFFERENCES_AT_ONCE // codebook.numel()))
-        return torch.cat([reference.nearest_index(part.unsqueeze(0), codebook.unsqueeze(0)).squeeze(0) for part in parts])
-    distance = (x[row] - codebook[code]).square_().sum(-1)
+    pairs = torch.stack([row, code]).split(max(1, _DIFFERENCES_AT_ONCE // x.shape[1]), dim=1)
+    distance = torch.cat([(x[rows] - codebook[codes]).square_().sum(-1) for rows, codes in pairs])
     smallest = x.new_full((len(x),), torch.inf).scatter_reduce_(0, row, distance, "amin")
     first = torch.full_like(row, len(codebook)).where(distance != smallest[row], code)
     index = torch.full_like(smallest, len(codebook), dtype=torch.int64).scatter_reduce_(0, row, first, "amin")
