@@ -1,5 +1,7 @@
 """The one pass from vectors to codes against the plain functions that say what it means."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -108,6 +110,52 @@ def test_compiled_is_eager(estimator):
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     for one, other in zip(*(gradient(f, x, codebook, indices, estimator, *weights) for f in (fused, compiled)), strict=True):
         assert torch.equal(one, other)
+
+
+def learned(x, codebook, indices, estimator, pull, passed):
+    """What `coded` gives a codebook that learns."""
+    kept = indices.unsqueeze(-1) >= 0
+    vectors, codes = x.where(kept, 0.0), gather_codes(codebook, indices)
+    output = PLAIN[estimator](vectors, codes.detach()) + passed * (codes - codes.detach())
+    difference = vectors - (codes.detach() + pull * (codes - codes.detach()))
+    return output.where(kept, 0.0), difference.square().sum() / (kept.sum().clamp(min=1) * x.shape[-1])
+
+
+@pytest.mark.parametrize("estimator", PLAIN)
+@pytest.mark.parametrize("pull, passed", [(1.0, 0.0), (4.0, 1.0), (0.0, 0.25)])
+@pytest.mark.parametrize("of_x", [True, False])
+def test_a_codebook_learns_from_so_much_of_both_gradients(estimator, pull, passed, of_x):
+    x, codebook, indices = problem("plain", torch.float64)
+    x = x.masked_fill(indices.unsqueeze(-1) < 0, torch.nan).requires_grad_(of_x)
+    codebook.requires_grad_()
+    weights = torch.randn(x.shape, dtype=x.dtype, requires_grad=True), torch.rand((), dtype=x.dtype)
+    leaves = [x, codebook] if of_x else [codebook]
+
+    def run(*given):
+        return coded(*given, estimator=estimator, pull=pull, passed=passed)
+
+    def gradients(function, *more):
+        output, error = function(x, codebook, indices, *more)[:2]
+        total = (output * weights[0]).sum() + error * weights[1]
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        second = sum(gradient.square().sum() for gradient in first)
+        return *first, *torch.autograd.grad(second, [*leaves, weights[0]], allow_unused=True, materialize_grads=True)
+
+    expected = gradients(learned, estimator, pull, passed)
+    for one, other in zip(gradients(run), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_codebook_learns_in_a_compiled_graph():
+    x, codebook, indices = problem("plain", torch.float32)
+    leaves = [x.requires_grad_(), codebook.requires_grad_()]
+    run = partial(coded, estimator="rotation", pull=4.0, passed=0.5)
+    weights, found = torch.randn(x.shape), []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        output, error = function(x, codebook, indices)[:2]
+        found.append(torch.autograd.grad((output * weights).sum() + error, leaves))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 4), (3, 0, 4), (2, 5, 1)])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
-from vqkit.ops.estimators import rotate_back_, rotation_gradient
+from vqkit.ops.estimators import rotate_back_, rotation_gradient, scale_gradient
 from vqkit.ops.nearest_code import compiled, triton
 
 _ENTRIES_PER_TILE = 1 << 18
@@ -29,7 +29,7 @@ class Coded(NamedTuple):
     """What vectors become by their codes, and what is to be learned from that; only the first two have a gradient."""
 
     quantized: Tensor  # [G, N, K] the codes, exactly; 0 for index -1; the gradient for x is that of the estimator
-    error: Tensor  # [] the mean of (x - code)^2 over the entries of all vectors with a code, 0 without any; the codes are constants
+    error: Tensor  # [] the mean of (x - code)^2 over the entries of all vectors with a code, 0 without any
     squared_error: Tensor  # [G] the sum of (x - code)^2
     vectors: Tensor  # [G] vectors with a code
     lost: Tensor  # [G] vectors without
@@ -38,21 +38,33 @@ class Coded(NamedTuple):
     moments: Tensor  # [G, 2, K] as in `CodebookStatistics`; [G, 2, 0] where not asked for
 
 
-def coded(x: Tensor, codebook: Tensor, indices: Tensor, *, estimator: PlainEstimator, count: bool = False) -> Coded:
+def coded(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    *,
+    estimator: PlainEstimator,
+    count: bool = False,
+    pull: float = 0.0,
+    passed: float = 0.0,
+) -> Coded:
     """x [G, N, K] and codebook [G, C, K], both float32 or both float64, indices [G, N] int64 from -1 to C - 1.
 
-    A vector of index -1 may hold anything; it gives 0, gets no gradient and is not counted. The codebook gets no gradient. Estimators:
-    "straight_through" and "rotation" as the functions of these names; with "none" nothing passes but the gradient of the error.
+    A vector of index -1 may hold anything; it gives 0, gets no gradient and is not counted. Estimators: "straight_through" and "rotation"
+    as the functions of these names; with "none" nothing passes to x but the gradient of the error. The codebook gets `pull` times its
+    gradient of the error and `passed` times the gradient of the output, each vector's at its code.
     """
-    codebook = codebook.detach()
+    learns = codebook.requires_grad and (pull > 0 or passed > 0)
+    codebook = codebook if learns else codebook.detach()
+    given = (x, codebook, indices, estimator, count, pull, passed)
     if torch.compiler.is_compiling():
-        found = Coded(*_code(x, codebook, indices, estimator, count))
+        found = Coded(*_code(*given))
         found = Coded(*found[:2], *(tensor.detach() for tensor in found[2:]))
-    elif x.requires_grad and torch.is_grad_enabled():
-        found = Coded(*_Coding.apply(x, codebook, indices, estimator, count))
+    elif (x.requires_grad or learns) and torch.is_grad_enabled():
+        found = Coded(*_Coding.apply(*given))
     else:
         return _forward(x, codebook, indices, count)
-    return found._replace(quantized=found.quantized.detach()) if estimator == "none" else found
+    return found._replace(quantized=found.quantized.detach()) if estimator == "none" and not (learns and passed > 0) else found
 
 
 def coded_stats(x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None = None, *, num_candidates: int = 0) -> CodebookStatistics:
@@ -186,13 +198,21 @@ def _backward(of_output: Tensor | None, of_error: Tensor | None, x: Tensor, code
 
 
 def _whole_backward(
-    of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str
+    of_output: Tensor | None,
+    of_error: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    estimator: str,
+    pull: float = 0.0,
 ) -> Tensor:
     """As `_backward` in plain operations: on devices, and where the gradient itself is to be differentiated."""
     kept = indices.unsqueeze(-1) >= 0
     vectors = x.where(kept, 0.0)
     codes = gather_codes(codebook, indices)
-    result = torch.zeros_like(vectors) if of_error is None else 2.0 * of_error / _share(kept.sum((1, 2)), x) * (vectors - codes)
+    result = torch.zeros_like(vectors)
+    if of_error is not None:
+        result = 2.0 * of_error / _share(kept.sum((1, 2)), x) * (vectors - scale_gradient(codes, pull))
     if of_output is not None and estimator == "rotation":
         result = result + rotation_gradient(of_output, vectors.detach(), codes)
     elif of_output is not None and estimator == "straight_through":
@@ -200,24 +220,66 @@ def _whole_backward(
     return result.where(kept, 0.0)
 
 
-_NO_GRADIENT = (None, None, None, None)
+def _codebook_backward(
+    of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float
+) -> Tensor | None:
+    """The gradient of the codebook [G, C, K]: that of each vector, added up by code."""
+    if not _is_compiled(x):
+        return _whole_codebook_backward(of_output, of_error, x, codebook, indices, pull, passed)
+    of_output = of_output if passed > 0 else None
+    of_error = of_error if pull > 0 else None
+    if of_output is None and of_error is None:
+        return None
+    of_codes = 0.0 if of_error is None else pull * of_error.item()
+    return compiled.codebook_gradient(of_output, of_codes, x, codebook, indices, passed=passed)
+
+
+def _whole_codebook_backward(
+    of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float
+) -> Tensor | None:
+    """As `_codebook_backward` in plain operations: on devices, in graphs, and where the gradient itself is to be differentiated."""
+    kept = indices >= 0
+    parts = []
+    if of_error is not None and pull > 0:
+        difference = scale_gradient(gather_codes(codebook, indices), pull) - x.where(kept.unsqueeze(-1), 0.0)
+        parts.append(2.0 * pull * of_error / _share(kept.sum(-1), x) * difference)
+    if of_output is not None and passed > 0:
+        parts.append(of_output if passed == 1 else passed * of_output)
+    if not parts:
+        return None
+    groups, size, width = codebook.shape
+    row = torch.where(kept, indices, size)  # one row more, for what has no code
+    if groups > 1:
+        row = row + torch.arange(groups, device=row.device).unsqueeze(-1) * (size + 1)
+    rows = (parts[0] + parts[1] if len(parts) > 1 else parts[0]).reshape(-1, width)
+    return rows.new_zeros(groups * (size + 1), width).index_add(0, row.flatten(), rows).view(groups, size + 1, width)[:, :size]
+
+
+_NO_GRADIENT = (None, None, None, None, None)
 
 
 class _Coding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, codebook, indices)
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.estimator = estimator
+        x, codebook, indices, _, counting, *_ = given
         output = tuple(_forward(x, codebook, indices, counting))
         ctx.mark_non_differentiable(*output[2:])
+        _keep(ctx, given, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        run = _whole_backward if torch.is_grad_enabled() else _backward
         x, codebook, indices = ctx.saved_tensors
-        return run(gradients[0], gradients[1], x, codebook, indices, ctx.estimator), *_NO_GRADIENT
+        of_x = of_codes = None
+        if ctx.needs_input_grad[0]:
+            more = (ctx.pull,) if torch.is_grad_enabled() else ()
+            run = _whole_backward if torch.is_grad_enabled() else _backward
+            of_x = run(gradients[0], gradients[1], x, codebook, indices, ctx.estimator, *more)
+        if ctx.needs_input_grad[1]:
+            learn = _whole_codebook_backward if torch.is_grad_enabled() else _codebook_backward
+            of_codes = learn(gradients[0], gradients[1], x, codebook, indices, ctx.pull, ctx.passed)
+        return of_x, of_codes, *_NO_GRADIENT
 
 
 # Under compile
@@ -225,13 +287,13 @@ class _Coding(torch.autograd.Function):
 
 @torch.library.custom_op("vqkit::code", mutates_args=())
 def _code(
-    x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool
+    x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool, pull: float, passed: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return tuple(_forward(x, codebook, indices, counting))  # type: ignore[return-value]
 
 
 @_code.register_fake
-def _(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool) -> tuple[Tensor, ...]:
+def _(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bool, pull: float, passed: float) -> tuple[Tensor, ...]:
     groups, _, width = x.shape
     size = codebook.shape[1] if counting else 0
     shapes = (x.shape, (), (groups,), (groups,), (groups,), (groups, size), (groups, size, width), (groups, 2, width if counting else 0))
@@ -249,12 +311,15 @@ def _(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codebook, indices, ctx.estimator, _ = inputs
+    x, codebook, indices, ctx.estimator, _, ctx.pull, ctx.passed = inputs
     ctx.save_for_backward(x, codebook, indices)
 
 
 def _differentiate(ctx: Any, of_output: Tensor, of_error: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    return _code_backward(of_output, of_error, *ctx.saved_tensors, ctx.estimator), *_NO_GRADIENT
+    of_x = _code_backward(of_output, of_error, *ctx.saved_tensors, ctx.estimator) if ctx.needs_input_grad[0] else None
+    learned = ctx.needs_input_grad[1]
+    of_codes = _whole_codebook_backward(of_output, of_error, *ctx.saved_tensors, ctx.pull, ctx.passed) if learned else None
+    return of_x, of_codes, *_NO_GRADIENT
 
 
 _code.register_autograd(_differentiate, setup_context=_keep)

@@ -196,10 +196,10 @@ class Residual(Quantizer):
         rows = width_last(x, self.dim, self.layout)
         positions = rows.shape[:-1]
         counted = position_mask(positions, mask, lengths)
-        for name, given in (("indices", indices), ("targets", targets)):
-            check_path(name, given, positions, self.code_shape, self.codebook_sizes)
-        own = (name for name, given in (("indices", indices), ("targets", targets)) if given is not None)
-        check_options((*own, *options), self._options, type(self).__name__)
+        paths = {name: path for name, path in (("indices", indices), ("targets", targets)) if path is not None}
+        for name, path in paths.items():
+            check_path(name, path, positions, self.code_shape, self.codebook_sizes)
+        check_options((*paths, *options), self._options, type(self).__name__)
         if indices is not None and beam_size is not None:
             raise ValueError(f"beam_size = {beam_size}: must be None where indices are given, as nothing is searched")
         used = self._used_layers(depth)
@@ -710,10 +710,8 @@ def set_joined_codebook(parts: Iterable[Any], codes: Tensor) -> None:
 # Checks
 
 
-def check_path(name: str, path: Tensor | None, positions: torch.Size, code_shape: tuple[int, ...], sizes: Sequence[int]) -> None:
-    """Raise unless a path, if given, is integers [*positions, *code_shape] of -1 ... size - 1, before any layer has started."""
-    if path is None:
-        return
+def check_path(name: str, path: Tensor, positions: torch.Size, code_shape: tuple[int, ...], sizes: Sequence[int]) -> None:
+    """Raise unless a path is integers [*positions, *code_shape] of -1 ... size - 1, before any layer has started."""
     if not is_integer(path):
         raise TypeError(f"{name} is {path.dtype}: must be an integer type")
     if path.shape != (*positions, *code_shape):

@@ -297,8 +297,7 @@ class VectorQuantize(Quantizer):
             return self._quantize_by_own_codes(given, codes_of(codes), several=several, reduction=reduction, **options)
         picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
         counted = self._counts(freeze_codebook) and top_k is None
-        constant = freeze_codebook or not self._have_gradient(codes)
-        if constant and not several and weights is None and reduction == "mean" and self._is_plain(temperature):
+        if not several and weights is None and reduction == "mean" and self._is_plain(temperature):
             return self._quantize_plain(given, codes, _of_kept(picked, kept), own, labels, counted, project)
         if top_k is not None:
             vectors = vectors.repeat_interleave(top_k, dim=1)
@@ -317,16 +316,9 @@ class VectorQuantize(Quantizer):
         return self.training and not frozen and self.table.counts
 
     def _is_plain(self, temperature: float) -> bool:
-        """Whether, if codes are constants, one pass over the vectors does: the output has neither noise nor the gradient of a softmax."""
+        """Whether one pass over the vectors does: the output has neither noise nor the gradient of a softmax."""
         soft = temperature > 0 and not isinstance(self.assignment, str) and self.assignment.estimator is not None
         return not soft and not isinstance(self.estimator, DiVeQ)
-
-    def _have_gradient(self, codes: Tensor) -> bool:
-        """Whether codes get a gradient; the first pass of a reentrant checkpoint, which has none, goes the way of the second."""
-        if torch.is_grad_enabled() or not self.training or not any(p.requires_grad for p in self.table.parameters()):
-            return codes.requires_grad
-        with torch.enable_grad():
-            return self.table.codes().requires_grad
 
     def _quantize_by_own_codes(
         self,
@@ -395,7 +387,10 @@ class VectorQuantize(Quantizer):
         """As the other steps of `quantize` together, in one pass forward and one backward; indices [H, M]."""
         vectors = given.vectors
         codes = codes.to(vectors.dtype)
-        found = coded(vectors, codes, indices, estimator=cast(PlainEstimator, self.estimator), count=counted)
+        estimator = cast(PlainEstimator, self.estimator)
+        pull = sum(loss.pull for loss in self.losses if isinstance(loss, Commitment))
+        passed = self.sync_update + (estimator == "none")
+        found = coded(vectors, codes, indices, estimator=estimator, count=counted, pull=pull, passed=passed)
         chosen = _Chosen(indices, found.quantized, soft=False)
         losses = self._losses(vectors, codes, chosen, targets, commitment=found.error)
         statistics = None

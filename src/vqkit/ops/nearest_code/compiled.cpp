@@ -1167,6 +1167,39 @@ int back(const T* gradient, const T* x, const T* codes, const int64_t* index, in
     }
 }
 
+// The gradient of the codes, into zeros: that of each vector, `passed` times the output's and pull * (code - x), added up by code.
+template <class T>
+int learn(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size, int64_t width,
+          int64_t gradient_group, int64_t gradient_stride, int64_t x_group, int64_t x_stride, double of_error, double passed, Crew crew,
+          T* result) {
+    constexpr int64_t at_once = 16;  // columns, so that vectors are added in their order, whatever the number of threads
+    int64_t number = 0;
+    try {
+        for (int64_t i = 0; i < groups * num; ++i) {
+            if (index[i] < -1 || index[i] >= size) return kBadIndex;
+            number += index[i] >= 0;
+        }
+        const T pull = T(2 * of_error / std::max(double(number) * width, 1.0)), share = T(passed);
+        const int64_t columns = (width + at_once - 1) / at_once;
+        in_parallel(crew.for_work(4.0 * groups * num * width), groups * columns, [&](int, int64_t task) {
+            const int64_t g = task / columns, first = task % columns * at_once, last = std::min(width, first + at_once);
+            for (int64_t i = 0; i < num; ++i) {
+                const int64_t c = index[g * num + i];
+                if (c < 0) continue;
+                const T *from = x + g * x_group + i * x_stride, *code = codes + (g * size + c) * width;
+                const T* of_output = gradient ? gradient + g * gradient_group + i * gradient_stride : nullptr;
+                T* to = result + (g * size + c) * width;
+                for (int64_t k = first; k < last; ++k) to[k] += pull * (code[k] - from[k]);
+                if (of_output)
+                    for (int64_t k = first; k < last; ++k) to[k] += share * of_output[k];
+            }
+        });
+        return kDone;
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+}
+
 }  // namespace
 
 #define VQKIT_FUNCTIONS(T)                                                                                                              \
@@ -1189,6 +1222,12 @@ int back(const T* gradient, const T* x, const T* codes, const int64_t* index, in
                        double of_error, int turns, int threads, int pooled, T* result) {                                                \
         return back(gradient, x, codes, index, groups, num, size, width, gradient_group, gradient_stride, x_group, x_stride, of_error,  \
                     turns != 0, Crew{threads, pooled != 0}, result);                                                                    \
+    }                                                                                                                                   \
+    int vqkit_learn_##T(const T* gradient, const T* x, const T* codes, const int64_t* index, int64_t groups, int64_t num, int64_t size, \
+                        int64_t width, int64_t gradient_group, int64_t gradient_stride, int64_t x_group, int64_t x_stride,              \
+                        double of_error, double passed, int threads, int pooled, T* result) {                                           \
+        return learn(gradient, x, codes, index, groups, num, size, width, gradient_group, gradient_stride, x_group, x_stride, of_error, \
+                     passed, Crew{threads, pooled != 0}, result);                                                                       \
     }
 
 extern "C" {
