@@ -253,6 +253,7 @@ def test_an_index_out_of_range_is_an_error(build, bad):
     for run in (
         lambda: compiled.gather_and_count(x, codebook, indices),
         lambda: compiled.code_gradient(x, 0.0, x, codebook, indices, rotate=True),
+        lambda: compiled.codebook_gradient(x, 0.0, x, codebook, indices),
     ):
         with pytest.raises(ValueError, match=r"^indices holds a value"):
             run()
@@ -283,7 +284,8 @@ def everything(x, codebook):
     indices = compiled.nearest_index(x, codebook)
     few = compiled.nearest_codes(x[:, ::8], codebook, 3)
     gradient = compiled.code_gradient(x.flip(1), 0.1 * x.numel(), x, codebook, indices, rotate=True)
-    return indices, *few, *compiled.gather_and_count(x, codebook, indices), gradient
+    of_codes = compiled.codebook_gradient(x.flip(1), 0.1 * x.numel(), x, codebook, indices, passed=0.5)
+    return indices, *few, *compiled.gather_and_count(x, codebook, indices), gradient, of_codes
 
 
 def equal(first, second):

@@ -316,9 +316,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, of_output: Tensor, of_error: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    of_x = _code_backward(of_output, of_error, *ctx.saved_tensors, ctx.estimator) if ctx.needs_input_grad[0] else None
-    learned = ctx.needs_input_grad[1]
-    of_codes = _whole_codebook_backward(of_output, of_error, *ctx.saved_tensors, ctx.pull, ctx.passed) if learned else None
+    x, codebook, indices = ctx.saved_tensors
+    of_x = of_codes = None
+    if ctx.needs_input_grad[0]:
+        of_x = _code_backward(of_output, of_error, x, codebook, indices, ctx.estimator)
+    if ctx.needs_input_grad[1]:
+        of_codes = _whole_codebook_backward(of_output, of_error, x, codebook, indices, ctx.pull, ctx.passed)
     return of_x, of_codes, *_NO_GRADIENT
 
 
