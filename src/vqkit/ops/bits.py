@@ -48,7 +48,7 @@ def product_distribution(logits: Tensor) -> Tensor:
     """The probabilities [..., 2^b] of all codes of independent bits of log odds [..., b]; the first bit is the lowest. Differentiable."""
     logs = F.logsigmoid(torch.cat([-logits, logits], dim=-1))
     with without_autocast(logits.device.type):
-        return (logs @ _choices(logits.shape[-1], logits)).exp()
+        return (logs @ _choices(logits.shape[-1], logits)).softmax(-1)  # an exp of what is far below 0 is slow
 
 
 def _choices(bits: int, like: Tensor) -> Tensor:
@@ -112,35 +112,37 @@ def _batch_entropies(logits: Tensor, share: Tensor | None, together: int | None,
 
 # The same in a fourth of the operations, with the gradient written out. The bits of a group are one part, or two whose distributions are
 # multiplied. With P [H, N, C] the distribution of a part, a softmax of sums of log odds, `of_each` has the slope -log P for it, up to a
-# constant, which a softmax ignores; so has `of_mean`, for the mean.
+# constant, which a softmax ignores; so has `of_mean`, for the mean. On CPU vectors that count nothing are left out.
 
 
 class _Kept(NamedTuple):
-    """What the gradient needs."""
+    """What the gradient needs, of n <= N vectors."""
 
+    rows: Tensor | None  # [n] int64, which these are; None: all
+    share: Tensor | None  # [H, n]; None: all 1
     slopes: list[Tensor]  # [H, C] of each group: the logarithm of its mean distribution, as far as it moves
-    logs: list[Tensor]  # [H, N, C] of each part: the logarithm of its distribution
-    chances: list[Tensor]  # [H, N, C] of each part: its distribution
+    logs: list[Tensor]  # [H, n, C] of each part: the logarithm of its distribution
+    chances: list[Tensor]  # [H, n, C] of each part: its distribution
 
 
 class _BatchEntropies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, share: Tensor | None, together: int, floor: float) -> tuple[Tensor, Tensor]:
         of_each, of_mean, kept = _find(logits, share, together, floor)
-        ctx.save_for_backward(logits, share, *kept.slopes, *kept.logs, *kept.chances)
+        ctx.save_for_backward(logits, share, kept.rows, kept.share, *kept.slopes, *kept.logs, *kept.chances)
         ctx.options = together, floor, len(kept.slopes), len(kept.logs)
         return of_each, of_mean
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, share, *kept = ctx.saved_tensors
+        logits, share, rows, own, *kept = ctx.saved_tensors
         together, floor, groups, parts = ctx.options
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
             found = _batch_entropies(logits, share, together, floor)
             return torch.autograd.grad(found, logits, gradients, create_graph=True)[0], None, None, None
-        pieces = _Kept(kept[:groups], kept[groups : groups + parts], kept[groups + parts :])
+        pieces = _Kept(rows, own, kept[:groups], kept[groups : groups + parts], kept[groups + parts :])
         of_each, of_mean = gradients
-        return _differentiate(of_each, of_mean, pieces, logits.shape, share, together), None, None, None
+        return _differentiate(of_each, of_mean, pieces, logits.shape, together), None, None, None
 
 
 @torch.library.custom_op("vqkit::batch_entropies", mutates_args=())
@@ -155,7 +157,7 @@ def _(logits: Tensor, share: Tensor | None, together: int, floor: float) -> tupl
 
 @torch.library.custom_op("vqkit::batch_entropies_back", mutates_args=())
 def _entropies_back(of_each: Tensor, of_mean: Tensor, logits: Tensor, share: Tensor | None, together: int, floor: float) -> Tensor:
-    return _differentiate(of_each, of_mean, _find(logits, share, together, floor)[2], logits.shape, share, together)
+    return _differentiate(of_each, of_mean, _find(logits, share, together, floor)[2], logits.shape, together)
 
 
 @_entropies_back.register_fake
@@ -177,30 +179,31 @@ _entropies.register_autograd(_back, setup_context=_keep)
 
 @torch.no_grad()
 def _find(logits: Tensor, share: Tensor | None, together: int, floor: float) -> tuple[Tensor, Tensor, _Kept]:
-    heads, number, _ = logits.shape
-    logs = F.logsigmoid(torch.stack([-logits, logits], dim=-2))  # [H, N, 2, b]
-    each_count, count = (heads * max(number, 1), max(number, 1)) if share is None else _counts(share)
-    of_each, of_mean, kept = [], [], _Kept([], [], [])
+    logits, share, rows = (logits, None, None) if share is None else _select(logits, share)
+    logs = F.logsigmoid(torch.stack([-logits, logits], dim=-2))  # [H, n, 2, b]
+    of_each, of_mean, kept = [], [], _Kept(rows, share, [], [], [])
+    each_count, count = _counts(logits.shape, share)
     with without_autocast(logits.device.type):
         for group in (logs,) if together >= logs.shape[-1] else logs.split(together, dim=-1):
             own = [_of_codes(part) for part in _parts(group)]
-            chances = [part.exp() for part in own]
-            of_each += [_weighted_dot(p, log_p, share) for p, log_p in zip(chances, own, strict=True)]
-            mean = _weighted_sum(chances, share) / count
+            chances = [part.softmax(-1) for part in own]
+            weighted = chances if share is None else [part * share.unsqueeze(-1) for part in chances]
+            of_each += [torch.vdot(part.flatten(), logs.flatten()) for part, logs in zip(weighted, own, strict=True)]
+            low, *high = weighted[0], *chances[1:]
+            mean = (low.sum(-2) if not high else (high[0].mT @ low).flatten(1)) / count
             clamped = mean.clamp(min=max(floor, torch.finfo(mean.dtype).tiny))
             surprise = clamped.log()
             of_mean.append(torch.vdot(mean.flatten(), surprise.flatten()))
             kept.slopes.append(surprise - (mean < clamped).to(mean.dtype))
             kept.logs.extend(own)
             kept.chances.extend(chances)
-    return sum(of_each[1:], of_each[0]) / -each_count, sum(of_mean[1:], of_mean[0]) / -heads, kept
+    return sum(of_each[1:], of_each[0]) / -each_count, sum(of_mean[1:], of_mean[0]) / -len(logits), kept
 
 
-def _differentiate(of_each: Tensor, of_mean: Tensor, kept: _Kept, shape: torch.Size, share: Tensor | None, together: int) -> Tensor:
-    heads, number, bits = shape
-    each_count, count = (heads * max(number, 1), max(number, 1)) if share is None else _counts(share)
-    of_each, of_mean = of_each / -each_count, of_mean / (-heads * count)
-    logs, chances = iter(kept.logs), iter(kept.chances)
+def _differentiate(of_each: Tensor, of_mean: Tensor, kept: _Kept, shape: torch.Size, together: int) -> Tensor:
+    bits, logs, chances = shape[-1], iter(kept.logs), iter(kept.chances)
+    each_count, count = _counts(kept.logs[0].shape, kept.share)
+    of_each, of_mean = of_each / -each_count, of_mean / (-shape[0] * count)
     pieces = []
     with without_autocast(of_each.device.type):
         for number, slope in enumerate(kept.slopes):
@@ -209,11 +212,24 @@ def _differentiate(of_each: Tensor, of_mean: Tensor, kept: _Kept, shape: torch.S
             for part, into in zip(own, _to_parts(own, slope * of_mean), strict=True):
                 pieces.append(_to_logits(torch.addcmul(into, next(logs), of_each), part))
     result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-    return result if share is None else result * share.unsqueeze(-1)
+    if kept.share is not None:
+        result = result * kept.share.unsqueeze(-1)
+    return result if kept.rows is None else result.new_zeros(shape).index_copy_(1, kept.rows, result)
 
 
-def _counts(share: Tensor) -> tuple[Tensor, Tensor]:
-    """How many vectors count: of all heads [], and of each [H, 1]."""
+def _select(logits: Tensor, share: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Logits and share of the vectors that count, and which these are: on CPU, where it is known at once how many they are."""
+    if share.device.type != "cpu":
+        return logits, share, None
+    rows = share.any(0).nonzero().squeeze(-1)
+    own = share.index_select(1, rows)
+    return logits.index_select(1, rows), None if bool((own == 1).all()) else own, rows
+
+
+def _counts(shape: torch.Size, share: Tensor | None) -> tuple[Any, Any]:
+    """How many vectors count, at least 1: of all heads, and of each [H, 1]."""
+    if share is None:
+        return shape[0] * max(shape[1], 1), max(shape[1], 1)
     return share.sum().clamp(min=1), share.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -230,20 +246,6 @@ def _parts(logs: Tensor) -> Sequence[Tensor]:
 def _of_codes(logs: Tensor) -> Tensor:
     """Logarithms of the chances of bits to be 0 and 1 [H, N, 2, b] -> of codes [H, N, 2^b]."""
     return logs.flatten(-2) @ _choices(logs.shape[-1], logs)
-
-
-def _weighted_dot(chances: Tensor, logs: Tensor, share: Tensor | None) -> Tensor:
-    if share is None:
-        return torch.vdot(chances.flatten(), logs.flatten())
-    return torch.vdot(torch.linalg.vecdot(chances, logs).flatten(), share.flatten())
-
-
-def _weighted_sum(parts: Sequence[Tensor], share: Tensor | None) -> Tensor:
-    """The sum over vectors of the product of distributions, the first of the low bits: [H, C]."""
-    low, *high = parts
-    if not high:
-        return low.sum(-2) if share is None else (share.unsqueeze(-2) @ low).squeeze(-2)
-    return ((high[0] if share is None else high[0] * share.unsqueeze(-1)).mT @ low).flatten(1)
 
 
 def _to_parts(parts: Sequence[Tensor], gradient: Tensor) -> Sequence[Tensor]:
