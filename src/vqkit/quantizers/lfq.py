@@ -124,10 +124,6 @@ class LFQ(ScalarQuantizer):
         `temperature` stands for that of `Entropy` and `Diversity`. Of the vectors that count the losses see those of `loss_mask`
         [P...] bool alone.
         """
-        if temperature is not None:
-            check_number("temperature", temperature)
-            if not 0 < temperature < math.inf:
-                raise ValueError(f"temperature = {temperature}: must be positive and finite")
         return self._quantize(x, mask, lengths, freeze_codebook, indices, temperature=temperature, loss_mask=loss_mask)
 
     def _join(self, digits: Tensor) -> Tensor:
@@ -167,6 +163,10 @@ class LFQ(ScalarQuantizer):
         if loss_mask is not None and (seen := position_mask(values.shape[:-2], loss_mask, None)) is not None:
             seen = seen.unsqueeze(-1).expand(values.shape[:-1])
             kept = seen if kept is None else kept & seen
+        if temperature is not None:
+            check_number("temperature", temperature)
+            if not 0 < temperature < math.inf:
+                raise ValueError(f"temperature = {temperature}: must be positive and finite")
         found: dict[str, Tensor] = {}
         entropies: dict[float, Entropies] = {}
         share: Tensor | None = None
@@ -186,14 +186,17 @@ class LFQ(ScalarQuantizer):
     def _share(self, kept: Tensor | None, values: Tensor) -> Tensor | None:
         """[H, N], 1 for each vector that the entropies see, else 0; None: they see all."""
         if self.loss_share < 1 and self.training:
-            kept = self._draw_share(values.new_ones(values.shape[:-1], dtype=torch.bool) if kept is None else kept)
+            kept = self._draw_share(kept, values)
         return None if kept is None else kept.flatten(0, -2).T.to(values.dtype)
 
-    def _draw_share(self, kept: Tensor) -> Tensor:
-        """A random share of the positions [P...] of kept [P..., H] that count."""
+    def _draw_share(self, kept: Tensor | None, values: Tensor) -> Tensor:
+        """A random share of the positions [P...] of kept [P..., H] that count; values [P..., H, b]."""
+        number = math.prod(values.shape[:-2])
+        order = torch.randn(number, device=values.device).argsort()
+        if kept is None:
+            return (order < max(int(number * self.loss_share), 1)).view(*values.shape[:-2], 1).expand(values.shape[:-1])
         counted = kept.any(-1).reshape(-1)
-        order = torch.randn(counted.shape, device=kept.device).argsort()
-        place = order.where(counted, counted.numel()).argsort().argsort()
+        place = order.where(counted, number).argsort().argsort()
         number = (counted.sum() * self.loss_share).to(torch.int64).clamp(min=1)
         return kept & (place < number).view(kept.shape[:-1]).unsqueeze(-1)
 

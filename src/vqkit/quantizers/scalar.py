@@ -121,6 +121,16 @@ class _Vectors(NamedTuple):
         return self.rows.new_ones(self.rows.shape[:-1], dtype=torch.bool) if self.finite is None else self.finite
 
 
+class _Assigned(NamedTuple):
+    """What vectors were quantized to."""
+
+    output: Tensor  # [P..., H, d]
+    indices: Tensor  # [P...] or [P..., H]
+    known: bool  # whether it is known that no index is -1
+    losses: dict[str, Tensor]
+    statistics: CodebookStatistics | None
+
+
 class ScalarQuantizer(Quantizer):
     """The base of quantizers that round the scalars of `heads` vectors, the i-th to `levels[i]` levels.
 
@@ -245,6 +255,20 @@ class ScalarQuantizer(Quantizer):
         positions = given.rows.shape[:-1]
         if indices is not None:
             check_indices("indices", indices, self.codebook_size, torch.Size((*positions, *self.code_shape)))
+        output, found, known, losses, statistics = self._assign(given, freeze_codebook, indices, **options)
+        return Quantized(self._write(given, output, None if known else found), found, losses, statistics)
+
+    def quantize_vectors(self, vectors: Tensor, finite: Tensor | None, *, freeze_codebook: bool = False, **options: Any) -> Quantized:
+        """As `quantize`, between the projections: vectors [P..., heads * d] -> codes of that shape and dtype.
+
+        finite [P...] bool says which vectors are finite; None: it is known that all are. `options` are those of `quantize`, but for its
+        masks.
+        """
+        given = self._vectors(vectors, vectors if finite is None else where_kept(finite, vectors), None, finite)
+        output, found, _, losses, statistics = self._assign(given, freeze_codebook, None, **options)
+        return Quantized(as_dtype(output.flatten(-2), given.dtype), found, losses, statistics)
+
+    def _assign(self, given: _Vectors, freeze_codebook: bool, indices: Tensor | None, **options: Any) -> _Assigned:
         values, digits = self._round(given.vectors)
         if indices is None:
             found = self._join(digits)
@@ -262,8 +286,7 @@ class ScalarQuantizer(Quantizer):
         statistics = None
         if self.training and not freeze_codebook:
             statistics = self._statistics(given, values, found, codes, indices)
-        found = found.squeeze(-1) if self.heads == 1 else found
-        return Quantized(self._write(given, output, None if kept is None else found), found, losses, statistics)
+        return _Assigned(output, found.squeeze(-1) if self.heads == 1 else found, kept is None, losses, statistics)
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64, [P...] or [P..., heads]; -1: masked or not finite."""

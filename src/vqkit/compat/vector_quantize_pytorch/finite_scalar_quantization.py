@@ -18,8 +18,8 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
     index_dtype,
     keep_codebooks,
     linear,
-    project_in,
     project_out,
+    projected,
     rows_of,
     with_codebooks,
     without_codebooks,
@@ -185,9 +185,9 @@ class FSQ(Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         first = bool(self.channel_first) or z.dim() >= 4
-        rows = rows_of(z, self.dim, first)
-        found = self.settle(self.native).quantize(project_in(self.project_in, rows), freeze_codebook=True)
-        out = project_out(self.project_out, found.quantized, found.indices)
+        vectors, finite = projected(self.project_in, rows_of(z, self.dim, first))
+        found = self.settle(self.native).quantize_vectors(vectors, finite, freeze_codebook=True)
+        out = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         indices: Any = None
         if self.return_indices:
             indices = with_codebooks(found.indices, self.num_codebooks, self.keep_num_codebooks_dim).to(index_dtype(self.codebook_size))

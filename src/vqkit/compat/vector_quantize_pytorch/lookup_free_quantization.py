@@ -20,8 +20,8 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
     hide,
     keep_codebooks,
     linear,
-    project_in,
     project_out,
+    projected,
     rows_of,
     with_codebooks,
     without_codebooks,
@@ -221,17 +221,18 @@ class LFQ(Module):
         first = x.dim() >= 4 if self.channel_first is None else bool(self.channel_first)
         rows = rows_of(x, self.dim, first)
         seen = loss_mask(mask, rows.shape[:-1])
-        found = self._quantize(project_in(self.project_in, rows), inv_temperature, seen)
-        out = project_out(self.project_out, found.quantized, found.indices)
+        vectors, finite = projected(self.project_in, rows)
+        found = self._quantize(vectors, finite, inv_temperature, seen)
+        out = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         indices = with_codebooks(found.indices, self.num_codebooks, self.keep_num_codebooks_dim)
         output = Return(out.movedim(-1, 1) if first else out, indices, self.weigh(found.losses) if found.losses else self.zero * 1.0)
         return (output, self._breakdown(found.losses)) if return_loss_breakdown else output
 
-    def _quantize(self, vectors: Tensor, inv_temperature: float, seen: Tensor | None) -> Quantized:
+    def _quantize(self, vectors: Tensor, finite: Tensor | None, inv_temperature: float, seen: Tensor | None) -> Quantized:
         native = self.settle()
         if not self.training:
-            return native.quantize(vectors.detach(), freeze_codebook=True)
-        return native.quantize(vectors, freeze_codebook=True, temperature=1.0 / inv_temperature, loss_mask=seen)
+            return native.quantize_vectors(vectors.detach(), finite, freeze_codebook=True)
+        return native.quantize_vectors(vectors, finite, freeze_codebook=True, temperature=1.0 / inv_temperature, loss_mask=seen)
 
     def weigh(self, losses: dict[str, Tensor]) -> Tensor:
         """The loss of what the native quantizer gives by name."""

@@ -36,19 +36,24 @@ def project_in(layer: nn.Module, rows: Tensor) -> Tensor:
 
 def projected(layer: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """As `project_in`, and which rows [...] are finite before and behind the layer; None: it is known that all are."""
+    plain = isinstance(layer, nn.Identity)
     if may_look(rows):  # what is not finite shows in the result, which is the narrower of the two
-        found = layer(rows)
+        found = rows if plain else layer(rows)
         if known_finite(found):
             return found, None
     kept = finite_rows(rows)
+    if plain:
+        return rows, kept
     found = where_kept(kept, layer(where_kept(kept, rows)), math.nan)
     return found, finite_rows(found)
 
 
-def project_out(layer: nn.Module, codes: Tensor, indices: Tensor) -> Tensor:
-    """`layer` of codes [P..., d]; zeros where all of indices [P...] or [P..., H] are -1."""
+def project_out(layer: nn.Module, codes: Tensor, indices: Tensor | None) -> Tensor:
+    """`layer` of codes [P..., d]; zeros where all of indices [P...] or [P..., H] are -1. None: it is known that none is."""
     if isinstance(layer, nn.Identity):
         return codes
+    if indices is None:
+        return layer(codes)
     if may_look(indices) and indices.numel() and int(indices.min()) >= 0:
         return layer(codes)
     known = indices >= 0
