@@ -16,6 +16,8 @@ from vqkit.cli.train import stored_config
 
 if TYPE_CHECKING:
     from vqkit.data import DataSummary
+    from vqkit.models import TransformerVQ
+    from vqkit.models.config import ModelConfig
     from vqkit.train.config import RunConfig
 
 ABOUT = """---
@@ -59,23 +61,24 @@ def main(words: Sequence[str]) -> int:
         raise ValueError(f"{target} holds something already: must be a new folder")
     from vqkit.cli.console import note_broken_checkpoints
     from vqkit.data import read_summary
+    from vqkit.models.weights import find_and_load_weights
 
-    folder, step = _checkpoint(run, options.checkpoint)
+    folder, model, model_config = find_and_load_weights(_place(run, options.checkpoint))
+    step = int(folder.name.removeprefix("step_"))
     summary = read_summary(run / "data")
-    files = _write(run, folder, target, card(config, summary, validations(run).get(step), step))
+    files = _write(run, model, model_config, target, card(config, summary, validations(run).get(step), step))
     if options.checkpoint == "last":
         note_broken_checkpoints(run)
     print(f"{target}: {folder.name} of {run}\n{files}\n\nwhat next\n{_what_next(target, summary)}")
     return 0
 
 
-def _checkpoint(run: Path, which: str) -> tuple[Path, int]:
-    """The folder of the checkpoint that is asked for, which is whole, and its step."""
-    from vqkit.models.weights import CHECKPOINTS_FOLDER, find_weights
+def _place(run: Path, which: str) -> Path:
+    """Where to look for the checkpoint that is asked for: the run for the last one, else its folder."""
+    from vqkit.models.weights import CHECKPOINTS_FOLDER
 
     if which == "last":
-        folder = find_weights(run)
-        return folder, int(folder.name.removeprefix("step_"))
+        return run
     if which == "best":
         figures = [(*reversed(figure), step) for step, figure in validations(run).items()]
         if not figures:
@@ -89,7 +92,7 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, int]:
     if not folder.is_dir():
         there = ", ".join(str(int(path.name.removeprefix("step_"))) for path in sorted((run / CHECKPOINTS_FOLDER).glob("step_*")))
         raise ValueError(f"{run}: no checkpoint of step {step} is left; there are those of {there or 'none'}")
-    return find_weights(folder), step
+    return folder
 
 
 def validations(run: Path) -> dict[int, tuple[str, float]]:
@@ -121,16 +124,15 @@ def card(config: RunConfig, data: DataSummary, validation: tuple[str, float] | N
     return f"## Training\n\n|  |  |\n|---|---|\n{lines}\n"
 
 
-def _write(run: Path, folder: Path, target: Path, training: str) -> str:
+def _write(run: Path, model: TransformerVQ, config: ModelConfig, target: Path, training: str) -> str:
     """All files, under the name `target` once they are whole; their names and sizes."""
     import shutil
 
     from vqkit.data.tokenizer import load_tokenizer
     from vqkit.files import sync_folder, temporary_name, write_text_atomic
     from vqkit.models.hub import model_card
-    from vqkit.models.weights import load_weights, save_weights
+    from vqkit.models.weights import save_weights
 
-    model, config = load_weights(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
     try:
