@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -134,7 +135,7 @@ def _recorded(module: ModuleType, test: str) -> list[Case]:
     def note(kind: str, kwargs: dict[str, Any], x: Any, *, calls: Any = None, eval_calls: Any = None, **_: Any) -> Noted:
         calls = dict(calls or {})
         eval_calls = calls if eval_calls is None else dict(eval_calls)
-        x = x(0) if callable(x) else x
+        x = (x(0) if callable(x) else x).float()
         found.append(Case(kind, f"row {len(found)}", "tests", dict(kwargs), x.detach(), calls, eval_calls))
         return Noted()
 
@@ -142,7 +143,9 @@ def _recorded(module: ModuleType, test: str) -> list[Case]:
     vars(module)["compare"] = note
     try:
         for values in _parameters(function):
-            function(**{name: values.get(name) for name in inspect.signature(function).parameters})
+            with pytest.MonkeyPatch.context() as patch:
+                given = {"monkeypatch": patch, **values}
+                function(**{name: given.get(name) for name in inspect.signature(function).parameters})
     finally:
         vars(module)["compare"] = compare
     return found
@@ -175,7 +178,9 @@ def enlarged(case: Case) -> Case:
     )
     for given in (calls, eval_calls):
         if "codebook_transform_fn" in given:
-            given["codebook_transform_fn"] = _moved(batch * repeats, x.numel() // (batch * WIDTH), kwargs["codebook_dim"] or WIDTH)
+            parts = 1 if kwargs["separate_codebook_per_head"] else kwargs["heads"]
+            positions = x.numel() // (batch * WIDTH)
+            given["codebook_transform_fn"] = _moved(batch * repeats * parts, positions, kwargs["codebook_dim"] or WIDTH)
     return Case(case.kind, case.name, "real", kwargs, _repeated("x", x, batch, repeats), calls, eval_calls)
 
 
