@@ -135,7 +135,7 @@ def _recorded(module: ModuleType, test: str) -> list[Case]:
     def note(kind: str, kwargs: dict[str, Any], x: Any, *, calls: Any = None, eval_calls: Any = None, **_: Any) -> Noted:
         calls = dict(calls or {})
         eval_calls = calls if eval_calls is None else dict(eval_calls)
-        x = (x(0) if callable(x) else x).float()
+        x = (x(0) if callable(x) else x).to(torch.float32)
         found.append(Case(kind, f"row {len(found)}", "tests", dict(kwargs), x.detach(), calls, eval_calls))
         return Noted()
 
