@@ -164,9 +164,11 @@ def test_bad_arguments_of_the_directional_estimator_are_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("entries", [1 << 16, 32], ids=["one tile", "tiles"])
-def test_the_rotation_in_tiles_is_that_in_plain_operations(dtype, entries, monkeypatch):
-    monkeypatch.setattr(estimators, "_ENTRIES_PER_TILE", entries)
+@pytest.mark.parametrize("form", ["one tile", "tiles", "compiled"])
+def test_the_rotation_in_one_pass_is_that_in_plain_operations(dtype, form, monkeypatch, request):
+    if form == "compiled":
+        request.getfixturevalue("native_build")
+    monkeypatch.setattr(estimators, "_ENTRIES_PER_TILE", 1 << 16 if form == "one tile" else 32)
     x, codes, weight = (torch.randn(3, 40, 7, dtype=torch.float64).to(dtype) for _ in range(3))
     x[0, 0], codes[0, 1], x[0, 2], codes[0, 3] = 0.0, 0.0, 1e-3 * x[0, 2], -x[0, 3]
     found = []

@@ -58,13 +58,15 @@ def coded(
     codebook = codebook if learns else codebook.detach()
     given = (x, codebook, indices, estimator, count, pull, passed)
     if torch.compiler.is_compiling():
-        found = Coded(*_code(*given))
-        found = Coded(*found[:2], *(tensor.detach() for tensor in found[2:]))
-    elif (x.requires_grad or learns) and torch.is_grad_enabled():
-        found = Coded(*_Coding.apply(*given))
+        quantized, error, *others = _code(*given)
+        found = Coded(quantized, error, *(tensor.detach() for tensor in others))
     else:
-        return _forward(x, codebook, indices, count)
-    return found._replace(quantized=found.quantized.detach()) if estimator == "none" and not (learns and passed > 0) else found
+        found = _forward(x, codebook, indices, count)
+        if not ((x.requires_grad or learns) and torch.is_grad_enabled()):
+            return found
+        quantized, error = _Coding.apply(found, *given)
+    quantized = quantized.detach() if estimator == "none" and not (learns and passed > 0) else quantized
+    return found._replace(quantized=quantized, error=error)
 
 
 def coded_stats(x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None = None, *, num_candidates: int = 0) -> CodebookStatistics:
@@ -259,27 +261,26 @@ _NO_GRADIENT = (None, None, None, None, None)
 
 
 class _Coding(torch.autograd.Function):
+    """Gives the first two of what was found their gradient."""
+
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, found: Coded, *given: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        x, codebook, indices, _, counting, *_ = given
-        output = tuple(_forward(x, codebook, indices, counting))
-        ctx.mark_non_differentiable(*output[2:])
-        _keep(ctx, given, output)
-        return output
+        _keep(ctx, given, found)
+        return found.quantized, found.error
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, codebook, indices = ctx.saved_tensors
         of_x = of_codes = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             more = (ctx.pull,) if torch.is_grad_enabled() else ()
             run = _whole_backward if torch.is_grad_enabled() else _backward
             of_x = run(gradients[0], gradients[1], x, codebook, indices, ctx.estimator, *more)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             learn = _whole_codebook_backward if torch.is_grad_enabled() else _codebook_backward
             of_codes = learn(gradients[0], gradients[1], x, codebook, indices, ctx.pull, ctx.passed)
-        return of_x, of_codes, *_NO_GRADIENT
+        return None, of_x, of_codes, *_NO_GRADIENT
 
 
 # Under compile

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import polar
+from vqkit.ops.nearest_code import compiled
 from vqkit.ops.precision import widest
 
 SMALLEST_RATIO = 0.01
@@ -75,10 +76,14 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate_back(gradient: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
-    """`rotation_gradient` in the dtype of x; on CPU in tiles that stay in cache."""
-    if x.device.type != "cpu":
+    """`rotation_gradient` in the dtype of x; on CPU in one pass, in C++ or in tiles that stay in cache."""
+    if not x.is_cpu:
         return rotation_gradient(gradient, x, quantized).to(x.dtype)
     given = [tensor.to(widest(x)).reshape(-1, x.shape[-1]) for tensor in (gradient, x, quantized)]
+    if x.numel() and compiled.is_there():
+        rows = [tensor.unsqueeze(0) for tensor in given]
+        own = torch.arange(rows[1].shape[1]).unsqueeze(0)  # each vector has a code of its own
+        return compiled.code_gradient(rows[0], 0.0, rows[1], rows[2], own, rotate=True).reshape(x.shape).to(x.dtype)
     result = torch.empty_like(given[1], memory_format=torch.contiguous_format)
     rows = max(1, _ENTRIES_PER_TILE // max(1, x.shape[-1]))
     for tile in zip(*(tensor.split(rows) for tensor in (result, *given)), strict=True):

@@ -398,9 +398,7 @@ class VectorQuantize(Quantizer):
             ignored = None if given.mask is None else ~self._spread(given.mask)
             if own is not None:
                 ignored = own < 0 if ignored is None else ignored | (own < 0)
-            with torch.no_grad():
-                statistics = coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates)
-            statistics = self._count_once(statistics)
+            statistics = self._count_once(coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates))
         joined = self._join_indices(indices, given.rows.shape[:-1], ())
         return Quantized(self._write(given, found.quantized, joined, (), project), joined, losses, statistics)
 
