@@ -70,14 +70,14 @@ def coded(
 
 
 def coded_stats(x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None = None, *, num_candidates: int = 0) -> CodebookStatistics:
-    """What `assignment_stats` makes of x, indices and their codes, moments included, from what was counted of them.
+    """What `assignment_stats` makes of x, without gradient, indices and their codes, moments included, from what was counted of them.
 
     `ignored` [G, N] bool are vectors of index -1 that do not count as `non_finite`.
     """
     return CodebookStatistics(
         found.count,
         found.sum,
-        *draw_candidates(x.detach(), indices < 0, num_candidates),
+        *draw_candidates(x, indices < 0, num_candidates),
         vectors=found.vectors,
         squared_error=found.squared_error,
         non_finite=found.lost if ignored is None else found.lost - ignored.sum(-1),

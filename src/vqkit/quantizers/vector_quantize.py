@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vqkit.dist import Reducer
 from vqkit.ops.assignment import has_scores, mean_assignment, sample_indices, soft_codes
 from vqkit.ops.codebook import CodebookStatistics, directions, gather_codes
-from vqkit.ops.coding import PlainEstimator, coded, coded_stats
+from vqkit.ops.coding import Coded, PlainEstimator, coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, negative_entropy, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
@@ -308,7 +308,12 @@ class VectorQuantize(Quantizer):
             losses = self._join_losses(losses, positions, several)
         found = self._join_indices(chosen.indices, positions, several)
         output = self._write(given, self._estimate(vectors, chosen), found, several, project)
-        statistics = self._statistics(given, chosen, own, weights) if counted else None
+        if not counted:
+            statistics = None
+        elif weights is None:
+            statistics = self._statistics(given, codes, chosen.indices, own)
+        else:
+            statistics = self._weighted_statistics(given, chosen, own, weights)
         return Quantized(output, found, losses, statistics)
 
     def _counts(self, frozen: bool) -> bool:
@@ -356,7 +361,7 @@ class VectorQuantize(Quantizer):
                 losses["diversity"] = negative_entropy(mean)
         if labels is not None:
             losses["cross_entropy"] = self._own_cross_entropy(vectors, codes, _of_kept(labels, kept), reduction)
-        statistics = self._statistics(given, chosen, None, None) if counted else None
+        statistics = self._weighted_statistics(given, chosen, None, None) if counted else None
         found = self._join_indices(picked, positions, several)
         output = self._write(given, self._estimate(repeated, chosen), found, several, project)
         return Quantized(output, found, self._join_losses(losses, positions, several), statistics)
@@ -393,12 +398,7 @@ class VectorQuantize(Quantizer):
         found = coded(vectors, codes, indices, estimator=estimator, count=counted, pull=pull, passed=passed)
         chosen = _Chosen(indices, found.quantized, soft=False)
         losses = self._losses(vectors, codes, chosen, targets, commitment=found.error)
-        statistics = None
-        if counted:
-            ignored = None if given.mask is None else ~self._spread(given.mask)
-            if own is not None:
-                ignored = own < 0 if ignored is None else ignored | (own < 0)
-            statistics = self._count_once(coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates))
+        statistics = self._statistics(given, codes, indices, own, found) if counted else None
         joined = self._join_indices(indices, given.rows.shape[:-1], ())
         return Quantized(self._write(given, found.quantized, joined, (), project), joined, losses, statistics)
 
@@ -707,8 +707,20 @@ class VectorQuantize(Quantizer):
         active = _active(chosen.indices, self.codebook_size) if loss.active_only else None
         return orthogonality_loss(codes, active, max_codes=loss.max_codes, noise=noise)
 
+    def _statistics(
+        self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, found: Coded | None = None
+    ) -> CodebookStatistics:
+        """Of vectors that chose indices [H, M] of codes [H, C, K], which `found` has counted already; own: the indices that were given."""
+        ignored = None if given.mask is None else ~self._spread(given.mask)
+        if own is not None:
+            ignored = own < 0 if ignored is None else ignored | (own < 0)
+        vectors = given.vectors.detach()
+        if found is None:
+            found = coded(vectors, codes.detach().to(vectors.dtype), indices, estimator="none", count=True)
+        return self._count_once(coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates))
+
     @torch.no_grad()
-    def _statistics(self, given: _Vectors, chosen: _Chosen, indices: Tensor | None, weights: Weights | None) -> CodebookStatistics:
+    def _weighted_statistics(self, given: _Vectors, chosen: _Chosen, indices: Tensor | None, weights: Weights | None) -> CodebookStatistics:
         share = None if given.mask is None else self._spread(given.mask)
         if indices is not None:
             share = indices >= 0 if share is None else share & (indices >= 0)
