@@ -88,7 +88,7 @@ def coded_stats(x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None
 def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> Coded:
     if _is_compiled(x):
         return Coded(*compiled.gather_and_count(x, codebook, indices, count=counting))
-    x = x.detach()
+    x, codebook = x.detach(), codebook.detach()
     look_up = _look_up_in_tiles if x.is_cpu else _look_up_at_once
     quantized, errors = look_up(x, codebook, indices)
     squared_error = errors.sum(1)
