@@ -335,7 +335,7 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.stack([in_order(own)[:num] for own in samples])
 
     def sample_indices(x: Tensor, codes: Tensor, num: int = 1, *, temperature: float, metric: str) -> Tensor:
-        scores = (x @ codes.mT if metric == "cosine" else -torch.cdist(x, codes)) / temperature + every[: codes.shape[-2]]
+        scores = (x @ codes.mT if metric == "product" else -torch.cdist(x, codes)) / temperature + every[: codes.shape[-2]]
         return scores.topk(num, -1).indices
 
     init = there.Codebook.__init__

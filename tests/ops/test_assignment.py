@@ -47,6 +47,7 @@ def tiles(request, monkeypatch):
     num, by_products = request.param
     monkeypatch.setitem(assignment._SCORES_PER_TILE, "cpu", num)
     monkeypatch.setattr(assignment, "_FEWEST_ROWS_PER_TILE", 1)
+    monkeypatch.setitem(assignment._ENTRIES_AT_ONCE, "cpu", num)
     if by_products:
         take_products(monkeypatch)
 

@@ -1,7 +1,7 @@
 """Soft choices of codes: a softmax over the scores of all codes, whose N x C matrix never exists.
 
-A score is minus the euclidean distance, or the cosine. Every pass runs over tiles of vectors; the backward computes the softmax again,
-so that forward keeps nothing wider than its arguments. Each pass is one opaque node under compile.
+A score is minus the euclidean distance, or the cosine (`Metric`). Every pass runs over tiles of vectors; the backward computes the
+softmax again, so that forward keeps nothing wider than its arguments. Each pass is one opaque node under compile.
 
 Shapes: N vectors, C codes, K width, G different codebooks, R vectors of a tile.
 """
@@ -21,12 +21,15 @@ from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.distances import Distances
 from vqkit.ops.precision import finite_rows, full_precision, is_traced, may_look, widest
 
-Metric = Literal["euclidean", "cosine"]
+Metric = Literal["euclidean", "cosine", "product"]
+"""The score is minus the euclidean distance, the cosine, or the inner product, which is the cosine of what has length 1."""
 SoftEstimator = Literal["straight_through", "reinmax"]
 
 _SCORES_PER_TILE = {"cpu": 1 << 16}  # which stay in cache
 _SCORES_PER_TILE_ELSEWHERE = 1 << 24
 _FEWEST_ROWS_PER_TILE = 32
+_ENTRIES_AT_ONCE = {"cpu": 1 << 18}  # of codes
+_ENTRIES_AT_ONCE_ELSEWHERE = 1 << 26
 
 
 class SampledCodes(NamedTuple):
@@ -186,7 +189,7 @@ def mean_assignment(
 def has_scores(x: Tensor, metric: Metric) -> Tensor:
     """Whether vectors x [..., K] are finite and, for distances, not so long that their squares overflow: [...] bool."""
     x = x.detach().to(widest(x))
-    return finite_rows(x if metric == "cosine" else torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+    return finite_rows(x if metric != "euclidean" else torch.linalg.vector_norm(x, dim=-1, keepdim=True))
 
 
 class _Scored(NamedTuple):
@@ -199,8 +202,8 @@ class _Scored(NamedTuple):
 def _score(x: Tensor, codebook: Tensor, temperature: float, metric: Metric) -> _Scored:
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}: must be positive")
-    if metric not in ("euclidean", "cosine"):
-        raise ValueError(f'metric = {metric!r}: must be "euclidean" or "cosine"')
+    if metric not in ("euclidean", "cosine", "product"):
+        raise ValueError(f'metric = {metric!r}: must be "euclidean", "cosine" or "product"')
     _check_pair(x, codebook)
     dtype = widest(x, codebook)
     vectors, codes, restore = by_codebook(x.to(dtype), codebook.to(dtype))
@@ -215,39 +218,55 @@ def _score(x: Tensor, codebook: Tensor, temperature: float, metric: Metric) -> _
 # The passes over tiles
 
 
+At = tuple[slice, slice]
+"""Of some codebooks some vectors."""
+
+
 class _Scores:
     """The scores of all codes for vectors x [G, N, K], tile by tile."""
 
     def __init__(self, x: Tensor, codes: Tensor, temperature: float, metric: str) -> None:
-        self.x, self.codes = x, codes
-        self.distances = Distances(x, codes) if metric == "euclidean" else None
-        self.unit = temperature if self.distances is None else -temperature  # by what a tile is divided to be logits
+        self.x, self.codes, self.metric = x, codes, metric
+        self.unit = -temperature if metric == "euclidean" else temperature  # by what a tile is divided to be logits
+        self.distances: Distances | None = None
 
-    def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, their distances or cosines, and of these the logits, score / temperature: [G, R, C] each."""
-        budget = _SCORES_PER_TILE.get(self.x.device.type, _SCORES_PER_TILE_ELSEWHERE)
-        num = max(_FEWEST_ROWS_PER_TILE, budget // max(1, self.codes.shape[0] * self.codes.shape[1]))
-        for start in range(0, self.x.shape[1], num):
-            rows = slice(start, start + num)
-            tile = self.x[:, rows] @ self.codes.mT if self.distances is None else self.distances.tile(rows)
-            yield rows, tile, tile / self.unit
+    def tiles(self) -> Iterator[tuple[At, Tensor, Tensor]]:
+        """Where it is in [G, N], its distances or cosines, and of these the logits, score / temperature: [G', R, C] each.
 
-    def add_gradients_(self, of_tile: Tensor, tile: Tensor, rows: slice, of_x: Tensor | None, of_codes: Tensor | None) -> None:
+        Few codebooks at a time where all of them are more than a tile.
+        """
+        size, width = self.codes.shape[1:]
+        entries = _ENTRIES_AT_ONCE.get(self.x.device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
+        together = max(1, entries // max(1, size * width))
+        for first in range(0, len(self.x), together):
+            part = slice(first, first + together)
+            x, codes = self.x[part], self.codes[part]
+            self.distances = Distances(x, codes) if self.metric == "euclidean" else None
+            budget = _SCORES_PER_TILE.get(x.device.type, _SCORES_PER_TILE_ELSEWHERE)
+            num = max(_FEWEST_ROWS_PER_TILE, budget // max(1, len(x) * size))
+            for start in range(0, x.shape[1], num):
+                rows = slice(start, start + num)
+                tile = x[:, rows] @ codes.mT if self.distances is None else self.distances.tile(rows)
+                yield (part, rows), tile, tile / self.unit
+
+    def add_gradients_(self, of_tile: Tensor, tile: Tensor, at: At, of_x: Tensor | None, of_codes: Tensor | None) -> None:
         """Add to those of x and codes, where given, what the gradient of a tile makes; that is overwritten."""
+        part, rows = at
+        of_codes = None if of_codes is None else of_codes[part]
         if self.distances is not None:
-            self.distances.add_gradients_(of_tile, tile, rows, of_x, of_codes)
+            self.distances.add_gradients_(of_tile, tile, rows, None if of_x is None else of_x[part], of_codes)
             return
         if of_x is not None:
-            of_x[:, rows] += of_tile @ self.codes
+            of_x[at] += of_tile @ self.codes[part]
         if of_codes is not None:
-            of_codes += of_tile.mT @ self.x[:, rows]
+            of_codes += of_tile.mT @ self.x[at]
 
-    def gradients(self, of_logits: Callable[[slice, Tensor], Tensor], needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of codes, [0] where not needed; `of_logits(rows, probabilities)` is that of the logits of a tile."""
+    def gradients(self, of_logits: Callable[[At, Tensor], Tensor], needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of codes, [0] where not needed; `of_logits(at, probabilities)` is that of the logits of a tile."""
         of_x, of_codes = (_zeros(own, asked) for own, asked in zip((self.x, self.codes), needed, strict=True))
         asked = (of_x if needed[0] else None, of_codes if needed[1] else None)
-        for rows, tile, logits in self.tiles() if any(needed) else ():
-            self.add_gradients_(of_logits(rows, logits.softmax(-1)).div_(self.unit), tile, rows, *asked)
+        for at, tile, logits in self.tiles() if any(needed) else ():
+            self.add_gradients_(of_logits(at, logits.softmax(-1)).div_(self.unit), tile, at, *asked)
         return of_x, of_codes
 
 
@@ -265,12 +284,12 @@ def _draw(x: Tensor, codes: Tensor, noise: Tensor, temperature: float, metric: s
     """noise [G, N, num] -> [G, N, num]: the first code at which the cumulated probabilities exceed it, those drawn before left out."""
     indices = torch.empty(noise.shape, dtype=torch.int64, device=x.device)
     with _computing(x):
-        for rows, _, logits in _Scores(x, codes, temperature, metric).tiles():
+        for at, _, logits in _Scores(x, codes, temperature, metric).tiles():
             for place in range(noise.shape[-1]):
                 if place > 0:
-                    logits.scatter_(-1, indices[:, rows, place - 1 : place], -torch.inf)
-                here = slice(place, place + 1)
-                indices[:, rows, here] = _first_above(noise[:, rows, here], logits.softmax(-1).cumsum(-1))
+                    logits.scatter_(-1, indices[*at, place - 1 : place], -torch.inf)
+                here = *at, slice(place, place + 1)
+                indices[here] = _first_above(noise[here], logits.softmax(-1).cumsum(-1))
     return indices
 
 
@@ -303,13 +322,13 @@ def _look_up_backward(
     half = x.new_full((), 0.5).expand(chosen.shape)
     with _computing(x):
         gradient = gradient.where(indices.unsqueeze(-1) >= 0, 0.0)
-        centred = (values - values.mean(1, keepdim=True)).mT  # what all codes have in common a softmax does not pass on
+        centre = values.mean(1, keepdim=True)  # what all codes have in common a softmax does not pass on
 
-        def of_logits(rows: slice, probability: Tensor) -> Tensor:
-            of_weights = gradient[:, rows] @ centred
+        def of_logits(at: At, probability: Tensor) -> Tensor:
+            of_weights = gradient[at] @ (values[at[0]] - centre[at[0]]).mT
             if not reinmax:
                 return _through_softmax(probability, of_weights)
-            halfway = (probability / 2).scatter_add_(-1, chosen[:, rows], half[:, rows])
+            halfway = (probability / 2).scatter_add_(-1, chosen[at], half[at])
             return 2 * _through_softmax(halfway, of_weights) - _through_softmax(probability, of_weights) / 2
 
         of_x, of_codes = _Scores(x, codes, temperature, metric).gradients(of_logits, needed[:2])
@@ -341,13 +360,13 @@ def _cross_entropy_and_gradients(
     with _computing(x):
         scores = _Scores(x, codes, temperature, metric)
         weight = None if share is None else share.div(scores.unit).unsqueeze(-1)
-        for rows, tile, logits in scores.tiles():
+        for at, tile, logits in scores.tiles():
             probability = logits.softmax(-1)
             log_sum = logits.amax(-1) - probability.amax(-1).log_()  # of the exponentials, without another pass of them
-            loss[:, rows] = log_sum - logits.gather(-1, chosen[:, rows]).squeeze(-1)
+            loss[at] = log_sum - logits.gather(-1, chosen[at]).squeeze(-1)
             if weight is not None:
-                of_tile = probability.scatter_add_(-1, chosen[:, rows], minus_one[:, rows]).mul_(weight[:, rows])
-                scores.add_gradients_(of_tile, tile, rows, of_x, of_codes)
+                of_tile = probability.scatter_add_(-1, chosen[at], minus_one[at]).mul_(weight[at])
+                scores.add_gradients_(of_tile, tile, at, of_x, of_codes)
     return loss.masked_fill_(target < 0, 0.0)
 
 
@@ -357,8 +376,8 @@ def _cross_entropy_backward(
     weight = gradient.where(target >= 0, 0.0).unsqueeze(-1)
     chosen = target.clamp(min=0).unsqueeze(-1)
 
-    def of_logits(rows: slice, probability: Tensor) -> Tensor:
-        return probability.mul_(weight[:, rows]).scatter_add_(-1, chosen[:, rows], -weight[:, rows])
+    def of_logits(at: At, probability: Tensor) -> Tensor:
+        return probability.mul_(weight[at]).scatter_add_(-1, chosen[at], -weight[at])
 
     with _computing(x):
         return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
@@ -368,16 +387,16 @@ def _mean_softmax(x: Tensor, codes: Tensor, share: Tensor, temperature: float, m
     """[G, C]: the sum over vectors of share [G, N] times softmax."""
     mean = codes.new_zeros(codes.shape[:-1])
     with _computing(x):
-        for rows, _, logits in _Scores(x, codes, temperature, metric).tiles():
-            mean += (share[:, rows].unsqueeze(-2) @ logits.softmax(-1)).squeeze(-2)
+        for at, _, logits in _Scores(x, codes, temperature, metric).tiles():
+            mean[at[0]] += (share[at].unsqueeze(-2) @ logits.softmax(-1)).squeeze(-2)
     return mean
 
 
 def _mean_softmax_backward(
     gradient: Tensor, x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    def of_logits(rows: slice, probability: Tensor) -> Tensor:
-        return _through_softmax(probability, gradient.unsqueeze(1)).mul_(share[:, rows].unsqueeze(-1))
+    def of_logits(at: At, probability: Tensor) -> Tensor:
+        return _through_softmax(probability, gradient[at[0]].unsqueeze(1)).mul_(share[at].unsqueeze(-1))
 
     with _computing(x):
         return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
@@ -388,18 +407,23 @@ def _through_softmax(probability: Tensor, gradient: Tensor) -> Tensor:
     return probability * (gradient - (probability * gradient).sum(-1, keepdim=True))
 
 
-# As seen by autograd: functions, and inside of graphs opaque operators. Of the codes a copy is kept, which no update can overwrite
-# before the backward.
+# As seen by autograd: functions, and inside of graphs opaque operators.
+
+
+def _lasting(codes: Tensor) -> Tensor:
+    """Codes as they are now: a copy of what an update may overwrite, which is no result of an operation."""
+    owner = codes._base if codes._is_view() else codes
+    return codes.clone() if owner is None or owner.is_leaf else codes
 
 
 def _keep_pair(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     x, codes, chosen, *ctx.settings = inputs
-    ctx.save_for_backward(x, codes.clone(), chosen)
+    ctx.save_for_backward(x, _lasting(codes), chosen)
 
 
 def _keep_looked_up(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     x, codes, values, indices, *ctx.settings = inputs
-    ctx.save_for_backward(x, codes.clone(), values.clone(), indices)
+    ctx.save_for_backward(x, _lasting(codes), _lasting(values), indices)
 
 
 class _Pass(NamedTuple):

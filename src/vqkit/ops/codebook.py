@@ -75,12 +75,12 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     """
     size, width = codebook.shape[-2:]
     leading = codebook.shape[:-2]
-    rows = F.pad(codebook, (0, 0, 0, 1)).reshape(-1, width)  # a row of zeros behind each codebook
-    row = torch.where(indices < 0, size, indices)
+    all_known = may_look(indices) and (indices.numel() == 0 or bool(indices.amin() >= 0))
+    row = indices if all_known else indices.clamp(min=0)
     if leading.numel() > 1:
-        first = torch.arange(leading.numel(), device=indices.device).reshape(*leading, 1) * (size + 1)
-        row = row + first
-    return rows.index_select(0, row.reshape(-1)).reshape(*row.shape, width)
+        row = row + torch.arange(0, leading.numel() * size, size, device=indices.device).reshape(*leading, 1)
+    found = codebook.reshape(-1, width).index_select(0, row.reshape(-1)).reshape(*row.shape, width)
+    return found if all_known else found.where((indices >= 0).unsqueeze(-1), 0.0)
 
 
 def by_codebook(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:

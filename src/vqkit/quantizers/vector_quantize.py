@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.dist import Reducer
+from vqkit.ops.assignment import Metric as ScoreMetric
 from vqkit.ops.assignment import has_scores, mean_assignment, sample_indices, soft_codes
 from vqkit.ops.codebook import CodebookStatistics, directions, gather_codes
 from vqkit.ops.coding import Coded, PlainEstimator, coded, coded_stats
@@ -341,11 +342,15 @@ class VectorQuantize(Quantizer):
         positions, num = given.rows.shape[:-1], math.prod(several)
         codes, kept = self._as_own_codes(codes, given), self._spread(given.kept)
         vectors = given.vectors.unsqueeze(-2)
-        picked = self._pick(vectors, codes.detach(), temperature, num).flatten(1)
+        scored = temperature > 0 or labels is not None or any(isinstance(loss, CrossEntropyCommitment | Diversity) for loss in self.losses)
+        late = self.metric == "cosine" and not scored  # of most codes none but the nearest need their directions
+        codes = directions(codes) if self.metric == "cosine" and scored else codes
+        picked = self._pick(vectors, codes.detach(), temperature, num, self.metric if late else "euclidean").flatten(1)
         picked = _of_kept(picked, None if kept is None else kept.repeat_interleave(num, dim=1))
         taken = self._take(vectors.expand(-1, -1, num, -1), codes, picked.unflatten(1, (-1, num)), temperature)
         repeated = given.vectors.repeat_interleave(num, dim=1)
-        chosen = _Chosen(picked, taken.codes.flatten(1, 2), taken.soft, each=num)
+        own = taken.codes.flatten(1, 2)
+        chosen = _Chosen(picked, directions(own) if late else own, taken.soft, each=num)
         counted_once = picked[:, ::num] >= 0
         losses = {}
         for loss in self.losses:
@@ -356,7 +361,7 @@ class VectorQuantize(Quantizer):
             elif isinstance(loss, Orthogonality):
                 losses["orthogonality"] = self._loss(loss, given.vectors, self.table.codes(), chosen, reduction)
             else:
-                mean = mean_assignment(vectors, codes, counted_once.unsqueeze(-1), temperature=loss.temperature, metric=self.metric)
+                mean = mean_assignment(vectors, codes, counted_once.unsqueeze(-1), temperature=loss.temperature, metric=self._score)
                 mean = mean.unflatten(0, counted_once.shape).sum(1) / counted_once.sum(1, keepdim=True).clamp(min=1)
                 losses["diversity"] = negative_entropy(mean)
         if labels is not None:
@@ -371,14 +376,13 @@ class VectorQuantize(Quantizer):
         wanted = (*given.vectors.shape[:-1], self.codebook_size, self.codebook_dim)
         if codes.dim() < 4 or (codes.shape[0], codes.shape[1:-2].numel(), *codes.shape[-2:]) != wanted:
             raise ValueError(f"codes_of returned shape {tuple(codes.shape)}: must be [heads, *positions, codes, width], in all {wanted}")
-        codes = codes.reshape(wanted)
-        return directions(codes) if self.metric == "cosine" else codes
+        return codes.reshape(wanted)
 
     def _own_cross_entropy(self, vectors: Tensor, codes: Tensor, indices: Tensor, reduction: Reduction) -> Tensor:
         """Of vectors [H, M, 1, K] and codes [H, M, C, K]; indices [H, M], or several of each vector side by side."""
         chosen = indices.unflatten(1, (vectors.shape[1], -1))
         vectors = vectors.expand(-1, -1, chosen.shape[-1], -1)
-        found = cross_entropy_commitment(vectors, codes, chosen, metric=self.metric, reduction=reduction)
+        found = cross_entropy_commitment(vectors, codes, chosen, metric=self._score, reduction=reduction)
         return found.flatten(1) if found.dim() else found
 
     def _join_losses(self, losses: dict[str, Tensor], positions: torch.Size, several: tuple[int, ...]) -> dict[str, Tensor]:
@@ -642,20 +646,25 @@ class VectorQuantize(Quantizer):
             return 0.0
         return self.assignment.temperature if own is None else own
 
-    def _pick(self, vectors: Tensor, codes: Tensor, temperature: float = 0.0, num: int = 1) -> Tensor:
-        """The code of each vector, [H, M], or several of each side by side, [H, M * num]."""
+    @property
+    def _score(self) -> ScoreMetric:
+        """Of vectors and codes as they are read: for cosine they have length 1."""
+        return "product" if self.metric == "cosine" else "euclidean"
+
+    def _pick(self, vectors: Tensor, codes: Tensor, temperature: float = 0.0, num: int = 1, metric: Metric = "euclidean") -> Tensor:
+        """The code of each vector, [H, M], or several of each side by side, [H, M * num]; `metric` says how near, if nothing is drawn."""
         if temperature > 0 and isinstance(self.assignment, Gumbel):
-            return sample_indices(vectors, codes, num, temperature=temperature, metric=self.metric).flatten(1)
+            return sample_indices(vectors, codes, num, temperature=temperature, metric=self._score).flatten(1)
         if num > 1:
-            return nearest_codes(vectors, codes, num, metric=self.metric).indices.flatten(1)
-        return nearest_index(vectors, codes, metric=self.metric)
+            return nearest_codes(vectors, codes, num, metric=metric).indices.flatten(1)
+        return nearest_index(vectors, codes, metric=metric)
 
     def _take(self, vectors: Tensor, codes: Tensor, indices: Tensor, temperature: float) -> _Chosen:
         """The codes of indices [H, M], with the gradient of a softmax where the assignment brings one."""
         estimator = None if isinstance(self.assignment, str) else self.assignment.estimator
         if estimator is None or not temperature > 0:
             return _Chosen(indices, gather_codes(codes, indices), soft=False)
-        found = soft_codes(vectors, codes, indices, temperature=temperature, estimator=estimator, metric=self.metric)
+        found = soft_codes(vectors, codes, indices, temperature=temperature, estimator=estimator, metric=self._score)
         return _Chosen(indices, found, soft=True)
 
     def _estimate(self, vectors: Tensor, chosen: _Chosen) -> Tensor:
@@ -690,7 +699,7 @@ class VectorQuantize(Quantizer):
         if targets is not None:
             own, known = vectors[:, :: chosen.each], chosen.indices[:, :: chosen.each] >= 0  # one of a vector with several candidates
             targets = targets.where(known, -1)
-            losses["cross_entropy"] = cross_entropy_commitment(own, codes, targets, metric=self.metric, reduction=reduction)
+            losses["cross_entropy"] = cross_entropy_commitment(own, codes, targets, metric=self._score, reduction=reduction)
         return losses
 
     def _loss(self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen, reduction: Reduction) -> Tensor:
@@ -699,10 +708,10 @@ class VectorQuantize(Quantizer):
             own = gather_codes(codes, chosen.indices) if chosen.soft and codes.dim() == 3 else chosen.codes
             return mean_commitment_loss(vectors, own, counted, pull=loss.pull, reduction=reduction)
         if isinstance(loss, CrossEntropyCommitment):
-            return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self.metric, reduction=reduction)
+            return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self._score, reduction=reduction)
         if isinstance(loss, Diversity):
             own = vectors[:, :: chosen.each], counted[:, :: chosen.each]  # a mean over vectors is that over their candidates
-            return diversity_loss(own[0], codes, own[1], temperature=loss.temperature, metric=self.metric)
+            return diversity_loss(own[0], codes, own[1], temperature=loss.temperature, metric=self._score)
         noise = None if self.training else torch.zeros_like(codes[..., 0])  # evaluation draws nothing
         active = _active(chosen.indices, self.codebook_size) if loss.active_only else None
         return orthogonality_loss(codes, active, max_codes=loss.max_codes, noise=noise)

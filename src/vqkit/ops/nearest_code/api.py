@@ -31,6 +31,7 @@ def _best_few(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return blocked.nearest_codes(x, codebook, k)
 
 
+_ENTRIES_AT_ONCE = 1 << 20  # of the directions of codes, where many vectors have a codebook of their own
 _FEW = 64  # up to here the compiled form is the faster one: it holds that many scores of each vector in order
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -69,8 +70,8 @@ def nearest_code(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", i
     that are not floating point, ValueError for shapes that do not fit, an empty codebook and an unknown `metric` or `impl`.
     """
     _validate(x, codebook, metric, impl)
-    x, codebook = _comparable(x, codebook, metric)
-    indices = _nearest_index(x, codebook, impl)
+    x, codebook = _comparable(*_of_one_dtype(x, codebook), metric)
+    indices = _nearest_index(x, codebook, "euclidean", impl)
     with torch.no_grad():
         error = (x - gather_codes(codebook, indices)).square_().sum(-1)
         return NearestCode(indices, error.masked_fill_(indices < 0, 0.0))
@@ -79,7 +80,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", i
 def nearest_index(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", impl: Impl = "auto") -> Tensor:
     """`nearest_code(x, codebook, metric=metric, impl=impl).indices`, without the cost of the distance."""
     _validate(x, codebook, metric, impl)
-    return _nearest_index(*_comparable(x, codebook, metric), impl)
+    return _nearest_index(*_of_one_dtype(x, codebook), metric, impl)
 
 
 def nearest_codes(
@@ -92,23 +93,26 @@ def nearest_codes(
     _validate(x, codebook, metric, impl, _BACKENDS_K)
     if not 1 <= k <= codebook.shape[-2]:
         raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
-    x, codebook = _comparable(x, codebook, metric)
-    vectors, codes, restore = by_codebook(x, codebook)
+    vectors, codes, restore = by_codebook(*_of_one_dtype(x, codebook))
     run = _operator_k if torch.compiler.is_compiling() else _compute_k
-    return NearestCode(*(restore(tensor) for tensor in run(vectors, codes, k, impl)))
+    return NearestCode(*(restore(tensor) for tensor in run(vectors, codes, k, metric, impl)))
 
 
 def _comparable(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the arithmetic, such that the euclidean distance is meant."""
-    dtype = widest(x, codebook)
-    x, codebook = x.detach().to(dtype), codebook.detach().to(dtype)
+    """Such that the euclidean distance is meant."""
     return (directions(x), directions(codebook)) if metric == "cosine" else (x, codebook)
 
 
-def _nearest_index(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
+def _of_one_dtype(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """That of the arithmetic."""
+    dtype = widest(x, codebook)
+    return x.detach().to(dtype), codebook.detach().to(dtype)
+
+
+def _nearest_index(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
     vectors, codes, restore = by_codebook(x, codebook)
     run = _operator if torch.compiler.is_compiling() else _compute  # one opaque node under compile: its loops depend on values
-    return restore(run(vectors, codes, impl))
+    return restore(run(vectors, codes, metric, impl))
 
 
 def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str, backends: Collection[str] = _BACKENDS) -> None:
@@ -134,30 +138,35 @@ def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str, backends: Col
         raise ValueError(f"the leading axes {shapes} do not broadcast") from None
 
 
-def _compute(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    return _BACKENDS[impl](x, codebook)
+def _compute(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
+    nearest = _BACKENDS[impl]
+    if metric == "euclidean":
+        return nearest(x, codebook)
+    together = max(1, _ENTRIES_AT_ONCE // codebook.shape[1:].numel())
+    parts = zip(x.split(together), codebook.split(together), strict=True)
+    return torch.cat([nearest(directions(vectors), directions(codes)) for vectors, codes in parts])
 
 
-def _compute_k(x: Tensor, codebook: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
-    return _BACKENDS_K[impl](x, codebook, k)
+def _compute_k(x: Tensor, codebook: Tensor, k: int, metric: str, impl: str) -> tuple[Tensor, Tensor]:
+    return _BACKENDS_K[impl](*_comparable(x, codebook, metric), k)
 
 
 @torch.library.custom_op("vqkit::nearest_index", mutates_args=())
-def _operator(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    return _compute(x, codebook, impl)
+def _operator(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
+    return _compute(x, codebook, metric, impl)
 
 
 @_operator.register_fake
-def _(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
+def _(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 @torch.library.custom_op("vqkit::nearest_codes", mutates_args=())
-def _operator_k(x: Tensor, codebook: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
-    return _compute_k(x, codebook, k, impl)
+def _operator_k(x: Tensor, codebook: Tensor, k: int, metric: str, impl: str) -> tuple[Tensor, Tensor]:
+    return _compute_k(x, codebook, k, metric, impl)
 
 
 @_operator_k.register_fake
-def _(x: Tensor, codebook: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, codebook: Tensor, k: int, metric: str, impl: str) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)
