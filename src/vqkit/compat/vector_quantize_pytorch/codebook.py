@@ -160,7 +160,7 @@ class Codebook(_Codebook):
 
     @property
     def initialized(self) -> bool:  # type: ignore[override]
-        if self._waits and bool(self._initted):
+        if self._waits and not torch.compiler.is_compiling() and bool(self._initted):
             self._waits = False
         return not self._waits
 

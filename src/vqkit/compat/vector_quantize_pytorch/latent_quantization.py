@@ -112,6 +112,11 @@ class LatentQuantize(Module):
         hide(self.native.counts, weight=torch.cat([*self.values_per_latent]))
         return self.native
 
+    def __getstate__(self) -> Any:
+        """Copies hold the values alone: what a call made of them has a graph, which cannot be copied."""
+        hide(self.native.counts, weight=self._settle().counts.weight.detach())
+        return super().__getstate__()
+
     @property
     def implicit_codebook(self) -> Tensor:
         """[C, d], all codes, listed anew at every call."""

@@ -411,7 +411,7 @@ class ResidualVQ(nn.Module):
         estimator = self._estimator if self.training and learns else "none"
         losses = self._losses if self.training else ()
         for part in cast(Iterable[Any], self.native.layers):
-            if part.estimator is not estimator or part.losses is not losses:
+            if torch.compiler.is_compiling() or part.estimator is not estimator or part.losses is not losses:
                 part.estimator, part.losses = estimator, losses
         if self.diveq:
             self.native.estimator = DiVeQ(_DIVEQ_VARIANCE) if self.training else "layers"

@@ -325,7 +325,7 @@ class VectorQuantize(nn.Module):
         """Let the quantizer do what this call returns, and no more: in eval mode a loss is but that of several codes."""
         losses = self._learned_losses if self.training else self._losses[:1] if topk is not None else ()
         for name, value in (("training", self.training), ("estimator", self._estimator_of(x)), ("losses", losses)):
-            if getattr(self.native, name) is not value:
+            if torch.compiler.is_compiling() or getattr(self.native, name) is not value:
                 setattr(self.native, name, value)
 
     def _estimator_of(self, x: Tensor) -> Estimator:
