@@ -1,6 +1,6 @@
-"""What each of two processes does with the classes of the facade in DDP, all cases one after the other, and one process with all vectors.
+"""What each of two processes does with the classes of the facade in DDP and FSDP2, one case after the other, and one process with all.
 
-The modules are made before there is a process group, each process with another seed: DDP gives all the state of the first.
+For DDP the modules are made before there is a process group, each process with another seed: it gives all the state of the first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import vqkit.compat.vector_quantize_pytorch as facade
@@ -63,6 +65,8 @@ CASES: dict[str, Case] = {
     "residual, k-means": _RVQ({"num_quantizers": 2, "kmeans_init": True, "codebook_size": 4}, shares=((24, 24), (48, 0))),
     "lookup-free": Case("LFQ", {"codebook_size": 16, "entropy_loss_weight": 0.5}, shares=EQUAL, learns=True),
 }
+SHARDED = ("averages", "projected", "learnable", "residual", "lookup-free")
+"""Those that FSDP2 is tried with, too."""
 
 
 class Net(nn.Module):
@@ -70,7 +74,7 @@ class Net(nn.Module):
 
     def __init__(self, quantizer: nn.Module) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.scale = nn.Parameter(torch.tensor([1.5]))
         self.quantizer = quantizer
 
     def forward(self, x: Tensor, **calls: Any) -> tuple[Tensor, Tensor]:
@@ -98,7 +102,12 @@ def steps(case: Case, net: Net, call: Callable[..., Any], share: Callable[[Tenso
                 for parameter in net.parameters():
                     if parameter.grad is not None:
                         parameter -= 0.1 * parameter.grad
-        yield {name: value.detach().clone() for name, value in net.state_dict().items()} | {"loss": loss}
+        yield {name: _whole(value) for name, value in net.state_dict().items()} | {"loss": loss}
+
+
+def _whole(value: Tensor) -> Tensor:
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().clone()
 
 
 def on_rank(rank: int, folder: str) -> None:
@@ -108,13 +117,15 @@ def on_rank(rank: int, folder: str) -> None:
     method = f"file://{folder}/group"
     torch_dist.init_process_group("gloo", init_method=method, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     results: dict[str, Any] = {}
-    for name, case in CASES.items():
+    wrapped = [(name, name, nets[name], DistributedDataParallel) for name in CASES]
+    wrapped += [(f"{name}, sharded", name, Net(CASES[name].make(seed=0)), fully_shard) for name in SHARDED]
+    for key, name, net, wrap in wrapped:
         torch.manual_seed(10 + rank)
+        sizes = CASES[name].shares
         try:
-            share = lambda x, step, case=case: x.split(case.shares[step], 1)[rank]  # noqa: E731 - a share of this case
-            results[name] = [*steps(case, nets[name], DistributedDataParallel(nets[name]), share)]
+            results[key] = [*steps(CASES[name], net, wrap(net), lambda x, step, sizes=sizes: x.split(sizes[step], 1)[rank])]
         except Exception:
-            results[name] = traceback.format_exc()
+            results[key] = traceback.format_exc()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch_dist.barrier()
     torch_dist.destroy_process_group()

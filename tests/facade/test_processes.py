@@ -1,4 +1,4 @@
-"""The facade in two processes of DDP: equal states, those of one process with the vectors of both."""
+"""The facade in two processes of DDP or FSDP2: equal states, those of one process with the vectors of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from facade import process_ranks
-from facade.process_ranks import CASES
+from facade.process_ranks import CASES, SHARDED
 
 DRAWN = [name for name in CASES if "k-means" in name or name in ("dead codes", "residual, drawn depth")]
 
@@ -45,6 +45,13 @@ def test_processes_have_the_same_state(name: str, ranks: list[dict[str, Any]]) -
 @pytest.mark.parametrize("name", [name for name in CASES if name not in DRAWN])
 def test_processes_are_one(name: str, ranks: list[dict[str, Any]]) -> None:
     for found, expected in zip(states(ranks, name), process_ranks.alone(CASES[name]), strict=True):
+        for key in expected.keys() - {"loss"}:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_processes_are_one(name: str, ranks: list[dict[str, Any]]) -> None:
+    for found, expected in zip(states(ranks, f"{name}, sharded"), process_ranks.alone(CASES[name]), strict=True):
         for key in expected.keys() - {"loss"}:
             torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
