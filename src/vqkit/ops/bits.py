@@ -194,7 +194,7 @@ def _find(logits: Tensor, share: Tensor | None, together: int, floor: float) -> 
             clamped = mean.clamp(min=max(floor, torch.finfo(mean.dtype).tiny))
             surprise = clamped.log()
             of_mean.append(torch.vdot(mean.flatten(), surprise.flatten()))
-            kept.slopes.append(surprise - (mean < clamped).to(mean.dtype))
+            kept.slopes.append(torch.add(surprise, mean < clamped, alpha=-1))
             kept.logs.extend(own)
             kept.chances.extend(chances)
     return sum(of_each[1:], of_each[0]) / -each_count, sum(of_mean[1:], of_mean[0]) / -len(logits), kept

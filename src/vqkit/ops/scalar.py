@@ -51,14 +51,13 @@ def split_digits(
     """The digits [..., d] of integers [...] from 0 to C - 1; those of -1 are 0."""
     if first == "highest":
         return split_digits(indices, levels[::-1], dtype).flip(-1)
-    rest = indices.to(torch.int64).clamp(min=0)
     size = math.prod(levels)
     if may_look(indices) and size <= _whole_up_to(torch.float64):
         # A quotient of whole numbers that a float holds is never rounded up to the next whole number.
-        wide = rest.to(torch.float32 if size <= _whole_up_to(torch.float32) else torch.float64).unsqueeze(-1)
+        wide = indices.to(torch.float32 if size <= _whole_up_to(torch.float32) else torch.float64).clamp(min=0).unsqueeze(-1)
         above = wide.div(per_scalar(_places, (*levels, 1), wide)).floor_()
         return torch.addcmul(above[..., :-1], above[..., 1:], per_scalar(tuple, levels, wide), value=-1).to(dtype)
-    digits = []
+    rest, digits = indices.to(torch.int64).clamp(min=0), []
     for number in levels:
         digits.append(rest % number)
         rest = rest // number

@@ -178,8 +178,8 @@ class LFQ(ScalarQuantizer):
             if own not in entropies:
                 if not entropies:
                     share = self._share(kept, values)
-                logits = bit_logits(values, self._step, own)
-                entropies[own] = self._entropies(logits.flatten(0, -3).transpose(0, 1), share)
+                rows = values.reshape(1, -1, self.width) if self.heads == 1 else values.flatten(0, -3).transpose(0, 1)
+                entropies[own] = self._entropies(bit_logits(rows, self._step, own), share)
             found[_LOSS_NAMES[type(loss)]] = entropies[own].of_each if isinstance(loss, Entropy) else -entropies[own].of_mean
         return found
 

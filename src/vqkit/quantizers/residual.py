@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vqkit.dist import Reducer
 from vqkit.ops.codebook import CodebookStatistics, merge_statistics
 from vqkit.ops.estimators import scale_gradient
-from vqkit.ops.precision import finite_rows
+from vqkit.ops.precision import as_dtype, finite_rows, known_finite, may_look, widest
+from vqkit.ops.scalar import per_scalar
 from vqkit.quantizers.base import Quantized, Quantizer, Statistics, changed
 from vqkit.quantizers.beam import beam_search
 from vqkit.quantizers.codebook import Codebook
@@ -209,7 +210,7 @@ class Residual(Quantizer):
         vectors, finite = self._project_in(rows, counted)
         self._start_shared(vectors, counted, options)
         if indices is None and size > 1 and all(codebook.initialized for codebook in self.codebooks()):
-            indices = self._search(vectors, finite, used, size)
+            indices = self._search(vectors, _or_all(finite, vectors), used, size)
         path = self._walk(vectors, counted, used, _split(indices, positions), _split(targets, positions), freeze_codebook, options)
         output = self._project_out(self._estimate(vectors, finite, path), path.indices).to(x.dtype)
         if counted is not None and self.masked == "input":
@@ -232,6 +233,7 @@ class Residual(Quantizer):
         size = self._beam_size(beam_size)
         vectors, finite = self._project_in(rows, counted)
         if size > 1:
+            finite = _or_all(finite, vectors)
             kept = finite if counted is None else finite & counted
             return self._search(vectors, finite, used, size).where(kept.reshape(*kept.shape, *(1 for _ in self.code_shape)), -1)
         residual, partial = vectors, torch.zeros_like(vectors)
@@ -287,6 +289,7 @@ class Residual(Quantizer):
         rows = width_last(x, self.dim, self.layout)
         counted = position_mask(rows.shape[:-1], mask, lengths)
         vectors, finite = self._project_in(rows, counted)
+        finite = _or_all(finite, vectors)
         kept = (finite if counted is None else finite & counted).reshape(-1)
         residual = vectors.reshape(kept.numel(), self.inner_dim)
         partial = torch.zeros_like(residual)
@@ -352,19 +355,30 @@ class Residual(Quantizer):
             _check_beam(list(self._each()))
         return size
 
-    def _project_in(self, rows: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The vectors [P..., d] that the layers see, float32 or wider, and which of them are finite; all others are NaN."""
+    def _project_in(self, rows: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The vectors [P..., d] that the layers see, float32 or wider, and which of them are finite; all others are NaN.
+
+        None: it is known that all are.
+        """
+        if counted is None and may_look(rows):
+            vectors = _linear(self.project_in, rows)
+            if known_finite(vectors):  # and so are the rows: what is not shows in its projection
+                return self._clamp(vectors), None
         finite = finite_rows(rows)
         clean = finite if counted is None else finite & counted
         rows = where_kept(clean, rows)  # before the projection, whose weights shall see nothing else
         vectors = _linear(self.project_in, rows)
-        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         if isinstance(self.project_in, nn.Linear):
             finite = finite & finite_rows(vectors)
-        if self.soft_clamp is not None:
-            limit = torch.tensor(self.soft_clamp, dtype=vectors.dtype, device=vectors.device)
-            vectors = torch.tanh(vectors / limit) * limit
-        return where_kept(finite, vectors, torch.nan), finite
+        return where_kept(finite, self._clamp(vectors), torch.nan), finite
+
+    def _clamp(self, vectors: Tensor) -> Tensor:
+        """Float32 or wider, and within the soft clamp."""
+        vectors = as_dtype(vectors, widest(vectors))
+        if self.soft_clamp is None:
+            return vectors
+        limit = self.soft_clamp if isinstance(self.soft_clamp, float) else per_scalar(tuple, self.soft_clamp, vectors)
+        return torch.tanh(vectors / limit) * limit
 
     def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
         if not isinstance(self.project_out, nn.Linear):
@@ -440,11 +454,11 @@ class Residual(Quantizer):
         """The statistics of the layers in order, one entry a codebook: that of a shared one is the sum over its uses."""
         return gather_statistics(self._slots, found)
 
-    def _estimate(self, vectors: Tensor, finite: Tensor, path: _Path) -> Tensor:
+    def _estimate(self, vectors: Tensor, finite: Tensor | None, path: _Path) -> Tensor:
         """The sum of the codes with the gradient that `estimator` says; vectors without a code are left to the projection behind."""
         if self.estimator == "layers":
             return _add(path.outputs)
-        x = where_kept(finite, vectors)
+        x = vectors if finite is None else where_kept(finite, vectors)
         own = isinstance(self.estimator, DiVeQ) or self.estimator == "none"  # then the codes have a gradient, whatever that of the layers
         if not own and self.sync_update == 0:
             codes = _add([output.detach() for output in path.outputs])
@@ -633,6 +647,11 @@ def _add(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[2:]:
         total = total + part if part.requires_grad or total.requires_grad else total.add_(part)
     return total
+
+
+def _or_all(finite: Tensor | None, vectors: Tensor) -> Tensor:
+    """Which of vectors [P..., d] are finite; None: all."""
+    return vectors.new_ones(vectors.shape[:-1], dtype=torch.bool) if finite is None else finite
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

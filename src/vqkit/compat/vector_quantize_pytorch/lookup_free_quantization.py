@@ -100,6 +100,7 @@ class LFQ(Module):
     zero: Tensor
     native: lfq.LFQ
     quiet: lfq.LFQ
+    unweighed: lfq.LFQ
 
     def __init__(
         self,
@@ -169,15 +170,18 @@ class LFQ(Module):
             self.register_buffer("orthogonal_rot", native.counts.rotation)
         self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
-        quiet = copy.copy(native)
+        quiet, unweighed = copy.copy(native), copy.copy(native)
         quiet.losses, quiet.training = (), False
-        hide(self, native=native, quiet=quiet)
+        unweighed.losses = native.losses[:-2]
+        hide(self, native=native, quiet=quiet, unweighed=unweighed)
 
-    def settle(self) -> lfq.LFQ:
-        """The native quantizer for the mode of now, with the rotation of now: in eval mode it has no losses."""
+    def settle(self, *, entropies: bool = True) -> lfq.LFQ:
+        """The native quantizer for the mode of now, with the rotation of now: in eval mode it has no losses, and no `entropies` if told."""
         if self.orthogonal_rotation and (counts := self.native.counts).rotation is not (rotation := self.orthogonal_rot):
             counts.rotation = rotation
-        return self.native if self.training else self.quiet
+        if not self.training:
+            return self.quiet
+        return self.native if entropies else self.unweighed
 
     # Codes and indices
 
@@ -222,25 +226,30 @@ class LFQ(Module):
         rows = rows_of(x, self.dim, first)
         seen = loss_mask(mask, rows.shape[:-1])
         vectors, finite = projected(self.project_in, rows)
-        found = self._quantize(vectors, finite, inv_temperature, seen)
+        found = self._quantize(vectors, finite, inv_temperature, seen, entropies=return_loss_breakdown or self.entropy_loss_weight != 0)
         out = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         indices = with_codebooks(found.indices, self.num_codebooks, self.keep_num_codebooks_dim)
-        output = Return(out.movedim(-1, 1) if first else out, indices, self.weigh(found.losses) if found.losses else self.zero * 1.0)
+        output = Return(out.movedim(-1, 1) if first else out, indices, self.weigh(found.losses))
         return (output, self._breakdown(found.losses)) if return_loss_breakdown else output
 
-    def _quantize(self, vectors: Tensor, finite: Tensor | None, inv_temperature: float, seen: Tensor | None) -> Quantized:
-        native = self.settle()
+    def _quantize(
+        self, vectors: Tensor, finite: Tensor | None, inv_temperature: float, seen: Tensor | None, *, entropies: bool
+    ) -> Quantized:
+        native = self.settle(entropies=entropies)
         if not self.training:
             return native.quantize_vectors(vectors.detach(), finite, freeze_codebook=True)
         return native.quantize_vectors(vectors, finite, freeze_codebook=True, temperature=1.0 / inv_temperature, loss_mask=seen)
 
     def weigh(self, losses: dict[str, Tensor]) -> Tensor:
         """The loss of what the native quantizer gives by name."""
+        commitment = losses["commitment"] * self.commitment_loss_weight if "commitment" in losses else None
+        if "entropy" not in losses:
+            return self.zero * 1.0 if commitment is None else commitment
         auxiliary = torch.add(losses["entropy"], losses["diversity"], alpha=self.diversity_gamma)
         if self.experimental_softplus_entropy_loss:
             auxiliary = F.softplus(auxiliary + self.entropy_loss_offset)
         total = auxiliary * self.entropy_loss_weight
-        return total + losses["commitment"] * self.commitment_loss_weight if "commitment" in losses else total
+        return total if commitment is None else total + commitment
 
     def _breakdown(self, losses: dict[str, Tensor]) -> LossBreakdown:
         if not losses:
