@@ -13,7 +13,7 @@ from torch import Tensor
 from vqkit.ops.assignment import Metric, assignment_cross_entropy, mean_assignment, mean_assignment_cross_entropy
 from vqkit.ops.codebook import directions
 from vqkit.ops.estimators import scale_gradient
-from vqkit.ops.precision import widest, without_autocast
+from vqkit.ops.precision import as_dtype, widest, without_autocast
 
 Reduction = Literal["mean", "none"]
 """The mean over the vectors that count, or one number a vector."""
@@ -50,7 +50,7 @@ def mean_commitment_loss(
     _check_reduction(reduction)
     _check_alike(x, quantized)
     dtype = widest(x, quantized)
-    difference = x.to(dtype) - scale_gradient(quantized, pull).to(dtype)
+    difference = as_dtype(x, dtype) - as_dtype(scale_gradient(quantized, pull), dtype)
     if mask is not None:
         mask = _spread("mask", mask, x.shape[:-1])
         difference = difference.where(mask.unsqueeze(-1), 0.0)

@@ -67,7 +67,7 @@ def known_finite(x: Tensor) -> bool:
 
 def may_look(x: Tensor) -> bool:
     """Whether a value of x can be asked for at no cost: not in programs that are traced, and not where that waits for a device."""
-    return x.device.type == "cpu" and not is_traced()
+    return x.is_cpu and not is_traced()
 
 
 def is_traced() -> bool:

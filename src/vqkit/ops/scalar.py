@@ -131,7 +131,7 @@ def round_to_levels(
         steps = (x * grid.unit).clamp(-grid.half, grid.highest)
         return Rounded(steps / grid.unit, steps.detach().round().add_(grid.half))
     if symmetric and not squashed:
-        values = x.clamp(-grid.scale, grid.scale)
+        values = x.clamp(-scale, scale) if isinstance(scale, float) else x.clamp(-grid.scale, grid.scale)
     else:
         x = x if scale == 1.0 else x / grid.scale
         if not symmetric:

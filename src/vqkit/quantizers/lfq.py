@@ -19,6 +19,7 @@ from vqkit.dist import default_reducer
 from vqkit.ops.bits import Entropies, batch_entropies, bit_logits, distribution_entropy, mean_bit_distribution
 from vqkit.ops.codebook import directions
 from vqkit.ops.losses import mean_commitment_loss
+from vqkit.ops.precision import as_dtype
 from vqkit.ops.scalar import Rounded, join_digits, split_digits
 from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.commit import sum_in_forward
@@ -149,7 +150,8 @@ class LFQ(ScalarQuantizer):
         return Rounded(vectors, (vectors.detach() > 0).to(vectors.dtype))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        return (digits.to(dtype) * (2.0 * self._step)).sub_(self._step)
+        step = self._step
+        return (as_dtype(digits, dtype) * (2.0 * step)).sub_(step)
 
     def _losses(
         self,

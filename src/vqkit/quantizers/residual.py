@@ -686,6 +686,8 @@ def codebook_slots(parts: Iterable[Any]) -> list[list[int]]:
 
 def gather_statistics(slots: Sequence[Sequence[int]], found: Sequence[Statistics]) -> Statistics:
     """One entry a codebook, that of a shared one the sum over its uses; None where nothing was counted."""
+    if any(slots) and all(statistics is None for statistics in found):
+        return None
     merged: dict[int, CodebookStatistics] = {}
     for own, statistics in zip(slots, found, strict=True):
         if statistics is None:
