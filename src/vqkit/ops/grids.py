@@ -5,11 +5,14 @@ Shapes: B batch, D width, P... positions (1 to 3 axes), G... cells of a grid.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vqkit.ops.precision import is_traced
 
 _POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -32,13 +35,28 @@ def interpolate(x: Tensor, positions: Sequence[int]) -> Tensor:
 
     The same as interpolation with align_corners=False, axis by axis; bit by bit the same in a compiled program.
     """
+    make = _make_neighbours if is_traced() else _kept_neighbours
     for axis, (size, length) in enumerate(zip(x.shape[2:], positions, strict=True), 2):
         if size == length:
             continue
-        place = ((torch.arange(length, dtype=x.dtype, device=x.device) + 0.5) * (size / length) - 0.5).clamp(0, size - 1)
-        below = place.floor()
-        share = (place - below).reshape(-1, *(1 for _ in x.shape[axis + 1 :]))
-        low = below.to(torch.int64)
-        lower, upper = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
-        x = lower + share * (upper - lower)
+        if size == 1:
+            x = x.expand(*x.shape[:axis], length, *x.shape[axis + 1 :])
+            continue
+        low, high, share = make(size, length, x.dtype, x.device)
+        lower, upper = x.index_select(axis, low), x.index_select(axis, high)
+        x = lower + share.view(-1, *(1 for _ in x.shape[axis + 1 :])) * (upper - lower)
     return x
+
+
+def _make_neighbours(size: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For `length` positions the cells before and behind each, and the share of the second."""
+    place = ((torch.arange(length, dtype=dtype, device=device) + 0.5) * (size / length) - 0.5).clamp(0, size - 1)
+    below = place.floor()
+    low = below.to(torch.int64)
+    return low, (low + 1).clamp(max=size - 1), place - below
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_neighbours(size: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return _make_neighbours(size, length, dtype, device)

@@ -19,11 +19,21 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.grids import average, interpolate
-from vqkit.ops.precision import finite_rows, without_autocast
+from vqkit.ops.precision import as_dtype, finite_rows, known_finite, may_look, widest, without_autocast
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.committed import WIDE, Committed, Counting
 from vqkit.quantizers.config import Commit, NestedDropout, check_choice, check_count, check_kind, check_number
-from vqkit.quantizers.layout import Layout, check_indices, check_layout, check_tensor, position_mask, where_kept, width_back, width_last
+from vqkit.quantizers.layout import (
+    Layout,
+    check_indices,
+    check_layout,
+    check_tensor,
+    is_all,
+    position_mask,
+    where_kept,
+    width_back,
+    width_last,
+)
 from vqkit.quantizers.residual import (
     check_parts,
     codebook_slots,
@@ -209,32 +219,34 @@ class Hierarchical(Quantizer):
         for that of a `Gumbel` or `Softmax` assignment of the levels, all of which must have the option. Losses are named "NAME/LEVEL".
         """
         rows, counted, kept = self._read(x, mask, lengths)
-        used = self._used_levels(depth, x.device)
+        used = self._used_levels(depth)
         options = {} if temperature is None else {"temperature": temperature}
         vectors = self._vectors(rows, kept)
         self._start_shared(vectors, kept, options)
         found: list[Quantized] = []
 
-        def choose(level: Any, cells: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        def choose(level: Any, cells: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
             found.append(level.quantize(cells, known, freeze_codebook=freeze_codebook, **options))
             return found[-1].indices, found[-1].quantized
 
         indices, spread = self._walk(vectors, kept, choose)
-        output = _add([each if used is None else each * (number < used) for number, each in enumerate(spread)])
-        output = where_kept(kept, output.movedim(1, -1)).to(x.dtype)
+        if isinstance(used, Tensor):
+            spread = [each * (number < used) for number, each in enumerate(spread)]
+        output = _add(spread[:used] if isinstance(used, int) else spread)
+        output = output.movedim(1, -1) if kept is None else where_kept(kept, output.movedim(1, -1))
+        output = as_dtype(output, x.dtype)
         if counted is not None and self.masked == "input":
             output = output.where(counted.unsqueeze(-1), rows)
         losses = {}
         for number, level in enumerate(found):
-            factor = 1.0 if used is None else (number < used) * (self.num_levels / used)
-            losses |= {numbered(name, number): loss * factor for name, loss in level.losses.items()}
+            losses |= {numbered(name, number): self._share(loss, number, used) for name, loss in level.losses.items()}
         return Quantized(width_back(output, self.layout), indices, losses, gather_statistics(self._slots, [f.statistics for f in found]))
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices [B, S] int64 of all levels; -1: a cell of masked positions alone."""
         rows, _, kept = self._read(x, mask, lengths)
 
-        def choose(level: Any, cells: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        def choose(level: Any, cells: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
             indices = level.encode(cells, known)
             return indices, level.decode(indices)
 
@@ -282,9 +294,9 @@ class Hierarchical(Quantizer):
         is no vector to start from.
         """
         rows, _, kept = self._read(x, mask, lengths)
-        seen: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        seen: dict[Any, list[tuple[Tensor, Tensor | None]]] = {}
 
-        def choose(level: Any, cells: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        def choose(level: Any, cells: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
             if level not in seen and has_start(level):
                 level.initialize_(cells, known, seed=seed + len(seen), reducer=reducer)
             seen.setdefault(level, []).append((cells, known))
@@ -297,15 +309,15 @@ class Hierarchical(Quantizer):
                 level.initialize_(*_join(uses), seed=seed, reducer=reducer)
 
     @torch.no_grad()
-    def _start_shared(self, vectors: Tensor, kept: Tensor, options: dict[str, Any]) -> None:
+    def _start_shared(self, vectors: Tensor, kept: Tensor | None, options: dict[str, Any]) -> None:
         """Before a training forward: a shared level that waits for k-means starts at what all its uses see."""
         shared = [level for number, level in enumerate(self.levels) if self._order.count(number) > 1]
         waiting = [level for level in shared if not all(codebook.initialized for codebook in unique_codebooks([level]))]
         if not waiting:
             return
-        seen: dict[Any, list[tuple[Tensor, Tensor]]] = {level: [] for level in waiting}
+        seen: dict[Any, list[tuple[Tensor, Tensor | None]]] = {level: [] for level in waiting}
 
-        def choose(level: Any, cells: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        def choose(level: Any, cells: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
             if level in seen:
                 seen[level].append((cells, known))
             found = level.quantize(cells, known, **options)
@@ -321,58 +333,69 @@ class Hierarchical(Quantizer):
 
     # Steps of `quantize`
 
-    def _read(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The rows [B, P..., D], the positions [B, P...] that count (None: all), and those of them that are finite."""
+    def _read(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The rows [B, P..., D], the positions [B, P...] that count, and those of them that are finite; None: all."""
         rows = width_last(x, self.dim, self.layout)
         if rows.dim() != self.axes + 2 or not all(rows.shape[1:-1]):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: must have {self.axes} axes of positions, none of length 0, beside those of batch and width"
             )
         counted = position_mask(rows.shape[:-1], mask, lengths)
+        if counted is None and known_finite(rows):
+            return rows, None, None
         finite = finite_rows(rows)
-        return rows, counted, finite if counted is None else finite & counted
+        kept = finite if counted is None else finite & counted
+        return rows, counted, None if is_all(kept) else kept
 
-    def _vectors(self, rows: Tensor, kept: Tensor) -> Tensor:
+    def _vectors(self, rows: Tensor, kept: Tensor | None) -> Tensor:
         """[B, D, P...] float32 or wider; 0 where not kept."""
-        return where_kept(kept, rows).movedim(-1, 1).to(torch.promote_types(rows.dtype, torch.float32))
+        return as_dtype((rows if kept is None else where_kept(kept, rows)).movedim(-1, 1), widest(rows))
 
-    def _used_levels(self, depth: int | None, device: torch.device) -> Tensor | None:
-        """How many levels enter the output, [] int64; None for all."""
+    def _used_levels(self, depth: int | None) -> Tensor | int | None:
+        """How many levels enter the output, if drawn [] int64; None for all."""
         if depth is not None:
             check_count("depth", depth)
             if depth > self.num_levels:
                 raise ValueError(f"depth = {depth}: must be from 1 to {self.num_levels}, the number of levels")
-            return None if depth == self.num_levels else torch.full((), depth, device=device)
+            return None if depth == self.num_levels else depth
         if self.clock is None or self.nested_dropout is None or not self.training:
             return None
         return nested_depth(self.nested_dropout, self.clock.commits, self.num_levels)
 
+    def _share(self, loss: Tensor, number: int, used: Tensor | int | None) -> Tensor:
+        """The loss of a level in a mean over those that are used."""
+        if used is None:
+            return loss
+        if isinstance(used, int):
+            return loss * (self.num_levels / used) if number < used else torch.zeros_like(loss)
+        return loss * ((number < used) * (self.num_levels / used))
+
     def _walk(
-        self, vectors: Tensor, kept: Tensor, choose: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+        self, vectors: Tensor, kept: Tensor | None, choose: Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[Tensor]]:
         """Every level in turn on what is left of [B, D, P...]: the indices [B, S], and what each level adds, [B, D, P...].
 
-        `choose` takes a level, cells [B, N, D] and which of them are known [B, N], and gives their indices and codes.
+        `choose` takes a level, cells [B, N, D] and which of them are known [B, N] (None: all), and gives their indices and codes.
         """
-        whole = not torch.compiler.is_compiling() and kept.device.type == "cpu" and bool(kept.all())
         residual, found, spread = vectors, [], []
-        weights = None if whole else kept.unsqueeze(1).to(vectors.dtype)
+        weights = None if kept is None else kept.unsqueeze(1).to(vectors.dtype)
         for number, (level, grid) in enumerate(zip(self._each(), self.grids, strict=True)):
+            if number > 0:
+                residual = residual - spread[-1]
             cells, share = average(residual, grid, weights)
-            known = torch.ones_like(cells[:, 0], dtype=torch.bool) if share is None else share.squeeze(1) > 0
-            indices, codes = choose(level, cells.flatten(2).mT, known.flatten(1))
-            codes = where_kept(indices >= 0, codes).unflatten(1, grid)
-            spread.append(self._spread(number, codes, indices.unflatten(1, grid), tuple(vectors.shape[2:])))
-            residual = residual - spread[-1]
+            indices, codes = choose(level, cells.flatten(2).mT, None if share is None else share.flatten(1) > 0)
+            spread.append(self._spread(number, codes.unflatten(1, grid), indices.unflatten(1, grid), tuple(vectors.shape[2:])))
             found.append(indices)
         return torch.cat(found, dim=1), spread
 
     def _spread(self, number: int, codes: Tensor, indices: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Codes [B, *grid, D] of indices [B, *grid] -> [B, D, *positions]; zeros where an item has no index."""
-        x = codes.movedim(-1, 1)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        some = (indices >= 0).flatten(1).any(1)
-        return self._mixer(number)(interpolate(x, positions)) * some.reshape(-1, *(1 for _ in x.shape[1:]))
+        whole = may_look(indices) and indices.numel() > 0 and int(indices.min()) >= 0
+        x = (codes if whole else codes.where((indices >= 0).unsqueeze(-1), 0.0)).movedim(-1, 1)
+        spread = self._mixer(number)(interpolate(as_dtype(x, widest(x)), positions))
+        if whole:
+            return spread
+        return spread * (indices >= 0).flatten(1).any(1).reshape(-1, *(1 for _ in x.shape[1:]))
 
 
 class HierarchicalVQ(Hierarchical):
@@ -473,9 +496,10 @@ def _check_dropout(dropout: NestedDropout | None, num_levels: int) -> None:
         raise ValueError(f"NestedDropout.min_levels = {dropout.min_levels}: must be below {num_levels}, the number of levels")
 
 
-def _join(uses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Cells [B, N, D] and which of them are known [B, N], of several levels, as those of one."""
-    return torch.cat([cells for cells, _ in uses], dim=1), torch.cat([known for _, known in uses], dim=1)
+def _join(uses: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Cells [B, N, D] and which of them are known [B, N], None: all, of several levels, as those of one."""
+    known = [known for _, known in uses if known is not None]  # of all levels or of none
+    return torch.cat([cells for cells, _ in uses], dim=1), torch.cat(known, dim=1) if known else None
 
 
 def _add(parts: Sequence[Tensor]) -> Tensor:

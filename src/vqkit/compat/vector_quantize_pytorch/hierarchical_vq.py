@@ -201,8 +201,10 @@ class HierarchicalVQ(nn.Module):
         cutoff = self.sample_nested_cutoff(x.device)
         for level in [self.vq] if self.vqs is None else self.vqs:
             part: Any = level
-            part.native.training = self.training
-            part.native.estimator = part._estimator if self.training else "none"
+            wanted = (True, part._estimator, part._learned_losses) if self.training else (False, "none", ())
+            for name, value in zip(("training", "estimator", "losses"), wanted, strict=True):
+                if getattr(part.native, name) is not value:
+                    setattr(part.native, name, value)
         native.training = self.training
         found = native.quantize_and_learn(
             x,
@@ -212,9 +214,12 @@ class HierarchicalVQ(nn.Module):
             depth=None if cutoff is None else cutoff + 1,
         )
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        if self.training:
+        if self.training and found.losses:
+            alike: dict[float, Any] = {}
             weights = native.loss_weights
-            loss = sum((weights[name] * value for name, value in found.losses.items()), loss)
+            for name, value in found.losses.items():
+                alike[weights[name]] = alike[weights[name]] + value if weights[name] in alike else value
+            loss = sum((weight * value for weight, value in alike.items()), loss)
         output = (found.quantized, native.split(found.indices), loss)
         return (*output, cutoff) if return_cutoff else output
 
