@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,13 +18,15 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 from tiny_runs import differing, train_in_process
 from vqkit.train.config import RunConfig
 
-GRACE = 30.0
-"""Seconds after which a rank that was asked to end counts as hanging; those of torchrun."""
-LONGEST = 120.0
-"""Seconds that a run may take."""
+GRACE = 60.0
+"""Seconds after which a rank that was asked to end counts as hanging; twice those of torchrun."""
+LONGEST = 300.0
+"""Seconds that a run of one or two may take."""
 HUNG = 137
 ATTEMPTS = 4
 """Kills of one run at most, before it is let through to its end."""
@@ -36,6 +37,7 @@ class Launcher:
 
     def __init__(self, ranks: int = 1) -> None:
         self.ranks = ranks
+        self._meeting: TCPStore | None = None
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pytest", "torch._dynamo", "vqkit.train.loop", "vqkit.models.weights", "vqkit.ops.kmeans"])
         warm = self._context.Process(target=str)  # the server that all are forked from is up and warm after it
@@ -43,15 +45,15 @@ class Launcher:
         warm.join()
 
     def __call__(self, config: RunConfig, run_dir: Path, *, ranks: int | None = None, fault: str | None = None) -> list[int | None]:
-        """Run to the end, or to the fault; exit codes of all ranks, -9 of a killed one."""
+        """Run to the end, or to the fault (see `train_in_process`); exit codes of all ranks, -9 of a killed one."""
         return end(self.start(config, run_dir, ranks=ranks, fault=fault))
 
     def start(self, config: RunConfig, run_dir: Path, *, ranks: int | None = None, fault: str | None = None) -> list[BaseProcess]:
         """Start all ranks and return them."""
         ranks = ranks or self.ranks
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # The place where the ranks meet is kept here, as by torchrun: a port that is free now may be another's when the first rank asks.
+        self._meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
+        port = 0 if self._meeting is None else self._meeting.port
         processes: list[BaseProcess] = [
             self._context.Process(target=_on_rank, args=(rank, ranks, port, config, run_dir, fault)) for rank in range(ranks)
         ]
@@ -62,8 +64,16 @@ class Launcher:
 
 def _on_rank(rank: int, ranks: int, port: int, config: RunConfig, run_dir: Path, fault: str | None) -> None:
     if ranks > 1:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        os.environ |= dict(zip(names, map(str, (rank, rank, ranks, "127.0.0.1", port)), strict=True))
+        names = (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "TORCHELASTIC_USE_AGENT_STORE",
+            "TORCHELASTIC_RESTART_COUNT",
+        )
+        os.environ |= dict(zip(names, map(str, (rank, rank, ranks, "127.0.0.1", port, True, 0)), strict=True))
     # What survivors of a killed rank complain of is expected, and of use only where a test fails.
     os.dup2(os.open(errors_of(run_dir), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     faulthandler.register(signal.SIGUSR1)

@@ -5,7 +5,7 @@ import threading
 
 def in_ranks(number, work):
     """`work(reducer)` in as many threads, whose reducers sum over them all; returns the results by rank."""
-    barrier, flats, results = threading.Barrier(number, timeout=120), [None] * number, [None] * number
+    barrier, flats, results = threading.Barrier(number, timeout=600), [None] * number, [None] * number
 
     class Reducer:
         world_size = number

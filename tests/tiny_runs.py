@@ -1,8 +1,10 @@
 """Training runs that take a fraction of a second: a configuration, its data, what a run leaves, and a run that a test may kill."""
 
+import itertools
 import json
 import os
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,12 +113,24 @@ def _do_not_sync(fd: Any) -> None:
 
 
 def train_in_process(config: RunConfig, run_dir: Path, fault: str | None = None) -> None:
-    """What a process that a test starts does; `fault` names the point at which it is to die."""
+    """What a process that a test starts does.
+
+    `fault` names the point at which it is to die, or is "asked:RANK:STEP": then that rank gets SIGTERM after that step.
+    """
     torch.set_num_threads(1)
     # What a killed process wrote is not lost; syncing is against the loss of power, and would be most of the time.
     os.fsync = _do_not_sync
-    if fault is not None:
-        os.environ["VQKIT_FAULT"] = fault
-    from vqkit.train.loop import train
+    from vqkit.train import loop
 
-    train(config, run_dir)
+    if fault is not None and fault.startswith("asked:"):
+        _, rank, step = fault.split(":")
+        passed = itertools.count(1)
+
+        def point(name: str) -> None:
+            if name == "after_step" and os.environ.get("RANK", "0") == rank and next(passed) == int(step):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        loop.fault_point = point
+    elif fault is not None:
+        os.environ["VQKIT_FAULT"] = fault
+    loop.train(config, run_dir)

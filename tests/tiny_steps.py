@@ -72,7 +72,7 @@ def on_rank(rank, world, folder):
     """All forms in one process group, one after the other, the courses written to a file."""
     torch.set_num_threads(1)
     group = f"file://{folder}/group"
-    torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=world, timeout=timedelta(seconds=600))
     courses = {form: course(form, micro_batches=2, rank=rank, reducer=ProcessGroupReducer()) for form in FORMS}
     torch.save(courses, Path(folder) / f"rank{rank}.pt")
     torch.distributed.barrier()

@@ -107,7 +107,7 @@ def test_neither_jax_nor_flax_is_asked_for(tmp_path: Path) -> None:
         "from vqkit.compat import OfficialSettings, load_official\n"
         f"print(load_official({str(path)!r}, OfficialSettings(block_len=4, mem_len=3, logit_scale=1.0)).config.dim)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "8", done.stderr
 
 

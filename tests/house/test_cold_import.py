@@ -26,7 +26,7 @@ def run_cold(code: str, *, cwd: Path | None = None) -> subprocess.CompletedProce
     # What the compiler of this very process may have set would hide that an import sets it.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
     command = [sys.executable, "-I", "-W", "error", "-c", code]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def foreign(snippet: str) -> tuple[list[str], str]:

@@ -71,7 +71,7 @@ def on_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     nets = {(case.name, variant): (case, build(case, variant, seed=rank)) for case in CASES if case.steps for variant in variants(case)}
     torch_dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group{world}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/group{world}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     results: dict[tuple[str, str], Any] = {}
     for key, (case, net) in nets.items():

@@ -389,7 +389,7 @@ def on_rank(rank, folder):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler, about itself
     warnings.filterwarnings("ignore", category=FutureWarning)
-    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=600))
     for name in ("expiry", "gradient"):
         start_equal_when_compiled_from_the_first_forward(rank, CHOICES[name])
     refuse_to_replace_sharded_codes(rank)
