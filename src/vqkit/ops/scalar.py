@@ -261,7 +261,8 @@ def rounding_stats(
     No gradient.
     """
     number, heads, width = x.shape
-    x, error = x.detach(), x.detach() - codes.detach()
+    x = x.detach()
+    error = x - codes.detach()
     if heads > 1:
         used = used + torch.arange(heads, device=x.device).unsqueeze(-1) * size
     weight = None
@@ -276,7 +277,7 @@ def rounding_stats(
         x, error, used = x * weight, error * weight, used.where(taken.unsqueeze(-1), 0)
         share = weight.expand(used.shape).reshape(-1)
     total = _sum_of_rows(x)
-    away = _subtract_from_rows(x, total / vectors.clamp(min=1).unsqueeze(-1))
+    away = _subtract_from_rows(x, total / (max(number, 1) if whole else vectors.clamp(min=1).unsqueeze(-1)))
     if weight is not None:
         away = away * weight
     nothing = x.new_empty(heads, 0, width)
@@ -286,7 +287,7 @@ def rounding_stats(
         candidates=nothing,
         keys=x.new_empty(heads, 0),
         vectors=vectors,
-        squared_error=_sum_of_rows(error.square_()).sum(-1),
+        squared_error=error.square_().sum((0, 2)) if x.numel() < _MANY else _sum_of_rows(error.square_()).sum(-1),
         non_finite=lost,
         moments=torch.stack([total, _sum_of_rows(away.square_())], dim=1),
     )

@@ -22,6 +22,7 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
     round_up_multiple,
 )
 from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ
+from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_in, project_out, rows_of
 from vqkit.quantizers.layout import check_tensor
 from vqkit.quantizers.residual import Residual
@@ -134,7 +135,7 @@ def _refuse_layer_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} = {options[name]!r}: must be {value!r} in the layers of a residual quantizer")
 
 
-class GroupedResidualFSQ(Module):
+class GroupedResidualFSQ(Groups):
     """As the peer's: `groups` times a `ResidualFSQ`, each on its part of the width; indices [G, B, N, q], codes G times [q, P..., d].
 
     With `accept_image_fmap` inputs are [B, dim, ...], and so are outputs and what indices decode to.
@@ -143,57 +144,18 @@ class GroupedResidualFSQ(Module):
     seeds: Seeds
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
-        super().__init__()
-        if groups < 1 or dim % groups:
-            raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
-        self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
-        if accept_image_fmap:
-            kwargs = {**kwargs, "is_channel_first": True}
-        self.rvqs: Any = nn.ModuleList([ResidualFSQ(dim=dim // groups, **kwargs) for _ in range(groups)])
+        options: dict[str, Any] = {**kwargs, "is_channel_first": True} if accept_image_fmap else kwargs
+        super().__init__(dim, groups, accept_image_fmap, lambda width: ResidualFSQ(dim=width, **options))
         self.codebook_size = self.rvqs[0].codebook_size
         hide(self, seeds=Seeds())
 
     @property
-    def codebooks(self) -> Tensor:
-        """[G, q, C, d]."""
-        return torch.stack([rvq.codebooks for rvq in self.rvqs])
-
-    @property
     def split_dim(self) -> int:
         """The axis of the width."""
-        return 1 if self.accept_image_fmap or self.rvqs[0].is_channel_first else -1
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """[G, ...] -> [G, q, P..., d]."""
-        return torch.stack([rvq.get_codes_from_indices(own) for rvq, own in zip(self.rvqs, self._of_groups(indices), strict=True)])
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """[G, ...] -> the output of the call that gave them."""
-        parts = [rvq.get_output_from_indices(own) for rvq, own in zip(self.rvqs, self._of_groups(indices), strict=True)]
-        return torch.cat(parts, dim=self.split_dim)
-
-    def _of_groups(self, indices: Tensor) -> Sequence[Tensor]:
-        return of_groups(indices, self.groups)
+        return 1 if self.rvqs[0].is_channel_first else -1
 
     def forward(self, x: Tensor, return_all_codes: bool = False) -> tuple[Any, ...]:
-        check_width(x, self.split_dim, self.dim)
+        pieces = self._pieces(x)
         seed = self.seeds.draw() if self.training else None
-        pieces = x.chunk(self.groups, dim=self.split_dim)
-        found = [rvq(piece, return_all_codes, seed) for rvq, piece in zip(self.rvqs, pieces, strict=True)]
-        output, indices, *codes = zip(*found, strict=True)
-        return (torch.cat(output, dim=self.split_dim), torch.stack(indices), *codes)
-
-
-def of_groups(indices: Tensor, groups: int) -> Sequence[Tensor]:
-    """Indices [G, ...] of each group. Raises ValueError for another number of groups."""
-    check_tensor("indices", indices)
-    if indices.dim() < 1 or len(indices) != groups:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}: must be [{groups}, ...], one a group")
-    return indices.unbind(0)
-
-
-def check_width(x: Tensor, axis: int, dim: int) -> None:
-    """Raise ValueError unless x is `dim` wide."""
-    check_tensor("x", x)
-    if x.dim() < 2 or x.shape[axis] != dim:
-        raise ValueError(f"x has shape {tuple(x.shape)}: must be {f'[batch, {dim}, ...]' if axis == 1 else f'[batch, ..., {dim}]'}")
+        output, (indices, *codes) = self._joined([rvq(piece, return_all_codes, seed) for rvq, piece in zip(self.rvqs, pieces, strict=True)])
+        return (output, torch.stack(indices), *codes)

@@ -5,7 +5,6 @@ Shapes: P... positions of the input, d scalars, q layers, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import log2
 from typing import Any
 
@@ -23,8 +22,8 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
     layers_taking_part,
     round_up_multiple,
 )
+from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import INV_TEMPERATURE, LFQ, loss_mask
-from vqkit.compat.vector_quantize_pytorch.residual_fsq import check_width, of_groups
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_in, project_out, rows_of
 from vqkit.quantizers.residual import Residual
 
@@ -136,7 +135,7 @@ def _refuse_layer_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} = {options[name]!r}: must be {value!r} in the layers of a residual quantizer")
 
 
-class GroupedResidualLFQ(Module):
+class GroupedResidualLFQ(Groups):
     """As the peer's: `groups` times a `ResidualLFQ`, each on its part of the width; indices [G, P..., q], losses [G, q].
 
     With `accept_image_fmap` inputs are [B, dim, ...], and so are outputs and what indices decode to.
@@ -145,39 +144,12 @@ class GroupedResidualLFQ(Module):
     seeds: Seeds
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
-        super().__init__()
-        if groups < 1 or dim % groups:
-            raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
-        self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
-        self.rvqs: Any = nn.ModuleList([ResidualLFQ(dim=dim // groups, **kwargs) for _ in range(groups)])
+        super().__init__(dim, groups, accept_image_fmap, lambda width: ResidualLFQ(dim=width, **kwargs))
         hide(self, seeds=Seeds())
 
-    @property
-    def codebooks(self) -> Tensor:
-        """[G, q, C, d]."""
-        return torch.stack([rvq.codebooks for rvq in self.rvqs])
-
-    @property
-    def split_dim(self) -> int:
-        """The axis of the width."""
-        return 1 if self.accept_image_fmap else -1
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """[G, P..., q] -> [G, q, P..., d]."""
-        return torch.stack([rvq.get_codes_from_indices(own) for rvq, own in zip(self.rvqs, self._of_groups(indices), strict=True)])
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """[G, P..., q] -> the output of the call that gave them."""
-        parts = [rvq.get_output_from_indices(own) for rvq, own in zip(self.rvqs, self._of_groups(indices), strict=True)]
-        return torch.cat(parts, dim=self.split_dim)
-
-    def _of_groups(self, indices: Tensor) -> Sequence[Tensor]:
-        return of_groups(indices, self.groups)
-
     def forward(self, x: Tensor, mask: Tensor | None = None, return_all_codes: bool = False) -> tuple[Any, ...]:
-        check_width(x, self.split_dim, self.dim)
+        pieces = self._pieces(x)
         seed = self.seeds.draw() if self.training else None
-        pieces = x.chunk(self.groups, dim=self.split_dim)
         found = [rvq(piece, mask, return_all_codes, seed) for rvq, piece in zip(self.rvqs, pieces, strict=True)]
-        output, indices, losses, *codes = zip(*found, strict=True)
-        return (torch.cat(output, dim=self.split_dim), torch.stack(indices), torch.stack(losses), *codes)
+        output, (indices, losses, *codes) = self._joined(found)
+        return (output, torch.stack(indices), torch.stack(losses), *codes)

@@ -22,6 +22,7 @@ from vqkit.compat.vector_quantize_pytorch.codebook import Call, Codebook
 from vqkit.compat.vector_quantize_pytorch.functions import default as default
 from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
 from vqkit.compat.vector_quantize_pytorch.functions import is_distributed as is_distributed
+from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 from vqkit.dist import LocalReducer, default_reducer
 from vqkit.ops.precision import without_autocast
@@ -500,41 +501,19 @@ def _layer_arguments(given: dict[str, Any], shared: bool, implicit: bool, diveq:
     return found
 
 
-class GroupedResidualVQ(nn.Module):
+class GroupedResidualVQ(Groups):
     """`groups` times a `ResidualVQ` of width dim / groups, with the peer's arguments: `kwargs` are those of ResidualVQ.
 
     Inputs as there. A call returns the quantized vectors, the indices [G, B, N, Q] and the losses [G, Q].
     """
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
-        super().__init__()
-        if groups < 1 or dim % groups:
-            raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
-        self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
-        self.rvqs = nn.ModuleList(ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups))
-
-    def _each(self) -> Iterable[ResidualVQ]:
-        return cast(Iterable[ResidualVQ], self.rvqs)
-
-    @property
-    def codebooks(self) -> Tensor:
-        """[G, Q, C, K]."""
-        return torch.stack([rvq.codebooks for rvq in self._each()])
+        super().__init__(dim, groups, accept_image_fmap, lambda width: ResidualVQ(dim=width, accept_image_fmap=accept_image_fmap, **kwargs))
 
     @property
     def split_dim(self) -> int:
         """Where the width stands."""
-        return 1 if cast(ResidualVQ, self.rvqs[0]).native.layout == "first" else -1
-
-    def get_codes_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
-        """indices [G, B, ..., L] -> the code of each layer [G, Q, B, ..., K]."""
-        self._check_groups(indices)
-        return torch.stack([rvq.get_codes_from_indices(own) for rvq, own in zip(self._each(), indices, strict=True)])
-
-    def get_output_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
-        """indices [G, B, ..., L] -> vectors as a call gives them."""
-        self._check_groups(indices)
-        return torch.cat([rvq.get_output_from_indices(own) for rvq, own in zip(self._each(), indices, strict=True)], dim=self.split_dim)
+        return 1 if self.rvqs[0].native.layout == "first" else -1
 
     def forward(
         self,
@@ -549,9 +528,7 @@ class GroupedResidualVQ(nn.Module):
 
         With `indices`, one [B, N, Q] a group, (quantized, the sum of their cross-entropies). Dropout cuts all groups at the same layer.
         """
-        check_tensor("x", x)
-        if x.dim() < 2 or x.shape[self.split_dim] != self.dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}: must have {self.dim} entries along axis {self.split_dim}")
+        pieces = self._pieces(x)
         given = [None] * self.groups if indices is None or len(indices) == 0 else [*indices]
         self._check_groups(given)
         seed = get_maybe_sync_seed(x.device) if self.training else None
@@ -565,14 +542,9 @@ class GroupedResidualVQ(nn.Module):
                 freeze_codebook=freeze_codebook,
                 rand_quantize_dropout_fixed_seed=seed,
             )
-            for rvq, piece, own in zip(self._each(), x.chunk(self.groups, dim=self.split_dim), given, strict=True)
+            for rvq, piece, own in zip(self.rvqs, pieces, given, strict=True)
         ]
-        quantized, *rest = zip(*found, strict=True)
-        joined = torch.cat(quantized, dim=self.split_dim)
+        joined, rest = self._joined(found)
         if given[0] is not None:
             return joined, torch.stack(rest[0]).sum()
         return (joined, torch.stack(rest[0]), torch.stack(rest[1]), *rest[2:])
-
-    def _check_groups(self, indices: Tensor | Sequence[Any]) -> None:
-        if len(indices) != self.groups:
-            raise ValueError(f"indices has {len(indices)} entries: must be {self.groups}, one a group")
