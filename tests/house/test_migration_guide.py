@@ -1,4 +1,4 @@
-"""The guide for users of vector-quantize-pytorch: its Python runs, and every argument of the three classes has its line."""
+"""The guide for users of vector-quantize-pytorch: its Python runs, and every argument of the classes that have a section has its line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ from pathlib import Path
 import pytest
 
 import vqkit.quantizers
-from vqkit.quantizers import FSQ, LFQ, GroupedResidualVQ, LatentQuantize, Residual, ResidualVQ, VectorQuantize, config
+from vqkit.quantizers import (
+    FSP,
+    FSQ,
+    LFQ,
+    BinaryMapper,
+    EvoLFQ,
+    GroupedResidualVQ,
+    Hierarchical,
+    HierarchicalVQ,
+    LatentQuantize,
+    Residual,
+    ResidualVQ,
+    VectorQuantize,
+    config,
+)
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 
@@ -42,6 +56,26 @@ GROUPED = """
     x indices return_all_codes sample_codebook_temp freeze_codebook mask get_codes_from_indices get_output_from_indices codebooks
 """
 
+FSP_NAMES = """
+    levels dim channel_first projection_has_bias act_name quantize_rate need_inv_act vector_norm
+    z eps indices_to_codes level_indices_to_indices indices_to_level_indices
+"""
+BINARY = """
+    bits kl_loss_threshold deterministic_on_eval
+    logits temperature straight_through calc_aux_loss deterministic return_indices reduce_aux_kl_loss log_prob binary_entropy codes
+"""
+EVOLUTION = """
+    encoder decoder lfq dim codebook_size num_codebooks pop_size mutation_rate tournament_size elitism_count generations
+    encode decode_bits init_random_population init_population_from_data uniform_crossover mutate tournament_selection step evolve
+    return_best_decoded
+"""
+HIERARCHICAL = """
+    dim codebook_size scales shared_codebook channel_first sync_codebook decay commitment_weight rotation_trick kmeans_init kmeans_iters
+    threshold_ema_dead_code stochastic_sample_codes sample_codebook_temp orthogonal_reg_weight orthogonal_reg_max_codes
+    orthogonal_reg_active_codes_only quant_resi share_quant_resi nested_dropout nested_dropout_min_levels accept_image_fmap accept_3d_fmap
+    x indices mask lens sample_codebook_temp return_cutoff get_output_from_indices get_vq
+"""
+
 
 def section(title: str) -> str:
     return GUIDE.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
@@ -58,6 +92,10 @@ def rows(text: str) -> list[tuple[str, str]]:
         ("quantizer(x, ...)", FORWARD),
         ("ResidualVQ(...)", RESIDUAL),
         ("GroupedResidualVQ(...)", GROUPED),
+        ("FSP(...)", FSP_NAMES),
+        ("BinaryMapper(...)", BINARY),
+        ("EvoLFQ(...)", EVOLUTION),
+        ("HierarchicalVQ(...)", HIERARCHICAL),
     ],
 )
 def test_every_argument_has_its_line(title: str, names: str) -> None:
@@ -71,7 +109,7 @@ def test_it_counts_the_arguments() -> None:
 
 def test_the_python_of_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 11
     exec("\n".join(blocks), {})
     assert "diversity" in capsys.readouterr().out
 
@@ -84,11 +122,16 @@ def test_what_it_tells_to_write_exists() -> None:
             assert {f.split("=")[0].strip() for f in fields.split(",") if "=" in f} <= set(inspect.signature(classes[name]).parameters), (
                 name
             )
-        elif name not in ("ResidualVQ", "GroupedResidualVQ", "VectorQuantize", "ImplicitVQ", "LocalReducer"):
+        elif name not in ("ResidualVQ", "GroupedResidualVQ", "VectorQuantize", "ImplicitVQ", "LocalReducer", "Linear"):
             assert hasattr(vqkit.quantizers, name), name
-    more = (FSQ, LFQ, LatentQuantize, Residual)
+    more = (FSQ, LFQ, LatentQuantize, Residual, FSP, BinaryMapper, EvoLFQ, HierarchicalVQ, Hierarchical)
     kinds = (VectorQuantize, ResidualVQ, GroupedResidualVQ, *more)
-    known = {p for kind in kinds for method in (kind.__init__, kind.quantize) for p in inspect.signature(method).parameters}
+    known = {
+        p
+        for kind in kinds
+        for method in (kind.__init__, kind.quantize, getattr(kind, "evolve", kind.encode))
+        for p in inspect.signature(method).parameters
+    }
     table = "\n".join(here for _, here in rows(NATIVE))
     for name in re.findall(r"`(\w+)=[^`]*`", table):
         assert name in known, name
