@@ -108,11 +108,12 @@ class SimVQ(Module):
         table: Any = self.native.table
         table.weight = self.frozen_codebook.unsqueeze(0)
         found = self.native.quantize(x)
-        apart = found.losses["commitment"]
+        loss = found.losses["commitment"]
         share = self.input_to_quantize_commit_loss_weight
+        quantized = found.quantized if share > 0 else self._estimate(x, found.quantized)
         if share > 0:
-            return found.quantized, found.indices, self.commitment_weight * (share * apart + apart.detach())
-        return self._estimate(x, found.quantized), found.indices, self.commitment_weight * apart
+            loss = loss.detach().add(loss, alpha=share)
+        return quantized, found.indices, loss if self.commitment_weight == 1.0 else self.commitment_weight * loss
 
     def _estimate(self, x: Tensor, quantized: Tensor) -> Tensor:
         layout = self.native.layout
