@@ -130,6 +130,7 @@ def test_decode_of_encode_is_the_output(name):
     out = module(x)
     assert torch.equal(module.encode(x), out.indices)
     torch.testing.assert_close(module.decode(out.indices), out.quantized, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.stack(list(module.quantize(x).outputs)), module.decode_layers(out.indices), rtol=0, atol=1e-6)
     assert out.quantized.shape == x.shape
     assert out.indices.shape == (3, 10, *module.code_shape)
     assert module.code_shape[0] == LAYERS

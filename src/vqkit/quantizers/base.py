@@ -38,6 +38,7 @@ class Quantized(NamedTuple):
     indices: Tensor  # int64, the positions of x + code_shape; -1: masked, dropped or not finite
     losses: dict[str, Tensor]  # [] each, unweighted, by the names of `loss_weights`
     statistics: Statistics  # aligned with `codebooks()`; None in eval mode and when frozen
+    outputs: Sequence[Tensor] = ()  # of a residual quantizer, what each layer that took part gave, before the output projection
 
 
 class Quantizer(Committing):

@@ -215,7 +215,7 @@ class Residual(Quantizer):
         output = self._project_out(self._estimate(vectors, finite, path), path.indices).to(x.dtype)
         if counted is not None and self.masked == "input":
             output = output.where(counted.unsqueeze(-1), rows)
-        return Quantized(width_back(output, self.layout), path.indices, path.losses, path.statistics)
+        return Quantized(width_back(output, self.layout), path.indices, path.losses, path.statistics, path.outputs)
 
     def encode(
         self,

@@ -351,8 +351,8 @@ class ResidualVQ(nn.Module):
 
         Raises ValueError and TypeError for what does not fit.
         """
-        native = self.native
-        frozen = freeze_codebook or self._first.freeze_codebook
+        native, first = self.native, self._first
+        frozen = freeze_codebook or first.freeze_codebook
         options: dict[str, Any] = {}
         if indices is not None:
             options["targets"] = self._check_targets(indices)
@@ -360,11 +360,11 @@ class ResidualVQ(nn.Module):
             options["depth"] = self._draw_depth(rand_quantize_dropout_fixed_seed, x.device)
         size = self._beam_size(beam_size)
         options["beam_size"] = size
-        temperature = translate.temperature(self._assignment, sample_codebook_temp, self._first._codebook.sample_codebook_temp)
+        temperature = translate.temperature(self._assignment, sample_codebook_temp, first._codebook.sample_codebook_temp)
         if temperature is not None and size == 1:
             options["temperature"] = temperature
         self._set_layers(x)
-        if self.training and not frozen and self._first.in_place_codebook_optimizer is not None:
+        if self.training and not frozen and first.in_place_codebook_optimizer is not None:
             self._pull_(x, mask, options.get("depth", self.num_quantizers), temperature)
         try:
             found = native.quantize_and_learn(x, mask, freeze_codebook=frozen, **options)
@@ -372,11 +372,11 @@ class ResidualVQ(nn.Module):
             for layer in self._each():
                 layer._codebook.call = None
         if self.shared_codebook and self.training and not frozen:
-            self._first.update_in_place_optimizer()
+            first.update_in_place_optimizer()
         if indices is not None:
             return found.quantized, torch.stack([found.losses[f"cross_entropy/{i}"] for i in range(self.num_quantizers)]).sum()
         result = (found.quantized, found.indices, self._weigh(found))
-        return (*result, self._codes_of_call(found.indices)) if return_all_codes else result
+        return (*result, self._codes_of_call(found)) if return_all_codes else result
 
     @property
     def _assignment(self) -> Any:
@@ -445,13 +445,15 @@ class ResidualVQ(nn.Module):
             losses.requires_grad_()  # so that a loop may call backward whatever is trained
         return losses
 
-    def _codes_of_call(self, indices: Tensor) -> Tensor:
+    def _codes_of_call(self, found: Quantized) -> Tensor:
         """The code of each layer as the call that chose them read it."""
+        if not self.training:  # what the layers give is then the code itself
+            return torch.stack([output.to(torch.float32) for output in found.outputs])
         tables = dict.fromkeys(layer._codebook for layer in self._each())
         for table in tables:
             table.enter_(learning=False)
         try:
-            return self.get_codes_from_indices(indices)
+            return self.get_codes_from_indices(found.indices)
         finally:
             for table in tables:
                 table.leave_()
