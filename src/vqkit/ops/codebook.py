@@ -115,16 +115,16 @@ _ORDINARY = {dtype: torch.finfo(dtype).tiny ** 0.25 for dtype in (torch.float32,
 
 def directions(x: Tensor) -> Tensor:
     """x [..., K] scaled to length 1, whatever its length, without overflow or underflow; zero stays zero. Differentiable, also at zero."""
-    if x.dtype in _ORDINARY and x.numel() and may_look(x):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        least, most = torch.aminmax(length.detach())
-        if least > _ORDINARY[x.dtype] and most < 1.0 / _ORDINARY[x.dtype]:
-            return x / length
     return polar(x)[0]
 
 
 def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     """`directions(x)` [..., K] and the lengths [..., 1]."""
+    if x.dtype in _ORDINARY and x.numel() and may_look(x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        least, most = torch.aminmax(length.detach())
+        if least.item() > _ORDINARY[x.dtype] and most.item() < 1.0 / _ORDINARY[x.dtype]:
+            return x / length, length
     scale = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(scale == 0, 1.0, scale)
     scale = scale / torch.frexp(scale).mantissa  # a power of two, which rounds nothing
@@ -258,10 +258,11 @@ def largest_keys(vectors: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tenso
 
     A key of 0 says that there is no vector; such rows are zero, and fill up where N < num.
     """
-    keys, chosen = F.pad(keys, (0, num)).topk(num, dim=-1)
-    if vectors.shape[1] == 0:
-        return vectors.new_zeros(len(vectors), num, vectors.shape[2]), keys
-    rows = vectors.gather(1, chosen.clamp(max=vectors.shape[1] - 1).unsqueeze(-1).expand(-1, -1, vectors.shape[2]))
+    there = vectors.shape[1]
+    if there < num:
+        vectors, keys = F.pad(vectors, (0, 0, 0, num - there)), F.pad(keys, (0, num - there))
+    keys, chosen = keys.topk(num, dim=-1)
+    rows = vectors.gather(1, chosen.unsqueeze(-1).expand(-1, -1, vectors.shape[2]))
     return rows.where(keys.unsqueeze(-1) > 0, 0.0), keys
 
 

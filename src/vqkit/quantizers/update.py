@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics, codes_from_ema, directions, ema_update, laplace_codes_from_ema, replace_dead_codes
+from vqkit.ops.precision import may_look
 from vqkit.quantizers.config import EMA, ClipEMA, DeadCodes, Frozen, OwnOptimizer, StoredEMA, Update
 
 State = dict[str, Tensor]
@@ -97,6 +98,8 @@ def next_count(rule: Update, count: Tensor, chosen: Tensor, code_weights: Tensor
 
 def expire(rule: Update, state: State, candidates: Tensor, keys: Tensor, threshold: float, reset_count: float) -> State:
     """The state in which codes of a count below `threshold` stand at candidates [H, E, K] (keys [H, E]; 0 = absent) with `reset_count`."""
+    if may_look(state["count"]) and not (state["count"] < threshold).any():
+        return state
     rows = state["weight"] if "weight" in state else state["sum"]
     rows, count = replace_dead_codes(rows, state["count"], candidates, keys, threshold, reset_count)
     replaced = (count != state["count"]).unsqueeze(-1)

@@ -124,11 +124,11 @@ class Codebook(_Codebook):
 
     def _stored(self, name: str) -> Tensor:
         """The parameter or buffer itself."""
-        for tensors in (self._parameters, self._buffers):
-            found = tensors.get(name)
-            if found is not None:
-                return found
-        raise AttributeError(name)
+        found = self._parameters.get(name)
+        found = self._buffers.get(name) if found is None else found
+        if found is None:
+            raise AttributeError(name)
+        return found
 
     # What vqkit reads
 
