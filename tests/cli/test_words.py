@@ -253,6 +253,25 @@ def test_words_that_all_processes_get_are_refused_once_a_machine(
     assert (said.code, said.err.count("\n")) == (2, lines)
 
 
+@pytest.mark.parametrize("reworded", [False, True])
+@pytest.mark.parametrize("consequence", [False, True])
+def test_the_process_that_failed_first_speaks(
+    vqkit: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, reworded: bool, consequence: bool
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+
+    def fail(_: list[str]) -> int:
+        error = OSError("full")
+        error.of_another_process = consequence  # type: ignore[attr-defined]
+        if not reworded:
+            raise error
+        raise OSError("the disk is full") from error
+
+    monkeypatch.setattr(app, "_dispatch", fail)
+    assert vqkit("train").err.count("\n") == (not consequence)
+
+
 def test_none_is_written_as_in_a_file_or_as_in_python() -> None:
     for word in ("none", "None"):
         train = requested("quickstart", ["--train.clip", word, "--train.betas", word])[1].train

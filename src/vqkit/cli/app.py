@@ -106,8 +106,10 @@ def _fail(code: int, message: str, error: BaseException) -> int:
 
 def _is_told_elsewhere(error: BaseException) -> bool:
     """Whether another process of this run says the same, or that of which this is a consequence."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-    return several and getattr(error, "of_another_process", os.environ.get("LOCAL_RANK", "0") != "0")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return False
+    known = [cause.of_another_process for cause in (error, error.__cause__) if hasattr(cause, "of_another_process")]
+    return known[0] if known else os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _describe(error: Exception) -> str:
