@@ -8,7 +8,6 @@ Shapes: N vectors, C codes, K width, G different codebooks, R vectors of a tile.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.distances import Distances
-from vqkit.ops.precision import finite_rows, full_precision, is_traced, may_look, widest
+from vqkit.ops.precision import finite_rows, full_precision, is_traced, known_finite, widest
 
 Metric = Literal["euclidean", "cosine", "product"]
 """The score is minus the euclidean distance, the cosine, or the inner product, which is the cosine of what has length 1."""
@@ -82,7 +81,7 @@ def sample_indices(
     noise = by_codebook(noise.to(scored.vectors.dtype), codebook[..., :1, :1])[0]
     run = _draw_opaque if is_traced() else _draw
     indices = run(scored.vectors.detach(), scored.codes.detach(), noise.detach(), temperature, metric)
-    return scored.restore(indices.where(scored.valid.unsqueeze(-1), -1))
+    return scored.restore(indices if scored.valid is None else indices.where(scored.valid.unsqueeze(-1), -1))
 
 
 def soft_codes(
@@ -105,7 +104,7 @@ def soft_codes(
     _check_estimator(estimator)
     _check_places("indices", indices, x, codebook)
     scored = _score(x, codebook, temperature, metric)
-    chosen = torch.where(scored.valid, by_codebook(indices.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1), -1)
+    chosen = scored.of_valid(_one_each(indices, x, codebook))
     values = by_codebook(x, codebook.to(scored.codes.dtype))[1]
     inputs = scored.vectors, scored.codes, values, chosen, temperature, metric, estimator == "reinmax"
     return scored.restore(_run(_LOOK_UP, _look_up_opaque, *inputs))
@@ -164,8 +163,7 @@ def _score_targets(x: Tensor, codebook: Tensor, indices: Tensor, temperature: fl
     """And the targets [G, N], -1 where none counts."""
     _check_places("indices", indices, x, codebook)
     scored = _score(x, codebook, temperature, metric)
-    target = by_codebook(indices.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
-    return scored, torch.where(scored.valid, target, -1)
+    return scored, scored.of_valid(_one_each(indices, x, codebook))
 
 
 def mean_assignment(
@@ -177,13 +175,19 @@ def mean_assignment(
     finite takes no part. Differentiable in x and codebook.
     """
     scored = _score(x, codebook, temperature, metric)
-    counted = scored.valid
+    counted = scored.vectors.new_ones(scored.vectors.shape[:-1]) if scored.valid is None else scored.valid.to(scored.vectors.dtype)
     if mask is not None:
-        mask = mask.expand(torch.broadcast_shapes(mask.shape, x.shape[:-1]))
-        counted = counted & by_codebook(mask.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
-    share = counted.to(scored.vectors.dtype)
-    share = share / share.sum(-1, keepdim=True).clamp(min=1.0)
+        mask = mask if mask.shape == x.shape[:-1] else mask.expand(torch.broadcast_shapes(mask.shape, x.shape[:-1]))
+        counted = counted * _one_each(mask, x, codebook)
+    share = counted / counted.sum(-1, keepdim=True).clamp_(min=1.0)
     return _run(_MEAN_SOFTMAX, _mean_softmax_opaque, scored.vectors, scored.codes, share, temperature, metric)
+
+
+def _one_each(values: Tensor, x: Tensor, codebook: Tensor) -> Tensor:
+    """One value for each vector of x, in its place among those of a codebook: [G, N]."""
+    if x.dim() == codebook.dim() == 3 and len(x) == len(codebook) and values.shape == x.shape[:-1]:
+        return values
+    return by_codebook(values.unsqueeze(-1), codebook[..., :1, :1])[0].squeeze(-1)
 
 
 def has_scores(x: Tensor, metric: Metric) -> Tensor:
@@ -195,8 +199,12 @@ def has_scores(x: Tensor, metric: Metric) -> Tensor:
 class _Scored(NamedTuple):
     vectors: Tensor  # [G, N, K] wide, finite; directions for cosine
     codes: Tensor  # [G, C, K]
-    valid: Tensor  # [G, N] bool
+    valid: Tensor | None  # [G, N] bool; None: all are
     restore: Callable[[Tensor], Tensor]
+
+    def of_valid(self, indices: Tensor) -> Tensor:
+        """Indices [G, N], -1 for vectors that are not valid."""
+        return indices if self.valid is None else indices.where(self.valid, -1)
 
 
 def _score(x: Tensor, codebook: Tensor, temperature: float, metric: Metric) -> _Scored:
@@ -207,8 +215,9 @@ def _score(x: Tensor, codebook: Tensor, temperature: float, metric: Metric) -> _
     _check_pair(x, codebook)
     dtype = widest(x, codebook)
     vectors, codes, restore = by_codebook(x.to(dtype), codebook.to(dtype))
-    valid = has_scores(vectors, metric)
-    if not may_look(valid) or not valid.all():
+    lengths = vectors if metric != "euclidean" else torch.linalg.vector_norm(vectors.detach(), dim=-1, keepdim=True)
+    valid = None if known_finite(lengths) else finite_rows(lengths)
+    if valid is not None:
         vectors = vectors.where(valid.unsqueeze(-1), 0.0)
     if metric == "cosine":
         vectors, codes = directions(vectors), directions(codes)
@@ -274,16 +283,10 @@ def _zeros(like: Tensor, asked: bool) -> Tensor:
     return like.new_zeros(like.shape if asked else 0)
 
 
-@contextlib.contextmanager
-def _computing(x: Tensor) -> Iterator[None]:
-    with torch.no_grad(), full_precision(x.device.type):
-        yield
-
-
 def _draw(x: Tensor, codes: Tensor, noise: Tensor, temperature: float, metric: str) -> Tensor:
     """noise [G, N, num] -> [G, N, num]: the first code at which the cumulated probabilities exceed it, those drawn before left out."""
     indices = torch.empty(noise.shape, dtype=torch.int64, device=x.device)
-    with _computing(x):
+    with full_precision(x.device.type):
         for at, _, logits in _Scores(x, codes, temperature, metric).tiles():
             for place in range(noise.shape[-1]):
                 if place > 0:
@@ -320,7 +323,7 @@ def _look_up_backward(
     """Gradients of x, codes and values, [0] where not needed."""
     chosen = indices.clamp(min=0).unsqueeze(-1)
     half = x.new_full((), 0.5).expand(chosen.shape)
-    with _computing(x):
+    with full_precision(x.device.type):
         gradient = gradient.where(indices.unsqueeze(-1) >= 0, 0.0)
         centre = values.mean(1, keepdim=True)  # what all codes have in common a softmax does not pass on
 
@@ -357,7 +360,7 @@ def _cross_entropy_and_gradients(
     loss = x.new_empty(x.shape[:-1])
     chosen = target.clamp(min=0).unsqueeze(-1)
     minus_one = x.new_full((), -1.0).expand(chosen.shape)
-    with _computing(x):
+    with full_precision(x.device.type):
         scores = _Scores(x, codes, temperature, metric)
         weight = None if share is None else share.div(scores.unit).unsqueeze(-1)
         for at, tile, logits in scores.tiles():
@@ -379,14 +382,14 @@ def _cross_entropy_backward(
     def of_logits(at: At, probability: Tensor) -> Tensor:
         return probability.mul_(weight[at]).scatter_add_(-1, chosen[at], -weight[at])
 
-    with _computing(x):
+    with full_precision(x.device.type):
         return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
 
 
 def _mean_softmax(x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str) -> Tensor:
     """[G, C]: the sum over vectors of share [G, N] times softmax."""
     mean = codes.new_zeros(codes.shape[:-1])
-    with _computing(x):
+    with full_precision(x.device.type):
         for at, _, logits in _Scores(x, codes, temperature, metric).tiles():
             mean[at[0]] += (share[at].unsqueeze(-2) @ logits.softmax(-1)).squeeze(-2)
     return mean
@@ -398,7 +401,7 @@ def _mean_softmax_backward(
     def of_logits(at: At, probability: Tensor) -> Tensor:
         return _through_softmax(probability, gradient[at[0]].unsqueeze(1)).mul_(share[at].unsqueeze(-1))
 
-    with _computing(x):
+    with full_precision(x.device.type):
         return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
 
 
@@ -410,20 +413,23 @@ def _through_softmax(probability: Tensor, gradient: Tensor) -> Tensor:
 # As seen by autograd: functions, and inside of graphs opaque operators.
 
 
-def _lasting(codes: Tensor) -> Tensor:
-    """Codes as they are now: a copy of what an update may overwrite, which is no result of an operation."""
+def _lasting(codes: Tensor, x: Tensor) -> Tensor:
+    """Codes as they are now: a copy of what an update may overwrite.
+
+    That is no result of an operation and nothing made for single vectors, for which autograd itself refuses to go back after an update.
+    """
     owner = codes._base if codes._is_view() else codes
-    return codes.clone() if owner is None or owner.is_leaf else codes
+    return codes if x.shape[1] == 1 or (owner is not None and not owner.is_leaf) else codes.clone()
 
 
 def _keep_pair(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     x, codes, chosen, *ctx.settings = inputs
-    ctx.save_for_backward(x, _lasting(codes), chosen)
+    ctx.save_for_backward(x, _lasting(codes, x), chosen)
 
 
 def _keep_looked_up(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     x, codes, values, indices, *ctx.settings = inputs
-    ctx.save_for_backward(x, _lasting(codes), _lasting(values), indices)
+    ctx.save_for_backward(x, _lasting(codes, x), _lasting(values, x), indices)
 
 
 class _Pass(NamedTuple):
