@@ -20,7 +20,7 @@ from facade import deviations
 from facade.compare import compare
 from facade.covering import covering_array
 from facade.deviations import DEVIATIONS, facts
-from facade.peer import facade_module, peer
+from facade.peer import facade, facade_module, peer
 from thread_ranks import in_ranks
 
 DIM, CODES = 8, 16
@@ -821,6 +821,63 @@ def test_the_peers_checkpoint_trains_on_here() -> None:
         torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-5, atol=1e-6)
     for key in ("_codebook.embed", "project_in.weight", "project_out.weight"):
         assert not torch.equal(models[1].state_dict()[key], start[key]), key
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["VectorQuantize", "ResidualVQ", "LatentQuantize"])
+def test_the_memory_of_an_own_optimizer_survives_a_checkpoint(name: str) -> None:
+    kwargs = {
+        "VectorQuantize": {"dim": DIM, "codebook_size": CODES, **LEARNED},
+        "ResidualVQ": {"dim": DIM, "codebook_size": CODES, "num_quantizers": 2, **LEARNED},
+        "LatentQuantize": {"levels": [3, 4], "dim": 2},
+    }[name]
+    whole, resumed, forgets = (getattr(facade, name)(**kwargs, in_place_codebook_optimizer=adam) for _ in range(3))
+    shape = (2, 2, 12) if name == "LatentQuantize" else (2, 12, DIM)
+    for step in range(3):
+        whole(vectors(*shape, seed=step))
+    state = copy.deepcopy(whole.state_dict())
+    extra = {key for key in state if "in_place_codebook_optimizer." in key}
+    assert extra and all(isinstance(value, Tensor) for value in state.values())
+    resumed.load_state_dict(state)
+    forgets(vectors(*shape, seed=9))  # what it remembers goes with its codes
+    forgets.load_state_dict({key: value for key, value in state.items() if key not in extra})
+    for module in (whole, resumed, forgets):
+        module(vectors(*shape, seed=3))
+    after = whole.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in resumed.state_dict().items())
+    assert not all(torch.equal(value, after[key]) for key, value in forgets.state_dict().items())
+    if name != "LatentQuantize":  # where the library's fails in training
+        there_made = getattr(peer, name)(**kwargs, in_place_codebook_optimizer=adam)
+        with pytest.raises(RuntimeError, match=r"in_place_codebook_optimizer\.0\.exp_avg"):
+            there_made.load_state_dict(after)
+        there_made.load_state_dict(after, strict=False)
+
+
+def test_what_calls_have_accumulated_survives_a_checkpoint() -> None:
+    whole, resumed = make(), make(seed=1)
+    for step in range(2):
+        whole(vectors(seed=step), accum_ema_update=True)
+    state = copy.deepcopy(whole.state_dict())
+    assert "_codebook.pending.sum" in state
+    resumed(vectors(seed=5), accum_ema_update=True)
+    resumed.load_state_dict(state)
+    for vq in (whole, resumed):
+        vq(vectors(seed=2))
+    one_batch = make()
+    one_batch(torch.cat([vectors(seed=step) for step in range(3)]))
+    for found in (resumed.state_dict(), one_batch.state_dict()):
+        assert found.keys() == whole.state_dict().keys()
+        for key, value in whole.state_dict().items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+    there.VectorQuantize(dim=DIM, codebook_size=CODES).load_state_dict(whole.state_dict())
+    with pytest.raises(RuntimeError, match=r"_codebook.pending"):
+        there.VectorQuantize(dim=DIM, codebook_size=CODES).load_state_dict(state)
+    state["_codebook.pending.sum"] = torch.zeros(1, 2, 3)
+    with pytest.raises(RuntimeError, match=r"_codebook.pending.sum has shape \(1, 2, 3\): must be \(1, 16, 8\)"):
+        resumed.load_state_dict(state)
 
 
 @pytest.mark.parametrize("index", [-2, CODES])

@@ -42,7 +42,8 @@ class Codebook(_Codebook):
     """A codebook of `codebook_size` codes of width `dim`, or `num_codebooks` of them, with the peer's arguments.
 
     State dict and attributes: `embed` [H, C, K], the codes, a parameter where they are learnable; `embed_avg` [H, C, K] and `cluster_size`
-    [H, C], the moving averages; `initted` [] bool. They show every training call at once. `embed` is the tensor itself, to be written in
+    [H, C], the moving averages; `initted` [] bool; while calls accumulate what waits for a step, `pending.*`, which the peer does not know.
+    They show every training call at once. `embed` is the tensor itself, to be written in
     place, as long as no training call is pending: before the first one, and in eval mode.
     """
 
@@ -283,6 +284,8 @@ class Codebook(_Codebook):
                 destination[prefix + there] = settled[name].detach()
         if self.affine:
             self._save_affine(destination, prefix, settled)
+        if self._accumulating:
+            destination |= {f"{prefix}pending.{name}": tensor.clone() for name, tensor in self.pending._asdict().items()}
         destination[f"{prefix}initted"] = self._initted.to(self.updates.device, copy=True)
 
     def _load_from_state_dict(
@@ -302,8 +305,17 @@ class Codebook(_Codebook):
         started = state_dict.get(f"{prefix}initted")
         if started is None and strict:
             missing_keys.append(f"{prefix}initted")
-        unexpected_keys[:] = [key for key in unexpected_keys if key != f"{prefix}initted"]
+        waiting = {name: state_dict[key] for name in self.pending._fields if (key := f"{prefix}pending.{name}") in state_dict}
+        known = {f"{prefix}initted", *(f"{prefix}pending.{name}" for name in waiting)}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in known]
         self.forget_pending_()
+        for name, value in waiting.items():
+            own = getattr(self.pending, name)
+            if own.shape != value.shape:
+                error_msgs.append(f"{prefix}pending.{name} has shape {tuple(value.shape)}: must be {tuple(own.shape)}")
+            else:
+                own.copy_(value)
+        self._accumulating = bool(waiting)
         if started is not None:
             self.initialized = bool(started)
 

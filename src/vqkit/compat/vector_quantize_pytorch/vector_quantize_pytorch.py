@@ -8,7 +8,7 @@ Shapes: B batch, N positions, D width of the input, K width of a code, C codes.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -52,6 +52,7 @@ from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors as sam
 from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors_distributed as sample_vectors_distributed
 from vqkit.compat.vector_quantize_pytorch.functions import straight_through as straight_through
 from vqkit.compat.vector_quantize_pytorch.functions import uniform_init as uniform_init
+from vqkit.compat.vector_quantize_pytorch.own_optimizer import load_optimizer, save_optimizer
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
@@ -196,6 +197,23 @@ class VectorQuantize(nn.Module):
         super().train(mode)
         self.native.training = mode
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_optimizer(self.in_place_codebook_optimizer, destination, prefix)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        load_optimizer(self.in_place_codebook_optimizer, state_dict, prefix, unexpected_keys)
 
     # Reading and setting codes
 

@@ -1,0 +1,40 @@
+"""The optimizer that a codebook has of its own, in the state dict of the module that owns it, which in the peer has no place for it.
+
+What it remembers stands beside the parameters as tensors NAME.PARAMETER.KEY, PARAMETER the number of the parameter, and only where it
+remembers anything: SGD without momentum adds no key. Its settings are those that it is made with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+NAME = "in_place_codebook_optimizer"
+
+
+def save_optimizer(optimizer: Optimizer | None, destination: dict[str, Any], prefix: str) -> None:
+    """Add what `optimizer` remembers."""
+    state = {} if optimizer is None else optimizer.state_dict()["state"]
+    for number, of_parameter in state.items():
+        for key, value in of_parameter.items():
+            if value is not None:
+                found = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value)
+                destination[f"{prefix}{NAME}.{number}.{key}"] = found
+
+
+def load_optimizer(optimizer: Optimizer | None, state_dict: Mapping[str, Any], prefix: str, unexpected_keys: list[str]) -> None:
+    """Let it remember what `state_dict` says, or nothing; without an optimizer the keys stay unexpected."""
+    if optimizer is None:
+        return
+    start = f"{prefix}{NAME}."
+    own = {key: value for key, value in state_dict.items() if key.startswith(start)}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in own.items():
+        number, name = key.removeprefix(start).split(".", 1)
+        state.setdefault(int(number), {})[name] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
