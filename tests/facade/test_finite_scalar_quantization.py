@@ -44,7 +44,7 @@ RESIDUAL_OPTIONS = {
     "orthogonal_rotation": (False, True),
     "return_all_codes": (False, True),
     "rand_quantize_dropout_fixed_seed": (None, 1),
-    "input": ((2, 5), (2, 3, 4)),
+    "input": ((2, 5), (2, 3, 4), (2, 3)),
 }
 
 GROUPED_OPTIONS = {
@@ -62,28 +62,21 @@ def valid(row):
     symmetric = row["preserve_symmetry"]
     if (2 in row["levels"] or row["noise_dropout"] > 0) and not symmetric:
         return False
-    if drawn_in_memory_order(row["noise_dropout"], row["channel_first"], row["input"]):
-        return False
     return not (row["num_codebooks"] > 1 and row["keep_num_codebooks_dim"] is False)
 
 
-def drawn_in_memory_order(noise, first, shape):
-    """Whether the peer's noise stands at other places, as it draws in the order of memory, which is that of the input here."""
-    return noise > 0 and first and len(shape) == 2
-
-
 def valid_residual(row):
-    if drawn_in_memory_order(row["noise_dropout"], row["is_channel_first"], row["input"]):
-        return False
     if row["soft_clamp_input_value"] is not None and row["bound_hard_clamp"]:
         return False
-    if row["is_channel_first"] and row["return_all_codes"]:
-        return False  # the peer reads its own indices in another layout than it writes them
+    if row["is_channel_first"] and row["return_all_codes"] and (row["input"] != (2, 3) or row["num_quantizers"] != 3):
+        return False  # the peer reads its own indices in another layout than it writes them: an error unless the layouts look alike
     return row["is_channel_first"] or len(row["input"]) == 2
 
 
-def place(x, width_at):
-    return x.movedim(-1, 1).contiguous() if width_at == 1 else x
+def place(x, width_at, noise=0.0):
+    """In the layout of the input; where noise is drawn, which the peer does in the order of memory, that of vectors stays."""
+    x = x.movedim(-1, 1) if width_at == 1 else x
+    return x if noise else x.contiguous()
 
 
 @functools.cache
@@ -100,24 +93,24 @@ def test_every_pair_of_options_of_fsq():
         kwargs = {name: value for name, value in row.items() if name != "input"}
         width = row["dim"] or 3 * row["num_codebooks"]
         first = row["channel_first"] or len(row["input"]) > 2
-        compare("FSQ", kwargs, place(draw(*row["input"], width, seed=number), 1 if first else -1), seed=number).check()
+        x = place(draw(*row["input"], width, seed=number), 1 if first else -1, row["noise_dropout"])
+        compare("FSQ", kwargs, x, seed=number).check()
 
 
 def test_every_pair_of_options_of_the_residual_form():
     for number, row in enumerate(rows()[1]):
         kwargs = {name: value for name, value in row.items() if name not in ("input", *CALLS)}
-        x = place(draw(*row["input"], row["dim"] or 3, seed=number), 1 if row["is_channel_first"] else -1)
+        x = place(draw(*row["input"], row["dim"] or 3, seed=number), 1 if row["is_channel_first"] else -1, row["noise_dropout"])
         compare("ResidualFSQ", kwargs, x, calls={name: row[name] for name in CALLS}, seed=number).check()
 
 
 def test_every_pair_of_options_of_the_grouped_form():
     for number, row in enumerate(rows()[2]):
-        if row["accept_image_fmap"] and row["return_all_codes"]:
-            continue  # as for the residual form
         kwargs = {name: value for name, value in row.items() if name != "return_all_codes"}
         kwargs |= {"levels": [5, 5, 3], "num_quantizers": 3, "is_channel_first": row["accept_image_fmap"]}
         image = row["accept_image_fmap"]
-        x = place(draw(2, *((3, 4) if image else (5,)), row["dim"], seed=number), 1 if image else -1)
+        shape = ((3, 3) if row["return_all_codes"] else (3, 4)) if image else (5,)  # see `valid_residual`
+        x = place(draw(2, *shape, row["dim"], seed=number), 1 if image else -1)
         compare("GroupedResidualFSQ", kwargs, x, calls={"return_all_codes": row["return_all_codes"]}, seed=number).check()
 
 
