@@ -3,7 +3,8 @@
 Both start from the peer's state dict and see the same inputs and the same random numbers. A part of the comparison is one of
 
     raises               the facade raised where the peer did not
-    state_layout         names, shapes and dtypes in the state dict, loaded strictly both ways
+    state_layout         names, shapes and dtypes in the state dict at the start, and whether the peer's loads strictly
+    state_back           whether the peer loads the state dict at the end strictly
     parameters           their names in order: an optimizer's state goes by it
     output.N, eval.N     what a training step and a call in eval mode return
     input_gradient       of the sum of all that is differentiable in the output, with fixed random weights
@@ -171,7 +172,7 @@ def _load_back(comparison: Comparison, made: nn.Module, fresh: nn.Module) -> Non
     try:
         fresh.load_state_dict(copy.deepcopy(made.state_dict()), strict=True)
     except RuntimeError as error:
-        comparison.note("state_layout", float("inf"), f"loading into the peer: {error}")
+        comparison.note("state_back", float("inf"), f"loading into the peer: {error}")
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -212,7 +212,9 @@ def test_what_no_row_holds_is_refused_there(changes: dict[str, Any], is_refused:
         there.VectorQuantize(**making(row))(x, **calls)
 
 
-EXCUSING = [row for row in DEVIATIONS if fnmatchcase("VectorQuantize", row.cls) and not all(map("decode.*".__eq__, row.parts))]
+LATER = {"decode.*", "state_back"}
+"""What is no part of a step."""
+EXCUSING = [row for row in DEVIATIONS if fnmatchcase("VectorQuantize", row.cls) and not {*row.parts} <= LATER]
 
 
 def excuses(row: dict[str, Any], optimize: bool) -> int:
@@ -429,6 +431,7 @@ DEVIATING: dict[str, dict[str, Any]] = {
     "affine_param & accum_ema_update": {"affine_param": True, "accum_ema_update": True},
     "affine_param & orthogonal_reg_weight": {**ORTHOGONAL, "affine_param": True},
     "affine_param": {"affine_param": True},
+    "accum_ema_update": {"accum_ema_update": True},
 }
 """For each row of the table that excuses anything what shows that it has to."""
 
@@ -730,7 +733,8 @@ def test_calls_that_step_nothing_do_not_move_affine_codes(calls: dict[str, Any])
     vq = make(affine_param=True)
     before = {key: value.clone() for key, value in vq.state_dict().items()}
     vq(vectors(), **calls)
-    assert all(torch.equal(value, before[key]) for key, value in vq.state_dict().items())
+    after = vq.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_dead_affine_codes_start_where_vectors_are() -> None:

@@ -203,7 +203,7 @@ class HierarchicalVQ(nn.Module):
             part: Any = level
             wanted = (True, part._estimator, part._learned_losses) if self.training else (False, "none", ())
             for name, value in zip(("training", "estimator", "losses"), wanted, strict=True):
-                if getattr(part.native, name) is not value:
+                if torch.compiler.is_compiling() or getattr(part.native, name) is not value:
                     setattr(part.native, name, value)
         native.training = self.training
         found = native.quantize_and_learn(
