@@ -102,7 +102,7 @@ def is_integer(tensor: Tensor) -> bool:
 def check_range(name: str, values: Tensor, lowest: float, highest: float) -> None:
     """Raise ValueError unless all values lie in lowest ... highest; see `require`."""
     if may_look(values) and values.numel():
-        least, most = torch.aminmax(values)
+        least, most = (end.item() for end in torch.aminmax(values))
         if least >= lowest and most <= highest:
             return
     right = (values >= lowest) & (values <= highest)  # False for NaN

@@ -423,7 +423,8 @@ class Residual(Quantizer):
         residual, partial = vectors, torch.zeros_like(vectors) if conditional else vectors
         outputs: list[Tensor] = []
         found: list[Quantized] = []
-        for number, layer in enumerate(layers[:used] if isinstance(used, int) else layers):
+        walked = layers[:used] if isinstance(used, int) else layers
+        for number, layer in enumerate(walked):
             own = conditions(layer, partial)
             if indices is not None:
                 own["indices"] = indices[number]
@@ -434,13 +435,15 @@ class Residual(Quantizer):
             output = part.quantized
             if getattr(layer, "masked", None) != "zero":
                 output = where_kept(has_code(part.indices, vectors.dim() - 1), output)
+            outputs.append(output)
+            found.append(part)
+            if len(found) == len(walked):
+                break
             passed = scale_gradient(output, self.gradient_fraction)
             residual = residual - passed
             if conditional:
                 told = passed if self.condition_fraction == self.gradient_fraction else scale_gradient(output, self.condition_fraction)
                 partial = partial + told
-            outputs.append(output)
-            found.append(part)
         told_all = freeze_codebook or not conditional or self.condition_fraction == 1.0
         return _Path(
             outputs,
