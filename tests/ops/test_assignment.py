@@ -291,6 +291,34 @@ def test_an_update_of_the_codebook_between_forward_and_backward_changes_no_gradi
     assert torch.equal(torch.autograd.grad((result * weight).sum(), x)[0], expected)
 
 
+def test_codebooks_of_single_vectors_are_not_copied_so_autograd_refuses_an_update_before_the_backward():
+    x, codes = torch.randn(3, 1, 4, requires_grad=True), torch.randn(3, 9, 4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        mean_assignment(x, codes)
+    assert codes.data_ptr() in kept
+    result = mean_assignment(x, codes)
+    codes.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["cross entropy", "mean", "mean cross entropy", "soft"])
+def test_the_product_of_directions_is_their_cosine(name):
+    x, codebook = (torch.nn.functional.normalize(tensor.detach(), dim=-1).requires_grad_() for tensor in draw())
+    indices = torch.arange(13).expand(3, 13) % 7
+    operation = {
+        "cross entropy": lambda metric: assignment_cross_entropy(x, codebook, indices, metric=metric),
+        "mean": lambda metric: mean_assignment(x, codebook, metric=metric),
+        "mean cross entropy": lambda metric: mean_assignment_cross_entropy(x, codebook, indices, metric=metric),
+        "soft": lambda metric: soft_codes(x, codebook, indices, metric=metric),
+    }[name]
+    torch.testing.assert_close(operation("product"), operation("cosine"))
+    dense = -(x @ codebook.mT).log_softmax(-1).gather(-1, indices.unsqueeze(-1)).squeeze(-1)
+    if name == "cross entropy":
+        assert_same_gradients(operation("product"), dense, (x, codebook))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_all_compile_to_one_graph(dynamic):
     def run(x, codebook):

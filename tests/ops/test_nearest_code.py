@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import golden_arrays
 from vqkit.ops.codebook import codes_from_ema, directions, gather_codes
-from vqkit.ops.nearest_code import blocked, nearest_code, nearest_codes, nearest_index, reference
+from vqkit.ops.nearest_code import api, blocked, nearest_code, nearest_codes, nearest_index, reference
 
 
 def of_one_codebook(nearest):
@@ -334,3 +334,12 @@ def test_bad_arguments_of_the_nearest_few_are_named():
             nearest_codes(x, codebook, k)
     with pytest.raises(ValueError, match=r"^metric = 'l1'"):
         nearest_code(x, codebook, metric="l1")  # pyrefly: ignore[bad-argument-type]
+
+
+def test_directions_of_many_codebooks_are_taken_a_few_at_a_time(monkeypatch):
+    x, codebook = torch.randn(5, 7, 4), 10 ** torch.randn(5, 9, 1) * torch.randn(5, 9, 4)
+    expected = nearest_index(x, codebook, metric="cosine")
+    monkeypatch.setattr(api, "_ENTRIES_AT_ONCE", 2 * 9 * 4)
+    assert torch.equal(nearest_index(x, codebook, metric="cosine"), expected)
+    dense = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(codebook, dim=-1).mT
+    assert torch.equal(expected, dense.argmax(-1))
