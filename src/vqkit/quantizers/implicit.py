@@ -22,7 +22,7 @@ from vqkit.dist import Reducer
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import mean_commitment_loss, orthogonality_loss
-from vqkit.ops.precision import finite_rows, without_autocast
+from vqkit.ops.precision import finite_rows, known_finite, without_autocast
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.config import (
@@ -243,9 +243,12 @@ class ImplicitVQ(Quantizer):
         wide = rows.to(torch.promote_types(x.dtype, self.table.dtype))
         partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype)
         _check_partial(partial, wide)
-        kept = finite_rows(wide) & finite_rows(partial)
-        kept = kept if counted is None else kept & counted
-        whole = is_all(kept)
+        if counted is None and known_finite(wide) and known_finite(partial):
+            kept, whole = wide.new_ones(positions, dtype=torch.bool), True
+        else:
+            kept = finite_rows(wide) & finite_rows(partial)
+            kept = kept if counted is None else kept & counted
+            whole = is_all(kept)
         vectors, partial = (values if whole else values.where(kept.unsqueeze(-1), 0.0) for values in (wide, partial))
         mask = None if counted is None else counted.reshape(-1)
         return _Given(vectors.reshape(-1, self.dim), partial.reshape(-1, self.dim), mask, kept.reshape(-1), whole, positions)

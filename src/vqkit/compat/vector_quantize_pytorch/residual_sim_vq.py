@@ -97,8 +97,9 @@ class ResidualSimVQ(Module):
         residual = x
         outputs, indices, losses = [], [], []
         for layer in self.layers[:depth]:
+            if outputs:
+                residual = residual - outputs[-1].detach()
             quantized, own, loss = layer(residual)
-            residual = residual - quantized.detach()
             outputs.append(quantized)
             indices.append(own)
             losses.append(loss)
