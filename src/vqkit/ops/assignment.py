@@ -127,7 +127,8 @@ def _check_pair(x: Tensor, codebook: Tensor) -> None:
 def _check_places(name: str, values: Tensor | None, x: Tensor, codebook: Tensor, *more: int) -> tuple[int, ...]:
     """The shape of one value a vector, or `more` of them, which `values` must have."""
     _check_pair(x, codebook)
-    shape = (*torch.broadcast_shapes(x.shape[:-2], codebook.shape[:-2]), x.shape[-2], *more)
+    own, of_codes = x.shape[:-2], codebook.shape[:-2]
+    shape = (*(own if own == of_codes else torch.broadcast_shapes(own, of_codes)), x.shape[-2], *more)
     if values is not None and values.shape != shape:
         raise ValueError(f"{name} has shape {tuple(values.shape)}: must be {shape}, one number a {'draw' if more else 'vector'}")
     return shape

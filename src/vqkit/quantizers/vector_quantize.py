@@ -412,7 +412,7 @@ class VectorQuantize(Quantizer):
         labels = cast(Tensor, self._split_indices("targets", targets, given.rows.shape[:-1]))
         self._refuse_nonfinite(given)
         labels = _of_kept(labels, self._spread(given.kept))
-        return cross_entropy_commitment(given.vectors, self.table.codes(), labels, metric=self.metric)
+        return cross_entropy_commitment(given.vectors, self.table.codes(), labels, metric=self._score)
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """x -> indices int64 of the nearest codes, [P...] or [P..., heads]; -1: masked or not finite."""
