@@ -11,7 +11,9 @@ import argparse
 import copy
 import importlib
 import importlib.metadata
+import itertools
 import json
+import random
 import statistics
 import time
 import warnings
@@ -42,16 +44,26 @@ def differentiable(output: Any) -> Iterator[Tensor]:
             yield from differentiable(part)
 
 
+def seed(number: int) -> None:
+    """What is drawn, such as how many layers stay, is the same for both."""
+    random.seed(number)
+    torch.manual_seed(number)
+
+
 def call(module: torch.nn.Module, part: str, case: Case) -> Callable[[], None]:
     """A training step, or an encoding."""
 
+    turns = itertools.count()
+
     def train() -> None:
+        seed(next(turns))
         module.zero_grad()
         parts = [*differentiable(module(case.x.clone().requires_grad_(), **case.calls))]
         if parts:
             torch.stack(parts).sum().backward()
 
     def encode() -> None:
+        seed(next(turns))
         with torch.no_grad():
             module(case.x, **case.eval_calls)
 

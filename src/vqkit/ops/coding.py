@@ -239,7 +239,7 @@ def _codebook_backward(
 def _whole_codebook_backward(
     of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float
 ) -> Tensor | None:
-    """As `_codebook_backward` in plain operations: on devices, in graphs, and where the gradient itself is to be differentiated."""
+    """As `_codebook_backward` in plain operations: on devices, and where the gradient itself is to be differentiated."""
     kept = indices >= 0
     parts = []
     if of_error is not None and pull > 0:
@@ -311,6 +311,19 @@ def _(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices:
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("vqkit::code_codebook_backward", mutates_args=())
+def _code_codebook_backward(
+    of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float
+) -> Tensor:
+    gradient = _codebook_backward(of_output, of_error, x, codebook, indices, pull, passed)
+    return torch.zeros_like(codebook) if gradient is None else gradient.contiguous()
+
+
+@_code_codebook_backward.register_fake
+def _(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float) -> Tensor:
+    return codebook.new_empty(codebook.shape)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, codebook, indices, ctx.estimator, _, ctx.pull, ctx.passed = inputs
     ctx.save_for_backward(x, codebook, indices)
@@ -322,7 +335,7 @@ def _differentiate(ctx: Any, of_output: Tensor, of_error: Tensor, *others: Tenso
     if ctx.needs_input_grad[0]:
         of_x = _code_backward(of_output, of_error, x, codebook, indices, ctx.estimator)
     if ctx.needs_input_grad[1]:
-        of_codes = _whole_codebook_backward(of_output, of_error, x, codebook, indices, ctx.pull, ctx.passed)
+        of_codes = _code_codebook_backward(of_output, of_error, x, codebook, indices, ctx.pull, ctx.passed)
     return of_x, of_codes, *_NO_GRADIENT
 
 
