@@ -76,3 +76,9 @@ def test_many_codes_are_told_apart_and_wrong_ones_named():
             facade.FSP(**{"levels": [4], **arguments})
     with pytest.raises(ValueError, match=r"^z has shape \(2, 3\): must be \[\.\.\., 2\]"):
         facade.FSP([4, 4])(torch.randn(2, 3))
+
+
+def test_vectors_that_are_not_finite_have_no_bins():
+    fsp = facade.FSP(levels=[4, 5]).eval()
+    _, indices, _, info = fsp(torch.tensor([[[0.1, 0.2], [float("nan"), 0.0]]]))
+    assert indices[0, 1] == -1 and torch.equal(info["level_indices"][0, 1], torch.zeros(2))

@@ -137,3 +137,15 @@ def test_parts_of_a_call_are_the_call():
 def test_arguments_that_do_not_fit_are_named(options, match):
     with pytest.raises(ValueError, match=match):
         LatentQuantize(dim=4, **options)
+
+
+def test_values_step_by_half_precision_as_by_the_same_numbers_in_single():
+    x = draw(2, 3, 50).bfloat16()
+    stepped = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        made = LatentQuantize([3, 4, 5], 3, 0.3, 0.7, in_place_codebook_optimizer=partial(torch.optim.SGD, lr=0.5))
+        made(x.to(dtype))
+        stepped.append([*made.values_per_latent])
+    for half, single in zip(*stepped, strict=True):
+        torch.testing.assert_close(half, single, rtol=0, atol=1e-7)

@@ -125,3 +125,11 @@ def test_arguments_that_do_not_fit_are_named():
         SimVQ(DIM, CODES)(torch.zeros(2, 5, 7))
     with pytest.raises(ValueError, match="input_to_quantize_commit_loss_weight = -1: must be 0 or positive"):
         SimVQ(DIM, CODES, input_to_quantize_commit_loss_weight=-1)
+
+
+def test_a_map_that_is_set_later_is_computed_with():
+    made, x = SimVQ(dim=DIM, codebook_size=CODES), draw((2, 5), False)
+    made(x)
+    made.code_transform = nn.Linear(DIM, DIM, bias=False)
+    quantized, indices, _ = made(x)
+    torch.testing.assert_close(quantized, made.code_transform(made.frozen_codebook)[indices])

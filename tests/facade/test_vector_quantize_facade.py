@@ -953,3 +953,42 @@ def test_an_input_without_gradient_trains_the_projection() -> None:
     weight = vq.project_in.weight.grad
     assert weight is not None and weight.any()
     assert torch.equal(weight, other.project_in.weight.grad)
+
+
+class Wrapped(nn.Module):
+    """A layer around a layer, as tools make them."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.added = inner, nn.Linear(inner.in_features, inner.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.added(x)
+
+
+@pytest.mark.parametrize("name", ["VectorQuantize", "ResidualVQ"])
+def test_projections_that_are_set_later_are_computed_with(name: str) -> None:
+    options = {"num_quantizers": 2} if name == "ResidualVQ" else {}
+    found = []
+    for package in (peer, facade):
+        torch.manual_seed(0)
+        made = getattr(package, name)(dim=DIM, codebook_dim=4, codebook_size=CODES, rotation_trick=False, **options)
+        if found:
+            made.load_state_dict(found[0][2])
+        state = copy.deepcopy(made.state_dict())
+        torch.manual_seed(1)
+        made.project_in, made.project_out = Wrapped(made.project_in), Wrapped(made.project_out)
+        made = copy.deepcopy(made)
+        out, _, loss = made(vectors().requires_grad_())
+        (out.square().sum() + loss.sum()).backward()
+        found.append((out, [parameter.grad for parameter in made.parameters()], state))
+    (expected, gradients, _), (out, own, _) = found
+    torch.testing.assert_close(out, expected)
+    for one, other in zip(own, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_quantizer_without_projections_takes_none() -> None:
+    made = facade.VectorQuantize(dim=DIM, codebook_size=CODES)
+    with pytest.raises(ValueError, match="project_in or project_out is set"):
+        made.project_in = nn.Linear(DIM, DIM)

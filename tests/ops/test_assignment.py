@@ -410,3 +410,11 @@ def test_bad_arguments_are_named():
         soft_codes(x, codebook, torch.zeros(3, 13, dtype=torch.int64), estimator="best")
     with pytest.raises(ValueError, match=r"^indices has shape \(3,\): must be \(3, 13\)"):
         assignment_cross_entropy(x, codebook, torch.zeros(3, dtype=torch.int64))
+
+
+def test_the_mean_cross_entropy_of_float64_has_gradients_of_float64():
+    x, codebook = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (7, 5))
+    target = torch.randint(0, 5, (7,))
+    found = mean_assignment_cross_entropy(x, codebook, target)
+    expected = assignment_cross_entropy(x, codebook, target).mean()
+    assert_same_gradients(found, expected, (x, codebook), rtol=1e-13, atol=1e-15)

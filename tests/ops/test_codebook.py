@@ -335,3 +335,12 @@ def test_directions_have_length_1_and_no_slope_along_themselves(length):
     across = (weights - expected * (weights * expected).sum(-1, keepdim=True)) / wide.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(slope.double(), across, rtol=1e-4, atol=1e-5 * across.abs().max().item())
     assert torch.equal(directions(torch.cat([x.detach(), torch.zeros(1, 7)]))[-1], torch.zeros(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_of_the_largest_numbers(dtype):
+    most = torch.finfo(dtype).max
+    for largest in (most, most / 2, 0.9 * most):
+        x = torch.tensor([[largest, 0.0, 0.0], [largest, -largest / 2, 0.0]], dtype=dtype)
+        expected = torch.tensor([[1.0, 0.0, 0.0], [1.0, -0.5, 0.0]], dtype=dtype)
+        torch.testing.assert_close(directions(x), expected / expected.norm(dim=-1, keepdim=True))

@@ -200,3 +200,16 @@ def test_what_is_counted_are_the_statistics_of_the_assignment(kind, compiled):
     torch.testing.assert_close(counted.moments[:, 0].double(), expected.moments[:, 0], rtol=1e-5, atol=1e-5 * scale)
     torch.testing.assert_close(counted.moments[:, 1].double(), expected.moments[:, 1], rtol=exact, atol=0.0)
     assert all((row == x[g]).all(-1).any() for g in range(2) for row in counted.candidates[g])
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_vectors_that_nothing_reaches_have_no_gradient(backend):
+    """As an optimizer steps, or decays, where there is one, be it 0."""
+    x, codebook, indices = problem("plain", torch.float32)
+    x.requires_grad_()
+    codebook.requires_grad_()
+    run = partial(coded, estimator="none", passed=1.0)
+    run = run if backend is None else torch.compile(run, fullgraph=True, backend=backend)
+    output = run(x, codebook, indices)[0]
+    output.sum().backward()
+    assert codebook.grad is not None and (backend or x.grad is None)

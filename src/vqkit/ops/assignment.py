@@ -478,7 +478,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         gradients = [own.new_zeros(own.shape) if asked else None for own, asked in zip((x, codes), needed, strict=True)]
         counted = target >= 0
         num = counted.sum().clamp_(min=1)
-        share = counted / num if any(needed) else None
+        share = counted.to(x.dtype) / num if any(needed) else None
         loss = _cross_entropy_and_gradients(x, codes, target, temperature, metric, share, *gradients)
         ctx.save_for_backward(*gradients)
         return loss.sum() / num
@@ -514,7 +514,7 @@ def _differentiable(name: str, passing: _Pass, fake: Callable[..., Tensor]) -> A
     return forward
 
 
-_draw_opaque = _opaque("draw_codes", _draw, lambda x, codes, noise, *_: torch.empty_like(noise, dtype=torch.int64))
+_draw_opaque = _opaque("draw_codes", _draw, lambda x, codes, noise, *_: noise.new_empty(noise.shape, dtype=torch.int64))
 _look_up_opaque = _differentiable(
     "soft_codes", _LOOK_UP, lambda x, codes, values, indices, *_: values.new_empty(*indices.shape, values.shape[-1])
 )

@@ -127,7 +127,7 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
             return x / length, length
     scale = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(scale == 0, 1.0, scale)
-    scale = scale / torch.frexp(scale).mantissa  # a power of two, which rounds nothing
+    scale = scale / (2.0 * torch.frexp(scale).mantissa)  # a power of two not above it, which rounds nothing and never overflows
     scaled = x / scale
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return scaled / torch.where(length == 0, 1.0, length), length * scale

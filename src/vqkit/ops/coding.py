@@ -260,12 +260,15 @@ def _whole_codebook_backward(
 _NO_GRADIENT = (None, None, None, None, None)
 
 
+def _reaches_x(ctx: Any, of_output: Tensor | None, of_error: Tensor | None) -> bool:
+    return of_error is not None or (of_output is not None and ctx.estimator != "none")
+
+
 class _Coding(torch.autograd.Function):
     """Gives the first two of what was found their gradient."""
 
     @staticmethod
     def forward(ctx: Any, found: Coded, *given: Any) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
         _keep(ctx, given, found)
         return found.quantized, found.error
 
@@ -273,7 +276,7 @@ class _Coding(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, codebook, indices = ctx.saved_tensors
         of_x = of_codes = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and _reaches_x(ctx, *gradients):
             more = (ctx.pull,) if torch.is_grad_enabled() else ()
             run = _whole_backward if torch.is_grad_enabled() else _backward
             of_x = run(gradients[0], gradients[1], x, codebook, indices, ctx.estimator, *more)
@@ -302,37 +305,42 @@ def _(x: Tensor, codebook: Tensor, indices: Tensor, estimator: str, counting: bo
 
 
 @torch.library.custom_op("vqkit::code_backward", mutates_args=())
-def _code_backward(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> Tensor:
+def _code_backward(
+    of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str
+) -> Tensor:
     return _backward(of_output, of_error, x, codebook, indices, estimator)
 
 
 @_code_backward.register_fake
-def _(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> Tensor:
+def _(of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, estimator: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("vqkit::code_codebook_backward", mutates_args=())
 def _code_codebook_backward(
-    of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float
+    of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float
 ) -> Tensor:
     gradient = _codebook_backward(of_output, of_error, x, codebook, indices, pull, passed)
     return torch.zeros_like(codebook) if gradient is None else gradient.contiguous()
 
 
 @_code_codebook_backward.register_fake
-def _(of_output: Tensor, of_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float) -> Tensor:
+def _(
+    of_output: Tensor | None, of_error: Tensor | None, x: Tensor, codebook: Tensor, indices: Tensor, pull: float, passed: float
+) -> Tensor:
     return codebook.new_empty(codebook.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     x, codebook, indices, ctx.estimator, _, ctx.pull, ctx.passed = inputs
     ctx.save_for_backward(x, codebook, indices)
 
 
-def _differentiate(ctx: Any, of_output: Tensor, of_error: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, of_output: Tensor | None, of_error: Tensor | None, *others: Tensor) -> tuple[Tensor | None, ...]:
     x, codebook, indices = ctx.saved_tensors
     of_x = of_codes = None
-    if ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0] and _reaches_x(ctx, of_output, of_error):
         of_x = _code_backward(of_output, of_error, x, codebook, indices, ctx.estimator)
     if ctx.needs_input_grad[1]:
         of_codes = _code_codebook_backward(of_output, of_error, x, codebook, indices, ctx.pull, ctx.passed)

@@ -458,8 +458,8 @@ class Codebook(Counting):
 
     def _raise_not_initialized(self) -> None:
         raise ValueError(
-            "the codebook waits for its k-means start (init = KMeans): call initialize_(x) with some vectors first, "
-            "or run a training forward without compile and with the codebook not frozen"
+            "the codebook waits for its k-means start (init = KMeans): run a training forward first, without compile and with the "
+            "codebook not frozen, or call initialize_(x) of a native quantizer"
         )
 
     # Setting

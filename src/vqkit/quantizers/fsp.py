@@ -164,10 +164,6 @@ class FSP(ScalarQuantizer):
         return {name: (value - target).square().where(enough, 0.0).mean() for name, value, target in pairs if name in names}
 
 
-def _with_gradient(values: Tensor, output: Tensor) -> Tensor:
-    return straight_through(values, output) if values.requires_grad else output
-
-
 def _targets(wanted: Moments | None, distribution: Distribution) -> tuple[float, ...]:
     if wanted is None:
         return ()

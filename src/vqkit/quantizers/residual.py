@@ -368,7 +368,7 @@ class Residual(Quantizer):
         clean = finite if counted is None else finite & counted
         rows = where_kept(clean, rows)  # before the projection, whose weights shall see nothing else
         vectors = _linear(self.project_in, rows)
-        if isinstance(self.project_in, nn.Linear):
+        if not isinstance(self.project_in, nn.Identity):
             finite = finite & finite_rows(vectors)
         return where_kept(finite, self._clamp(vectors), torch.nan), finite
 
@@ -381,7 +381,7 @@ class Residual(Quantizer):
         return torch.tanh(vectors / limit) * limit
 
     def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
-        if not isinstance(self.project_out, nn.Linear):
+        if isinstance(self.project_out, nn.Identity):
             return codes  # zeros where there is no code
         return where_kept(has_code(indices, codes.dim() - 1), _linear(self.project_out, codes))
 
@@ -658,7 +658,7 @@ def _or_all(finite: Tensor | None, vectors: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x.to(layer.weight.dtype)) if isinstance(layer, nn.Linear) else layer(x)
+    return layer(x) if isinstance(layer, nn.Identity) else layer(x.to(next(layer.parameters()).dtype))
 
 
 # Combinators, also grouped ones

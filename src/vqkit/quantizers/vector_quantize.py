@@ -564,7 +564,7 @@ class VectorQuantize(Quantizer):
         # Before the projections, whose gradients what is not finite would reach even with weight 0.
         projected, kept = _keep(rows, mask, finite_rows if self.project_in is not None else self._has_scores)
         if self.project_in is not None:
-            projected, kept = _keep(self.project_in(projected.to(self.project_in.weight.dtype)), kept, finite_rows)
+            projected, kept = _keep(self.project_in(projected.to(next(self.project_in.parameters()).dtype)), kept, finite_rows)
         if self.norm is not None:
             projected = self.norm(projected)
         vectors = projected.to(torch.promote_types(projected.dtype, self.table.dtype))
@@ -595,7 +595,7 @@ class VectorQuantize(Quantizer):
         if self.project_out is None:
             return codes
         valid = indices >= 0 if indices.dim() == codes.dim() - 1 else (indices >= 0).any(-1)
-        return where_kept(valid, self.project_out(codes.to(self.project_out.weight.dtype)))
+        return where_kept(valid, self.project_out(codes.to(next(self.project_out.parameters()).dtype)))
 
     def _look_up(self, indices: Tensor) -> Tensor:
         """[P...] or [P..., heads] -> codes [P..., heads * K]."""

@@ -239,7 +239,8 @@ class FSP(Module):
         values, digits = native._round(wide)
         place = native._middles(digits, values.dtype)
         indices = native._join(digits)
-        info: dict[str, Any] = {"level_indices": digits.to(scalars.dtype), "norm_info": moments}
+        told = digits if kept is None else where_kept(kept, digits)
+        info: dict[str, Any] = {"level_indices": told.to(scalars.dtype), "norm_info": moments}
         if self.training and self.quantize_rate < 1.0:
             noise = native._draw(values)
             found = native._perturb(values, noise[0])

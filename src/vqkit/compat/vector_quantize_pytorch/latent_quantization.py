@@ -183,14 +183,15 @@ class LatentQuantize(Module):
         vectors, kept = projected(self.project_in, rows_of(z, self.dim, True))
         if kept is not None:
             vectors = where_kept(kept, vectors)
-        vectors = vectors.unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        dtype, vectors = vectors.dtype, vectors.unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        vectors = vectors if dtype in WIDE else vectors.float()
         if self.in_place_codebook_optimizer is not None and self.training and not in_backward():
             with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # a checkpoint around this call knows nothing of it
                 self._step_(vectors.detach(), kept)
-        found = self._settle()._round(vectors if vectors.dtype in WIDE else vectors.float())
+        found = self._settle()._round(vectors)
         codes, indices = self.native._codes(found.digits, found.values.dtype), self.native._join(found.digits)
         loss = self._loss(found.values, codes, kept)
-        out = (straight_through(found.values, codes) if found.values.requires_grad else codes.detach()).flatten(-2).to(vectors.dtype)
+        out = (straight_through(found.values, codes) if found.values.requires_grad else codes.detach()).flatten(-2).to(dtype)
         if kept is None:
             out = self.project_out(out)
         else:

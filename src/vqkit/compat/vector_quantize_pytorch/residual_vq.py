@@ -23,6 +23,7 @@ from vqkit.compat.vector_quantize_pytorch.functions import default as default
 from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
 from vqkit.compat.vector_quantize_pytorch.functions import is_distributed as is_distributed
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
+from vqkit.compat.vector_quantize_pytorch.rows import Linked
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 from vqkit.dist import LocalReducer, default_reducer
 from vqkit.ops.precision import without_autocast
@@ -171,7 +172,7 @@ class _InTurn(Residual):
         return super().gather(faded)
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(Linked):
     """`num_quantizers` layers of `VectorQuantize`, each for what those before it left over, with the peer's arguments.
 
     Inputs are [B, N, D], or [B, D, ...] with accept_image_fmap or the `vq_kwargs` accept_3d_fmap=True and channel_last=False. A call
@@ -268,11 +269,14 @@ class ResidualVQ(nn.Module):
                 layout="first" if self._width_is_first(given) else "last",
                 masked="zero" if self.return_zeros_for_masked_padding else "input",
             )
-        native.project_in, native.project_out = self.project_in, self.project_out
+        self._link(native)
         self._weights = {name: (int(name.rsplit("/", 1)[1]), weight) for name, weight in native.loss_weights.items()}
         if given["sync_codebook"] is False:
             native.reducer = LocalReducer()
         return native
+
+    def _link(self, native: Residual) -> None:
+        native.project_in, native.project_out = self.project_in, self.project_out
 
     def _join_layer(self, number: int, options: dict[str, Any]) -> _VectorQuantize | ImplicitVQ:
         table, size = self._layer(number)._codebook, self.codebook_sizes[number]

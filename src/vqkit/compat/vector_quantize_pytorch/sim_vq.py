@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.rows import Linked, hide
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import rotation_trick, straight_through
 from vqkit.quantizers import sim_vq
@@ -36,14 +36,16 @@ class _OfTable(Module):
         return self.transform(codes.squeeze(0)).unsqueeze(0)
 
 
-class SimVQ(Module):
+class SimVQ(Linked):
     """As the peer's: x [B, ..., dim] or, with `channel_first`, [B, dim, ...] -> (quantized, indices int64 [P...], loss).
 
     The codes are `codebook_transform` of a table that never changes. Raises ValueError and TypeError for what does not fit.
     """
 
+    linked: tuple[str, ...] = ("code_transform",)
     frozen_codebook: Tensor
     native: sim_vq.SimVQ
+    _of_table: _OfTable
 
     def __init__(
         self,
@@ -75,18 +77,22 @@ class SimVQ(Module):
         both = input_to_quantize_commit_loss_weight > 0
         estimator = "none" if not both else "rotation" if rotation_trick else "straight_through"
         pull = 1.0 / input_to_quantize_commit_loss_weight if both else 1.0
+        transform = _OfTable(codebook_transform)
         with torch.random.fork_rng(devices=[]):
             native = sim_vq.SimVQ(
                 dim,
                 codebook_size,
-                transform=_OfTable(codebook_transform),
+                transform=transform,
                 estimator=estimator,
                 losses=(Commitment(pull=pull),),
                 layout="first" if channel_first else "last",
                 input_gradient=both,
             )
         native.training = False  # what it counts nobody reads
-        hide(self, native=native)
+        hide(self, native=native, _of_table=transform)
+
+    def _link(self, native: sim_vq.SimVQ) -> None:
+        self._of_table.transform = self.code_transform
 
     @property
     def codebook(self) -> Tensor:

@@ -53,6 +53,7 @@ from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors_distri
 from vqkit.compat.vector_quantize_pytorch.functions import straight_through as straight_through
 from vqkit.compat.vector_quantize_pytorch.functions import uniform_init as uniform_init
 from vqkit.compat.vector_quantize_pytorch.own_optimizer import load_optimizer, save_optimizer
+from vqkit.compat.vector_quantize_pytorch.rows import Linked
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
@@ -64,7 +65,7 @@ LossBreakdown = namedtuple("LossBreakdown", ["commitment", "codebook_diversity",
 """The losses, unweighted; 0 where there is none."""
 
 
-class VectorQuantize(nn.Module):
+class VectorQuantize(Linked):
     """`codebook_size` codes for vectors of width `dim`, with the peer's arguments; what each means here is in docs/migration.md.
 
     Inputs are [B, N, D], [B, D] (one vector each), with channel_last=False [B, D, N], with accept_image_fmap [B, D, H, W], with
@@ -184,14 +185,19 @@ class VectorQuantize(nn.Module):
         """The quantizer of the layers and the codebook that are registered here."""
         with torch.device("meta"):  # its own layers are replaced
             native = _VectorQuantize(**options, table=self._codebook)
-        if self.has_projections:
-            layers = [*self.project_in] if isinstance(self.project_in, nn.Sequential) else [self.project_in]
-            native.project_in, native.norm = cast(nn.Linear, layers[0]), cast(Any, layers[1] if len(layers) > 1 else None)
-            native.project_out = cast(nn.Linear, self.project_out)
+        self._link(native)
         if not sync:
             native.reducer = LocalReducer()
             self._codebook.synchronizes = False
         return native
+
+    def _link(self, native: _VectorQuantize) -> None:
+        if self.has_projections:
+            layers = [*self.project_in] if isinstance(self.project_in, nn.Sequential) else [self.project_in]
+            native.project_in, native.norm = cast(nn.Linear, layers[0]), cast(Any, layers[1] if len(layers) > 1 else None)
+            native.project_out = cast(nn.Linear, self.project_out)
+        elif not all(isinstance(layer, nn.Identity) for layer in (self.project_in, self.project_out)):
+            raise ValueError("project_in or project_out is set: a quantizer of the width of its input has none; make it with codebook_dim")
 
     def train(self, mode: bool = True) -> VectorQuantize:
         super().train(mode)

@@ -142,7 +142,7 @@ def _compute(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
     nearest = _BACKENDS[impl]
     if metric == "euclidean":
         return nearest(x, codebook)
-    together = max(1, _ENTRIES_AT_ONCE // codebook.shape[1:].numel())
+    together = max(1, _ENTRIES_AT_ONCE // max(1, codebook.shape[1:].numel()))
     parts = zip(x.split(together), codebook.split(together), strict=True)
     return torch.cat([nearest(directions(vectors), directions(codes)) for vectors, codes in parts])
 
