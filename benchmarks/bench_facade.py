@@ -11,7 +11,6 @@ import argparse
 import copy
 import importlib
 import importlib.metadata
-import itertools
 import json
 import random
 import statistics
@@ -53,17 +52,13 @@ def seed(number: int) -> None:
 def call(module: torch.nn.Module, part: str, case: Case) -> Callable[[], None]:
     """A training step, or an encoding."""
 
-    turns = itertools.count()
-
     def train() -> None:
-        seed(next(turns))
         module.zero_grad()
         parts = [*differentiable(module(case.x.clone().requires_grad_(), **case.calls))]
         if parts:
             torch.stack(parts).sum().backward()
 
     def encode() -> None:
-        seed(next(turns))
         with torch.no_grad():
             module(case.x, **case.eval_calls)
 
@@ -80,6 +75,7 @@ def interleaved(runs: list[Callable[[], None]], budget: float) -> list[float]:
     pairs = [*zip(runs, times, strict=True)]
     while len(times[0]) < 5 or (time.perf_counter() - start < budget and len(times[0]) < 200):
         for run, own in pairs:
+            seed(len(own))
             began = time.perf_counter()
             run()
             own.append(time.perf_counter() - began)
