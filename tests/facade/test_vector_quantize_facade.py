@@ -990,5 +990,7 @@ def test_projections_that_are_set_later_are_computed_with(name: str) -> None:
 
 def test_a_quantizer_without_projections_takes_none() -> None:
     made = facade.VectorQuantize(dim=DIM, codebook_size=CODES)
-    with pytest.raises(ValueError, match="project_in or project_out is set"):
+    before = made.project_in
+    with pytest.raises(ValueError, match=r"^project_in = Linear\(\.\.\.\): must stay an Identity"):
         made.project_in = nn.Linear(DIM, DIM)
+    assert made.project_in is before and not list(made.parameters())

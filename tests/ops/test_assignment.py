@@ -418,3 +418,15 @@ def test_the_mean_cross_entropy_of_float64_has_gradients_of_float64():
     found = mean_assignment_cross_entropy(x, codebook, target)
     expected = assignment_cross_entropy(x, codebook, target).mean()
     assert_same_gradients(found, expected, (x, codebook), rtol=1e-13, atol=1e-15)
+
+
+def test_without_gradients_the_mean_cross_entropy_computes_none(monkeypatch):
+    asked = []
+    function = assignment._cross_entropy_and_gradients
+    monkeypatch.setattr(assignment, "_cross_entropy_and_gradients", lambda *given: asked.append(given[-2:]) or function(*given))
+    x, codebook = torch.randn(7, 4), torch.randn(5, 4, requires_grad=True)
+    target = torch.randint(0, 5, (7,))
+    expected = mean_assignment_cross_entropy(x, codebook, target)
+    with torch.no_grad():
+        assert mean_assignment_cross_entropy(x, codebook, target) == expected
+    assert asked[0][0] is None and asked[0][1] is not None and asked[1] == (None, None)

@@ -157,7 +157,10 @@ def mean_assignment_cross_entropy(
     if is_traced():
         loss = _cross_entropy_opaque(scored.vectors, scored.codes, target, temperature, metric)
         return loss.sum() / (target >= 0).sum().clamp(min=1)
-    return _MeanCrossEntropy.apply(scored.vectors, scored.codes, target, temperature, metric)
+    given = (scored.vectors, scored.codes)
+    if not torch.is_grad_enabled():
+        given = tuple(tensor.detach() for tensor in given)  # which the function cannot see
+    return _MeanCrossEntropy.apply(*given, target, temperature, metric)
 
 
 def _score_targets(x: Tensor, codebook: Tensor, indices: Tensor, temperature: float, metric: Metric) -> tuple[_Scored, Tensor]:

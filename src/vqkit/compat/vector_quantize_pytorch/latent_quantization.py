@@ -6,7 +6,7 @@ Shapes: P... positions of the input, c codebooks, d scalars of a codebook, L lev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from vqkit.compat.vector_quantize_pytorch.own_optimizer import load_optimizer, save_optimizer
+from vqkit.compat.vector_quantize_pytorch.own_optimizer import OwnsOptimizer
 from vqkit.compat.vector_quantize_pytorch.rows import (
     hide,
     index_dtype,
@@ -55,7 +55,7 @@ class _Fixed(Module):
         return getattr(self, str(range(len(self))[number]))
 
 
-class LatentQuantize(Module):
+class LatentQuantize(OwnsOptimizer):
     """As the peer's: z [B, dim, ...] -> (quantized, indices int32 [P...] or [P..., c], loss).
 
     The values of the levels learn: `quantization_loss_weight` pulls them to the scalars, `commitment_loss_weight` these to their values,
@@ -112,23 +112,6 @@ class LatentQuantize(Module):
         """The native quantizer with the values of now."""
         hide(self.native.counts, weight=torch.cat([*self.values_per_latent]))
         return self.native
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_optimizer(self.in_place_codebook_optimizer, destination, prefix)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        load_optimizer(self.in_place_codebook_optimizer, state_dict, prefix, unexpected_keys)
 
     def __getstate__(self) -> Any:
         """Copies hold the values alone: what a call made of them has a graph, which cannot be copied."""

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 NAME = "in_place_codebook_optimizer"
 
 
-def save_optimizer(optimizer: Optimizer | None, destination: dict[str, Any], prefix: str) -> None:
+def _save(optimizer: Optimizer | None, destination: dict[str, Any], prefix: str) -> None:
     """Add what `optimizer` remembers."""
     state = {} if optimizer is None else optimizer.state_dict()["state"]
     for number, of_parameter in state.items():
@@ -26,7 +26,7 @@ def save_optimizer(optimizer: Optimizer | None, destination: dict[str, Any], pre
                 destination[f"{prefix}{NAME}.{number}.{key}"] = found
 
 
-def load_optimizer(optimizer: Optimizer | None, state_dict: Mapping[str, Any], prefix: str, unexpected_keys: list[str]) -> None:
+def _load(optimizer: Optimizer | None, state_dict: Mapping[str, Any], prefix: str, unexpected_keys: list[str]) -> None:
     """Let it remember what `state_dict` says, or nothing; without an optimizer the keys stay unexpected."""
     if optimizer is None:
         return
@@ -38,3 +38,26 @@ def load_optimizer(optimizer: Optimizer | None, state_dict: Mapping[str, Any], p
         state.setdefault(int(number), {})[name] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
+
+
+class OwnsOptimizer(nn.Module):
+    """A module with an optimizer of its codebook's own, or None."""
+
+    in_place_codebook_optimizer: Optimizer | None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _save(self.in_place_codebook_optimizer, destination, prefix)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        _load(self.in_place_codebook_optimizer, state_dict, prefix, unexpected_keys)

@@ -79,11 +79,18 @@ class Linked(nn.Module):
     linked: tuple[str, ...] = ("project_in", "project_out")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        later = name in self.linked and "native" in self.__dict__
+        if later:
+            self._check_linked(name, value)
         super().__setattr__(name, value)
-        if name in self.linked and "native" in self.__dict__:
+        if later:
             self._link(self.native)
 
+    def _check_linked(self, name: str, value: Any) -> None:
+        """Raises for what cannot take that place."""
+
     def _link(self, native: Any) -> None:
+        """Let `native` compute with the modules of now."""
         raise NotImplementedError
 
 

@@ -8,7 +8,7 @@ Shapes: B batch, N positions, D width of the input, K width of a code, C codes.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -52,7 +52,7 @@ from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors as sam
 from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors_distributed as sample_vectors_distributed
 from vqkit.compat.vector_quantize_pytorch.functions import straight_through as straight_through
 from vqkit.compat.vector_quantize_pytorch.functions import uniform_init as uniform_init
-from vqkit.compat.vector_quantize_pytorch.own_optimizer import load_optimizer, save_optimizer
+from vqkit.compat.vector_quantize_pytorch.own_optimizer import OwnsOptimizer
 from vqkit.compat.vector_quantize_pytorch.rows import Linked
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
@@ -65,7 +65,7 @@ LossBreakdown = namedtuple("LossBreakdown", ["commitment", "codebook_diversity",
 """The losses, unweighted; 0 where there is none."""
 
 
-class VectorQuantize(Linked):
+class VectorQuantize(OwnsOptimizer, Linked):
     """`codebook_size` codes for vectors of width `dim`, with the peer's arguments; what each means here is in docs/migration.md.
 
     Inputs are [B, N, D], [B, D] (one vector each), with channel_last=False [B, D, N], with accept_image_fmap [B, D, H, W], with
@@ -191,35 +191,23 @@ class VectorQuantize(Linked):
             self._codebook.synchronizes = False
         return native
 
+    def _check_linked(self, name: str, value: Any) -> None:
+        if not self.has_projections and not isinstance(value, nn.Identity):
+            raise ValueError(
+                f"{name} = {type(value).__name__}(...): must stay an Identity, as the codes have the width of the input; "
+                "give codebook_dim to have projections"
+            )
+
     def _link(self, native: _VectorQuantize) -> None:
         if self.has_projections:
             layers = [*self.project_in] if isinstance(self.project_in, nn.Sequential) else [self.project_in]
             native.project_in, native.norm = cast(nn.Linear, layers[0]), cast(Any, layers[1] if len(layers) > 1 else None)
             native.project_out = cast(nn.Linear, self.project_out)
-        elif not all(isinstance(layer, nn.Identity) for layer in (self.project_in, self.project_out)):
-            raise ValueError("project_in or project_out is set: a quantizer of the width of its input has none; make it with codebook_dim")
 
     def train(self, mode: bool = True) -> VectorQuantize:
         super().train(mode)
         self.native.training = mode
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_optimizer(self.in_place_codebook_optimizer, destination, prefix)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        load_optimizer(self.in_place_codebook_optimizer, state_dict, prefix, unexpected_keys)
 
     # Reading and setting codes
 
