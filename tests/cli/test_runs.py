@@ -236,6 +236,23 @@ def test_another_configuration_is_refused_by_the_names_of_what_differs(vqkit: Ca
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_is_not_asked_to_end_before_where_it_is(vqkit: Callable[..., Said], run: Path) -> None:
+    before = (run / "config.json").read_bytes()
+    said = vqkit("train", "--run", run, "--train.steps", 10)
+    assert said.code == 1 and f"train.steps = 10: {run} has done 12; must" in said.err
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_eval_reads_no_damaged_data(vqkit: Callable[..., Said], run: Path) -> None:
+    path = run / "data" / "test-00000.tokens"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    said = vqkit("eval", run)
+    assert said.code == 1 and f"{path} is damaged" in said.err and not said.out
+    assert vqkit("eval", run, "--split", "validation").code == 0
+
+
 @pytest.mark.parametrize("command", ["sample", "eval", "train --run"])
 def test_a_truncated_checkpoint_is_passed_over_with_a_word(vqkit: Callable[..., Said], run: Path, command: str) -> None:
     weights = run / "checkpoints" / "step_00000012" / "model.safetensors"

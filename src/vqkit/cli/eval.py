@@ -53,12 +53,14 @@ def main(words: Sequence[str]) -> int:
     from vqkit.cli.console import note_broken_checkpoints
     from vqkit.cli.report import code_table, content, headline, measure, measures
     from vqkit.cli.tables import table
-    from vqkit.data import Split
+    from vqkit.data import Split, find_defects
     from vqkit.models.weights import find_and_load_weights
     from vqkit.train.parallel import resolve_device
 
     device = resolve_device(options.device)
     split = Split(of_data / "data", options.split)
+    if defects := find_defects(of_data / "data", splits=(options.split,)):
+        raise ValueError("; ".join(defects))
     folder, model, model_config = find_and_load_weights(options.run, device)
     if model_config.vocab_size < split.tokenizer.vocab_size:
         raise ValueError(f"{folder}: a vocabulary of {model_config.vocab_size} tokens; these data need {split.tokenizer.vocab_size}")

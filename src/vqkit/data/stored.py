@@ -122,13 +122,15 @@ def read_rules(folder: str | os.PathLike[str]) -> DataConfig:
     return from_dict(DataConfig, {**rules, "path": str(folder), "sequence_len": length}, where=f"{folder}/meta.json: rules")
 
 
-def find_defects(folder: str | os.PathLike[str], *, on_event: Callable[[DataEvent], None] | None = None) -> list[str]:
-    """Read all of the packed data in `folder`: every file that is not what was written there, by name; none if all is well."""
+def find_defects(
+    folder: str | os.PathLike[str], *, splits: Sequence[str] = SPLITS, on_event: Callable[[DataEvent], None] | None = None
+) -> list[str]:
+    """Read the packed data in `folder`, or these splits of them: every file that is not what was written there; none if all is well."""
     folder, emit = Path(folder), on_event or (lambda event: None)
     layout, defects = read_layout(folder), []
-    splits = {name: getattr(layout, name) for name in SPLITS}
-    expected = {shard.file: shard.hash for split in splits.values() for shard in split.shards}
-    expected |= {f"{name}.offsets": split.offsets for name, split in splits.items()}
+    stored = {name: getattr(layout, name) for name in splits}
+    expected = {shard.file: shard.hash for split in stored.values() for shard in split.shards}
+    expected |= {f"{name}.offsets": split.offsets for name, split in stored.items()}
     expected[FILES_FILE] = layout.files
     hashes = {folder / name: digest for name, digest in expected.items() if digest}
     done, total = 0, sum(path.stat().st_size for path in hashes if path.is_file())

@@ -90,6 +90,7 @@ def train(config: RunConfig, run_dir: str | os.PathLike[str], *, on_event: Calla
             if config.init_from is not None and newest_whole_checkpoint(run_dir) is None:
                 starting_model(config)  # raises before anything is written
             config = paced(config, run_dir / CONFIG_FILE, device)
+            _check_steps(run_dir, config)
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_alone_in(run_dir))
             remove_leftovers(run_dir)
@@ -401,6 +402,17 @@ def _resumable(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, and what is wrong with newer ones."""
     broken = [f"{path.name} passed over: {defect}" for path, defect in broken_checkpoints(run_dir)]
     return newest_whole_checkpoint(run_dir), broken
+
+
+def _check_steps(run_dir: Path, config: RunConfig) -> None:
+    """That a run is not asked to end before where it is; ValueError if it is."""
+    end = checkpoint_path(run_dir, config.train.total_steps)
+    later = [path for path in end.parent.glob("step_*") if path.name > end.name]
+    if later and (newest := newest_whole_checkpoint(run_dir)) in later:
+        step = int(newest.name.rpartition("_")[2])
+        raise ValueError(
+            f"train.steps = {config.train.steps}: {run_dir} has done {step}; must be at least that, or another directory"
+        )
 
 
 def _check_directory(run_dir: Path, config: RunConfig) -> None:
