@@ -410,9 +410,7 @@ def _check_steps(run_dir: Path, config: RunConfig) -> None:
     later = [path for path in end.parent.glob("step_*") if path.name > end.name]
     if later and (newest := newest_whole_checkpoint(run_dir)) in later:
         step = int(newest.name.rpartition("_")[2])
-        raise ValueError(
-            f"train.steps = {config.train.steps}: {run_dir} has done {step}; must be at least that, or another directory"
-        )
+        raise ValueError(f"train.steps = {config.train.steps}: {run_dir} has done {step}; must be at least that, or another directory")
 
 
 def _check_directory(run_dir: Path, config: RunConfig) -> None:
