@@ -200,7 +200,7 @@ def test_arguments_that_do_not_fit_are_named(options, match):
 
 def test_inputs_that_do_not_fit_are_named():
     for shape in ((2, 5, 4), (5, 3), (2, 4, 3, 3)):
-        with pytest.raises(ValueError, match=r"x has shape .*: must be"):
+        with pytest.raises(ValueError, match=r"z has shape .*: must be"):
             FSQ([8, 5, 5])(torch.zeros(shape))
     with pytest.raises(ValueError, match="zhat has shape"):
         FSQ([8, 5, 5]).codes_to_indices(torch.zeros(2, 2))

@@ -281,7 +281,7 @@ def test_layers_are_dropped_in_training_whether_or_not_a_gradient_is_asked_for()
         ({"codebook_size": 20}, "codebook_size = 20: must be a power of 2, as 32 is"),
         ({"dim": 4, "soft_clamp_input_value": 0.5}, "soft_clamp_input_value = 0.5: must be at least codebook_scale = 1.0"),
         ({"dim": 5, "codebook_size": 16, "has_projections": False}, "has_projections = False: must be None or True, as dim = 5 is not 4"),
-        ({"dim": 4, "frac_per_sample_entropy": 0.0}, "loss_share = 0.0: must be above 0"),
+        ({"dim": 4, "frac_per_sample_entropy": 0.0}, "frac_per_sample_entropy = 0.0: must be above 0"),
         ({"dim": 4, "num_codebooks": 2, "codebook_size": 4, "keep_num_codebooks_dim": False}, "keep_num_codebooks_dim = False"),
     ],
 )

@@ -123,7 +123,7 @@ def test_arguments_that_do_not_fit_are_named():
         ResidualSimVQ(dim=DIM, codebook_size=CODES, num_quantizers=2, heads=2)
     with pytest.raises(ValueError, match=r"x has shape \(2, 5, 7\): must be"):
         SimVQ(DIM, CODES)(torch.zeros(2, 5, 7))
-    with pytest.raises(ValueError, match="input_to_quantize_commit_loss_weight = -1: must be 0 or positive"):
+    with pytest.raises(ValueError, match="input_to_quantize_commit_loss_weight = -1: must be at least 0"):
         SimVQ(DIM, CODES, input_to_quantize_commit_loss_weight=-1)
 
 

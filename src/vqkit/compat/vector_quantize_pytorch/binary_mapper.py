@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.functions import default, exists
 from vqkit.compat.vector_quantize_pytorch.rows import hide
 from vqkit.ops.bits import bits_entropy
@@ -33,6 +34,7 @@ def binary_entropy(logits: Tensor) -> Tensor:
     return bits_entropy(logits)
 
 
+@in_these_words()
 class BinaryMapper(Module):
     """As the peer's: logits [..., bits] -> (one-hot [..., C], loss), with `return_indices` (one-hot, indices int64 [...], loss).
 

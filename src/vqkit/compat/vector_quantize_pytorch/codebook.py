@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch import functions
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.translate import codebook_options
 from vqkit.dist import LocalReducer, Reducer
 from vqkit.ops.codebook import CodebookStatistics, largest_keys, merge_statistics
@@ -26,7 +28,7 @@ from vqkit.quantizers.update import expire, follow_averages
 
 _AFFINE_KEYS = tuple(key for name in ("mean", "variance") for key in (f"batch_{name}", f"codebook_{name}", f"codebook_{name}_needs_init"))
 
-CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor]
+CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor] | float
 
 
 class Call(NamedTuple):
@@ -38,6 +40,7 @@ class Call(NamedTuple):
     uses: int = 1  # how many steps in turn these statistics stand for, faded by `weight_of_use`
 
 
+@in_these_words()
 class Codebook(_Codebook):
     """A codebook of `codebook_size` codes of width `dim`, or `num_codebooks` of them, with the peer's arguments.
 
@@ -259,16 +262,21 @@ class Codebook(_Codebook):
             self._write_pending_(statistics, outside)
             self.follows.fill_(-1)
             return
+        weights = self._weights_of_call(call.weights, statistics)  # what they are not raises before anything changes
         super().replace_statistics_(statistics, outside)
         self._pending_rule = None if call.ema_update is None and call.uses == 1 else self._rule_of_call()
-        self._pending_weights = self._weights_of_call(call.weights, statistics)
+        self._pending_weights = weights
 
     @torch.no_grad()
     def _weights_of_call(self, weights: CodeWeights | None, statistics: CodebookStatistics) -> Tensor | None:
         if weights is None:
             return None
         found = weights(statistics.sum, statistics.count) if callable(weights) else weights
-        return self._check_code_weights(found).to(statistics.count)
+        if isinstance(found, Real):
+            found = statistics.count.new_full((self.size,), float(found))
+        elif isinstance(found, Tensor) and not found.is_complex():  # True and 1, too, say which codes move
+            found = found.to(statistics.count)
+        return self._check_code_weights(found)
 
     def discard_pending_(self) -> None:
         super().discard_pending_()

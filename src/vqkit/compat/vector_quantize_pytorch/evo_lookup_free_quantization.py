@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.functions import default, exists
 from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import LFQ
 from vqkit.compat.vector_quantize_pytorch.rows import project_in, project_out, rows_of
@@ -49,6 +50,7 @@ def _evaluating(module: Module) -> Iterator[None]:
         module.train(training)
 
 
+@in_these_words(handed_to=LFQ)
 class EvoLFQ(Module):
     """As the peer's: `encoder`, an `LFQ` (given, or made of the other arguments), `decoder`; genes are the bits of the codes.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.rows import hide, index_dtype, linear, project_out, projected
 from vqkit.ops import perturbation
 from vqkit.ops.estimators import straight_through
@@ -99,6 +100,7 @@ def _roots(numbers: Sequence[float]) -> list[float]:
     return [math.sqrt(number) for number in numbers]
 
 
+@in_these_words()
 class VectorNorm(nn.Module):
     """The squared distances of mean, variance, skewness and excess kurtosis of each scalar to targets, weighed."""
 
@@ -155,6 +157,7 @@ class VectorNorm(nn.Module):
         return cls(**{"l3_weight": 0.0, "l4_weight": 0.0, **presets[name]})
 
 
+@in_these_words()
 class FSP(Module):
     """As the peer's: z [..., dim] or, with `channel_first`, [B, dim, ...] -> (quantized, indices int32 [P...], loss, what else is known).
 

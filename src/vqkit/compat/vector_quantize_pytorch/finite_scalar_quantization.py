@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.rows import (
+    check_codes,
     hide,
     index_dtype,
     keep_codebooks,
@@ -27,7 +29,6 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.scalar import Bound, join_digits, level_codes, level_digits, round_to_levels
 from vqkit.quantizers import fsq
-from vqkit.quantizers.layout import check_tensor
 from vqkit.quantizers.scalar import check_levels
 
 _EPS = 1e-3
@@ -43,6 +44,7 @@ def floor_ste(z: Tensor) -> Tensor:
     return straight_through(z, z.floor())
 
 
+@in_these_words()
 class FSQ(Module):
     """As the peer's: x [B, N, dim], images and more [B, dim, ...] -> (quantized of that shape, indices int32 [P...] or [P..., c], or None).
 
@@ -59,7 +61,7 @@ class FSQ(Module):
         num_codebooks: int = 1,
         keep_num_codebooks_dim: bool | None = None,
         scale: float | None = None,
-        allowed_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+        allowed_dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64),
         channel_first: bool = False,
         projection_has_bias: bool = True,
         return_indices: bool = True,
@@ -163,9 +165,7 @@ class FSQ(Module):
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
         """Codes [..., d] as they come out, before the output projection -> [...]."""
-        check_tensor("zhat", zhat)
-        if zhat.shape[-1] != self.codebook_dim:
-            raise ValueError(f"zhat has shape {tuple(zhat.shape)}: must be [..., {self.codebook_dim}]")
+        check_codes("zhat", zhat, self.codebook_dim)
         native = self.settle(self.native)
         codes = native._turn(zhat if self.scale is None else zhat / self.scale)
         digits = level_digits(codes, native.levels, symmetric=native.symmetric)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.quantizers.layout import check_tensor
 
 
+@in_these_words()
 class Groups(nn.Module):
     """`groups` residual quantizers `rvqs`, made for the width dim / groups each. Raises ValueError where that is no width."""
 
@@ -45,7 +47,7 @@ class Groups(nn.Module):
         return torch.cat([rvq.get_output_from_indices(own) for rvq, own in zip(self.rvqs, indices, strict=True)], dim=self.split_dim)
 
     def _check_groups(self, indices: Tensor | Sequence[Any]) -> None:
-        number = len(indices) if not isinstance(indices, Tensor) or indices.dim() else 0
+        number = 0 if isinstance(indices, Tensor) and not indices.dim() else len(indices)
         if number != self.groups:
             raise ValueError(f"indices has {number} entries: must be {self.groups}, one a group")
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch import translate
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import get_maybe_sync_seed
 from vqkit.compat.vector_quantize_pytorch.functions import default, exists
-from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 from vqkit.dist import LocalReducer
 from vqkit.ops.grids import average, interpolate
@@ -47,6 +48,7 @@ class _Axes(nn.Module):
         return self.move(x)
 
 
+@in_these_words()
 class HierarchicalVQ(nn.Module):
     """As the peer's: x [B, D, P...], or [B, P..., D] -> (quantized, indices of each level [B, G...], loss), and the cutoff if asked for.
 
@@ -59,7 +61,7 @@ class HierarchicalVQ(nn.Module):
         self,
         *,
         dim: int,
-        codebook_size: int | tuple[int, ...],
+        codebook_size: int | Sequence[int],
         scales: Sequence[int | Sequence[int]],
         shared_codebook: bool = True,
         channel_first: bool = True,
@@ -209,7 +211,7 @@ class HierarchicalVQ(nn.Module):
         found = native.quantize_and_learn(
             x,
             mask,
-            lengths=lens,
+            lengths=lens if lens is None else at_most(lens, x, self.channel_first),
             temperature=translate.temperature(one.native.assignment, sample_codebook_temp, one._codebook.sample_codebook_temp),
             depth=None if cutoff is None else cutoff + 1,
         )

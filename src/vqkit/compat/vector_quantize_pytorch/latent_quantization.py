@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.own_optimizer import OwnsOptimizer
 from vqkit.compat.vector_quantize_pytorch.rows import (
+    check_codes,
     hide,
     index_dtype,
     linear,
@@ -30,7 +32,7 @@ from vqkit.ops.losses import mean_commitment_loss
 from vqkit.quantizers import latent
 from vqkit.quantizers.committed import WIDE, in_backward
 from vqkit.quantizers.config import check_number
-from vqkit.quantizers.layout import check_tensor, where_kept
+from vqkit.quantizers.layout import where_kept
 
 
 class _BadLevels(ValueError, RuntimeError):
@@ -55,6 +57,7 @@ class _Fixed(Module):
         return getattr(self, str(range(len(self))[number]))
 
 
+@in_these_words()
 class LatentQuantize(OwnsOptimizer):
     """As the peer's: z [B, dim, ...] -> (quantized, indices int32 [P...] or [P..., c], loss).
 
@@ -142,9 +145,7 @@ class LatentQuantize(OwnsOptimizer):
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
         """Codes [..., d] -> the indices of the nearest ones [...]."""
-        check_tensor("zhat", zhat)
-        if zhat.shape[-1] != self.codebook_dim:
-            raise ValueError(f"zhat has shape {tuple(zhat.shape)}: must be [..., {self.codebook_dim}]")
+        check_codes("zhat", zhat, self.codebook_dim)
         native = self._settle()
         return native._join(native._round(zhat).digits).to(index_dtype(self.codebook_size))
 

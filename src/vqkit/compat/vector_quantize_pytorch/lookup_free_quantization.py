@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import is_distributed
 from vqkit.compat.vector_quantize_pytorch.rows import (
     hide,
@@ -77,6 +78,7 @@ def entropy(prob: Tensor) -> Tensor:
     return -(prob * log(prob)).sum(-1)
 
 
+@in_these_words()
 class CosineSimLinear(Module):
     """The cosines of x [..., dim_in] and the columns of a learned matrix, times `scale`: [..., dim_out]."""
 
@@ -89,6 +91,7 @@ class CosineSimLinear(Module):
         return (directions(x) @ directions(self.weight.T).T) * self.scale
 
 
+@in_these_words()
 class LFQ(Module):
     """As the peer's: x [B, N, dim], images and more [B, dim, ...] -> `Return` (quantized, indices int64 [P...] or [P..., c], loss).
 

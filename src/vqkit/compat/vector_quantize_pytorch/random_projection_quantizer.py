@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.rows import rows_of
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 
 
+@in_these_words(handed_to=VectorQuantize)
 class RandomProjectionQuantizer(nn.Module):
     """As the peer's: x [B, N, dim] -> indices [B, N] or [B, N, H]; with `indices` of that shape the cross-entropy of the choice.
 

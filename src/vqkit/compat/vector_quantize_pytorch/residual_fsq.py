@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import (
     Seeds,
     all_layers,
@@ -30,6 +31,7 @@ from vqkit.quantizers.residual import Residual
 __all__ = ["FSQ", "GroupedResidualFSQ", "ResidualFSQ", "get_maybe_sync_seed", "is_distributed", "round_up_multiple"]
 
 
+@in_these_words(handed_to=FSQ)
 class ResidualFSQ(Module):
     """As the peer's: x [B, N, dim], or with `is_channel_first` [B, dim, ...] -> (quantized, indices [B, N, q] or [B, q, ...]).
 
@@ -135,6 +137,7 @@ def _refuse_layer_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} = {options[name]!r}: must be {value!r} in the layers of a residual quantizer")
 
 
+@in_these_words(handed_to=ResidualFSQ)
 class GroupedResidualFSQ(Groups):
     """As the peer's: `groups` times a `ResidualFSQ`, each on its part of the width; indices [G, B, N, q], codes G times [q, P..., d].
 

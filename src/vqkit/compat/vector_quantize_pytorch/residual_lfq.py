@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import (
     Seeds,
     all_layers,
@@ -30,6 +31,7 @@ from vqkit.quantizers.residual import Residual
 __all__ = ["LFQ", "GroupedResidualLFQ", "ResidualLFQ", "get_maybe_sync_seed", "is_distributed", "round_up_multiple"]
 
 
+@in_these_words(handed_to=LFQ)
 class ResidualLFQ(Module):
     """As the peer's: x [B, N, dim], images and more [B, dim, ...] -> (quantized, indices [P..., q], losses [q]).
 
@@ -135,6 +137,7 @@ def _refuse_layer_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} = {options[name]!r}: must be {value!r} in the layers of a residual quantizer")
 
 
+@in_these_words(handed_to=ResidualLFQ)
 class GroupedResidualLFQ(Groups):
     """As the peer's: `groups` times a `ResidualLFQ`, each on its part of the width; indices [G, P..., q], losses [G, q].
 

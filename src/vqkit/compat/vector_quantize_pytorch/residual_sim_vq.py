@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import (
     Seeds,
     check_dropout,
@@ -27,6 +28,7 @@ from vqkit.quantizers.layout import check_tensor
 __all__ = ["ResidualSimVQ", "SimVQ", "get_maybe_sync_seed", "is_distributed", "round_up_multiple"]
 
 
+@in_these_words(handed_to=SimVQ)
 class ResidualSimVQ(Module):
     """As the peer's: x [B, ..., dim] or, with `channel_first`, [B, dim, ...] -> (quantized, indices [P..., q], losses [q]).
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch import translate
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.codebook import Call, Codebook
 from vqkit.compat.vector_quantize_pytorch.functions import default as default
 from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
@@ -104,6 +105,7 @@ def get_maybe_sync_seed(device: torch.device | str, max_size: int = 10_000) -> i
 # Implicit neural codebooks
 
 
+@in_these_words()
 class MLP(nn.Module):
     """The network of an implicit neural codebook (Huijben et al., 2024), with the layers of the peer."""
 
@@ -172,6 +174,7 @@ class _InTurn(Residual):
         return super().gather(faded)
 
 
+@in_these_words(handed_to=VectorQuantize)
 class ResidualVQ(Linked):
     """`num_quantizers` layers of `VectorQuantize`, each for what those before it left over, with the peer's arguments.
 
@@ -245,7 +248,7 @@ class ResidualVQ(Linked):
             for layer in self._each():
                 layer._codebook = layer.native.table = self._first._codebook
         given = translate.settled({**_DEFAULTS, **of_layers, "codebook_size": sizes[0]})
-        beam = BeamSearch(beam_size or 1, eval_beam_size, None if beam_score_quantizer_weights is None else tuple(weights))
+        beam = BeamSearch(beam_size or 1, self.eval_beam_size or 1, None if beam_score_quantizer_weights is None else tuple(weights))
         # Not registered: it owns nothing but what is registered here.
         object.__setattr__(self, "native", self._join(dim, given, beam))
 
@@ -408,7 +411,7 @@ class ResidualVQ(Linked):
             clash = clash or ("in_place_codebook_optimizer" if self._first.in_place_codebook_optimizer is not None else "")
             if clash:
                 raise ValueError(f"beam_size = {size}: must be 1 in training with {clash}")
-        return 1 if size is None else size
+        return size or 1
 
     def _set_layers(self, x: Tensor) -> None:
         """Their estimators, where a gradient has any place to go, and their losses; in eval mode nothing is made of either."""
@@ -507,6 +510,7 @@ def _layer_arguments(given: dict[str, Any], shared: bool, implicit: bool, diveq:
     return found
 
 
+@in_these_words(handed_to=ResidualVQ)
 class GroupedResidualVQ(Groups):
     """`groups` times a `ResidualVQ` of width dim / groups, with the peer's arguments: `kwargs` are those of ResidualVQ.
 
@@ -535,8 +539,10 @@ class GroupedResidualVQ(Groups):
         With `indices`, one [B, N, Q] a group, (quantized, the sum of their cross-entropies). Dropout cuts all groups at the same layer.
         """
         pieces = self._pieces(x)
-        given = [None] * self.groups if indices is None or len(indices) == 0 else [*indices]
-        self._check_groups(given)
+        given: list[Any] = [None] * self.groups
+        if indices is not None and (isinstance(indices, Tensor) or len(indices) > 0):
+            self._check_groups(indices)
+            given = [*indices]
         seed = get_maybe_sync_seed(x.device) if self.training else None
         found = [
             rvq(

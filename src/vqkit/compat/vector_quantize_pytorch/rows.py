@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.ops.precision import finite_rows, known_finite, may_look
-from vqkit.quantizers.layout import check_tensor, where_kept
+from vqkit.quantizers.layout import check_tensor, is_integer, where_kept
 
 
 def rows_of(x: Tensor, dim: int, first: bool) -> Tensor:
@@ -27,6 +27,22 @@ def rows_of(x: Tensor, dim: int, first: bool) -> Tensor:
     if not right or x.shape[1 if first else -1] != dim:
         raise ValueError(f"x has shape {tuple(x.shape)}: must be {f'[batch, {dim}, ...]' if first else f'[batch, time, {dim}]'}")
     return x.movedim(1, -1).contiguous() if first else x  # a layer would copy it, too, and take a slower way
+
+
+def at_most(lens: Tensor, x: Tensor, first: bool) -> Tensor:
+    """Lengths [B] of sequences x, those beyond as long as x is."""
+    if x.dim() < 3 or not isinstance(lens, Tensor) or not is_integer(lens):
+        return lens  # which is an error of whatever takes it
+    return lens.to(torch.int64).clamp(max=x.shape[2 if first else 1])
+
+
+def check_codes(name: str, codes: Tensor, width: int) -> None:
+    """Raise unless codes are floating point [..., width]."""
+    check_tensor(name, codes)
+    if not codes.is_floating_point():
+        raise TypeError(f"{name} is {codes.dtype}: must be floating point")
+    if codes.dim() < 1 or codes.shape[-1] != width:
+        raise ValueError(f"{name} has shape {tuple(codes.shape)}: must be [..., {width}]")
 
 
 def project_in(layer: nn.Module, rows: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.rows import Linked, hide
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import rotation_trick, straight_through
 from vqkit.quantizers import sim_vq
-from vqkit.quantizers.config import Commitment, check_number
+from vqkit.quantizers.config import Commitment
 from vqkit.quantizers.layout import check_indices, width_last
 
 
@@ -36,6 +37,7 @@ class _OfTable(Module):
         return self.transform(codes.squeeze(0)).unsqueeze(0)
 
 
+@in_these_words()
 class SimVQ(Linked):
     """As the peer's: x [B, ..., dim] or, with `channel_first`, [B, dim, ...] -> (quantized, indices int64 [P...], loss).
 
@@ -60,9 +62,6 @@ class SimVQ(Linked):
         frozen_codebook_dim: int | None = None,
     ) -> None:
         super().__init__()
-        check_number("input_to_quantize_commit_loss_weight", input_to_quantize_commit_loss_weight)
-        if input_to_quantize_commit_loss_weight < 0:
-            raise ValueError(f"input_to_quantize_commit_loss_weight = {input_to_quantize_commit_loss_weight}: must be 0 or positive")
         width = dim if frozen_codebook_dim is None else frozen_codebook_dim
         table = init_fn(torch.randn(codebook_size, width) * width**-0.5)
         if codebook_transform is None:

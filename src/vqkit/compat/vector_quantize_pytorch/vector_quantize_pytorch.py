@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqkit.compat.vector_quantize_pytorch import functions, translate
+from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.codebook import Call, Codebook, CodeWeights
 from vqkit.compat.vector_quantize_pytorch.functions import Sequential as Sequential
 from vqkit.compat.vector_quantize_pytorch.functions import accum_grad_ as accum_grad_
@@ -53,7 +55,7 @@ from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors_distri
 from vqkit.compat.vector_quantize_pytorch.functions import straight_through as straight_through
 from vqkit.compat.vector_quantize_pytorch.functions import uniform_init as uniform_init
 from vqkit.compat.vector_quantize_pytorch.own_optimizer import OwnsOptimizer
-from vqkit.compat.vector_quantize_pytorch.rows import Linked
+from vqkit.compat.vector_quantize_pytorch.rows import Linked, at_most
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
@@ -65,6 +67,7 @@ LossBreakdown = namedtuple("LossBreakdown", ["commitment", "codebook_diversity",
 """The losses, unweighted; 0 where there is none."""
 
 
+@in_these_words()
 class VectorQuantize(OwnsOptimizer, Linked):
     """`codebook_size` codes for vectors of width `dim`, with the peer's arguments; what each means here is in docs/migration.md.
 
@@ -226,16 +229,16 @@ class VectorQuantize(OwnsOptimizer, Linked):
     def codebook(self, codes: Tensor) -> None:
         self.native.codebook = codes
 
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+    def get_codes_from_indices(self, indices: Tensor | Any) -> Tensor:
         """indices as a call gives them -> codes before the output projection, in the layout of the input; index -1 gives zeros.
 
-        Raises ValueError for indices outside -1 ... codebook_size - 1.
+        A number, a list of numbers or an array are as good as a tensor. Raises ValueError for indices outside -1 ... codebook_size - 1.
         """
-        return self.native.decode_codes(indices)
+        return _decode(self.native.decode_codes, indices, self.zero.device)
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+    def get_output_from_indices(self, indices: Tensor | Any) -> Tensor:
         """indices as a call gives them -> vectors as a call gives them; index -1 gives zeros."""
-        return self.native.decode(indices)
+        return _decode(self.native.decode, indices, self.zero.device)
 
     # Learning by hand
 
@@ -302,7 +305,7 @@ class VectorQuantize(OwnsOptimizer, Linked):
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         native, codebook = self.native, self._codebook
         self._set_native(x, topk)
-        options: dict[str, Any] = {"lengths": lens}
+        options: dict[str, Any] = {"lengths": lens if lens is None else at_most(lens, x, native.layout == "first")}
         if codebook_transform_fn is not None:
             options["codes_of"] = self._codes_of(codebook_transform_fn)
         temperature = translate.temperature(native.assignment, sample_codebook_temp, codebook.sample_codebook_temp)
@@ -415,6 +418,15 @@ class VectorQuantize(OwnsOptimizer, Linked):
             codes = codes.movedim(1, -1)
         rows = codes.reshape(codes.shape[0], -1, *several, codes.shape[-1])
         return self.maybe_split_heads_from_input(rows)
+
+
+def _decode(decode: Callable[[Tensor], Tensor], indices: Any, device: torch.device) -> Tensor:
+    """`decode` of indices, of one that has no axis, and of what is none of tensors but can index one."""
+    numbers = indices if isinstance(indices, (list, tuple)) else (indices,)
+    if all(isinstance(number, Integral) for number in numbers) or (hasattr(indices, "__array__") and not isinstance(indices, Tensor)):
+        indices = torch.as_tensor(indices, device=device)
+    one = isinstance(indices, Tensor) and indices.dim() == 0
+    return decode(indices.reshape(1)).squeeze(0) if one else decode(indices)
 
 
 def _own_optimizer(make: Callable[..., Optimizer] | None, codebook: Codebook) -> Optimizer | None:

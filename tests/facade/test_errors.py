@@ -1,0 +1,396 @@
+"""Bad input: every argument of every class, given what it cannot be, is named with what it was, in the words of the facade.
+
+An error is ValueError or TypeError, and leaves the module as it was. What the peer takes nevertheless stands in `deviations.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from facade.peer import facade, peer
+from facade.test_contract import SMALL
+from facade.test_no_dead_parameter import INPUTS, arguments_of, vectors
+
+PAIR = torch.ones(2)
+META = torch.device("meta")
+
+# What is bad for an argument of a name, by what it is
+
+FLAG = ("x", [1], PAIR, 2)
+NUMBER = ("x", [0.5], PAIR, math.nan, None)
+NOT_NEGATIVE = (*NUMBER, -0.5)
+POSITIVE = (*NOT_NEGATIVE, 0.0)
+SHARE = (*NOT_NEGATIVE, 1.5)
+WHOLE = ("x", 1.5, [2], PAIR, None)
+FROM_0 = (*WHOLE, -1)
+COUNT = (*FROM_0, 0)
+FUNCTION = (3, "x")
+MODULE = (3, "x", nn.Linear)
+
+FLAGS = """
+separate_codebook_per_head freeze_codebook kmeans_init sync_kmeans use_cosine_sim layernorm_after_project_in channel_last accept_image_fmap
+accept_3d_fmap commitment_use_cross_entropy_loss orthogonal_reg_active_codes_only stochastic_sample_codes straight_through rotation_trick
+directional_reparam sync_codebook sync_affine_param ema_update manual_ema_update learnable_codebook manual_in_place_optimizer_update
+affine_param return_zeros_for_masked_padding route_gradients_to_input reinmax shared_codebook diveq quantize_dropout
+implicit_neural_codebook norm keep_num_codebooks_dim channel_first projection_has_bias return_indices force_quantization_f32
+preserve_symmetry bound_hard_clamp orthogonal_rotation need_inv_act has_projections cosine_sim_project_in
+experimental_softplus_entropy_loss spherical is_channel_first optimize_values deterministic_on_eval return_loss_breakdown accum_ema_update
+return_all_codes return_cutoff calc_aux_loss deterministic reduce_aux_kl_loss
+"""
+COUNTS = """
+dim codebook_size codebook_dim heads num_codebooks num_quantizers groups bits kmeans_iters orthogonal_reg_max_codes topk frozen_codebook_dim
+quantize_dropout_multiple_of pop_size tournament_size nested_dropout_min_levels
+"""
+WHOLE_FROM_0 = "beam_size eval_beam_size quantize_dropout_cutoff_index elitism_count generations"
+NUMBERS = "threshold_ema_dead_code sample_codebook_temp diversity_gamma entropy_loss_offset kl_loss_threshold quant_resi"
+NUMBERS_FROM_0 = """
+eps commitment_weight orthogonal_reg_weight codebook_diversity_loss_weight directional_reparam_variance entropy_loss_weight
+commitment_loss_weight quantization_loss_weight input_to_quantize_commit_loss_weight
+"""
+POSITIVES = """
+codebook_diversity_temperature codebook_scale cosine_sim_project_in_scale inv_temperature temperature scale
+"""
+SHARES = """
+decay affine_param_batch_decay affine_param_codebook_decay sync_update_v nested_dropout noise_dropout mutation_rate quantize_rate
+quant_grad_frac
+"""
+
+
+def bad_indices(*shape: int) -> tuple[Any, ...]:
+    """Of codes 0 ... 15."""
+    right = torch.ones(shape, dtype=torch.int64)
+    wrong = (right.float(), right.bool(), 99 * right, -2 * right, right[:, 1:], right.unsqueeze(0), torch.ones((), dtype=torch.int64))
+    return ("x", 3, *wrong, right.to(META))
+
+
+X = (
+    None,
+    "x",
+    3,
+    [1.0],
+    torch.ones(()),
+    torch.ones(5),
+    torch.ones(2, 12, 7),
+    torch.ones(2, 12, 8, dtype=torch.int64),
+)
+BAD: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(FLAGS.split(), FLAG),
+    **dict.fromkeys(COUNTS.split(), COUNT),
+    **dict.fromkeys(WHOLE_FROM_0.split(), FROM_0),
+    **dict.fromkeys(["share_quant_resi", "rand_quantize_dropout_fixed_seed"], WHOLE),
+    **dict.fromkeys(
+        ["threshold_ema_dead_code", "sample_codebook_temp", "diversity_gamma", "entropy_loss_offset", "kl_loss_threshold"], NUMBER
+    ),
+    "quant_resi": NUMBER,
+    **dict.fromkeys(NUMBERS_FROM_0.split(), NOT_NEGATIVE),
+    **dict.fromkeys(POSITIVES.split(), POSITIVE),
+    **dict.fromkeys(SHARES.split(), SHARE),
+    "frac_per_sample_entropy": (*SHARE, 0.0),
+    "soft_clamp_input_value": ("x", math.nan, -0.5, 0.0),
+    **dict.fromkeys(["in_place_codebook_optimizer", "straight_through_activation", "init_fn", "codebook_transform_fn"], FUNCTION),
+    **dict.fromkeys(["vq_bridge", "codebook_transform", "encoder", "decoder", "lfq"], MODULE),
+    "mlp_kwargs": (3, "x", {"depht": 1}),
+    "beam_score_quantizer_weights": (3, "x", [], [1.0], ["x", "y"], [math.nan, 1.0], [-1.0, 1.0]),
+    "levels": ("x", [], [1.5, 3], [0, 3], [-3, 3], ["x"], [1, 3], PAIR),
+    "scales": ("x", 3, [], [0], [1.5], ["x"], [(1, 2), 2], [2, 1]),
+    "allowed_dtypes": ("x", 3, [3]),
+    "act_name": ("x", 3, None, [1]),
+    "vector_norm": ("x", 3, None),
+    "x": X,
+    "z": X,
+    "logits": X,
+    "mask": (
+        "x",
+        3,
+        [True],
+        torch.ones(2, 12),
+        torch.ones(2, 11, dtype=torch.bool),
+        torch.ones(3, 12, dtype=torch.bool),
+        torch.ones(2, 12, dtype=torch.int64),
+        torch.ones((), dtype=torch.bool),
+        torch.ones(2, 12, dtype=torch.bool, device=META),
+    ),
+    "lens": (
+        "x",
+        3,
+        [1, 2],
+        torch.ones(3, dtype=torch.int64),
+        torch.ones(2),
+        torch.tensor([-1, 2]),
+        torch.ones(2, 2, dtype=torch.int64),
+        torch.tensor([1, 2], device=META),
+    ),
+    "indices": bad_indices(2, 12),
+    "ema_update_weight": (
+        "x",
+        [1.0],
+        -1.0,
+        torch.ones(3),
+        torch.ones((), dtype=torch.complex64),
+        -torch.ones(16),
+        torch.ones(16, device=META),
+    ),
+}
+"""By name of the argument; None is bad unless it is the default, and for flags, where it is False."""
+
+OTHERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "ResidualVQ": {"codebook_size": (*COUNT, (16, 8, 4), (16, 0), ("x", 2)), "indices": bad_indices(2, 12, 2)},
+    "GroupedResidualVQ": {"dim": (*COUNT, 7), "groups": (*COUNT, 3), "indices": bad_indices(2, 2, 12, 2)},
+    "RandomProjectionQuantizer": {"indices": bad_indices(2, 12, 2)},
+    "LFQ": {"codebook_size": (*COUNT, 15)},
+    "LatentQuantize": {"codebook_dim": ("x", 1.5, [2], PAIR, None, 0, -2, 3)},
+    "HierarchicalVQ": {"codebook_size": (*WHOLE, 0, (16, 8)), "orthogonal_reg_max_codes": ("x", 1.5, [2], PAIR, 0, -1)},
+    "EvoLFQ": {"x": (None, "x")},  # the rest is what the encoder of the user says
+}
+"""Where a name means something else in a class."""
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "beam_score_quantizer_weights": {"beam_size": 2},
+    "mlp_kwargs": {"implicit_neural_codebook": True},
+    "soft_clamp_input_value": {"bound_hard_clamp": False},  # of ResidualFSQ
+}
+"""What an argument needs beside it."""
+
+NATIVE = """
+lengths targets layout code_weights top_k losses assignment estimator loss_mask soft_clamp loss_share gradient_fraction cdf mixing mixers
+elites StoredEMA KMeans DeadCodes Gumbel Softmax DiVeQ Commitment Affine Diversity Orthogonality Entropy BeamSearch FreeBits NestedDropout
+QuantizeDropout Evolution table native
+"""
+"""Words that name nothing in the facade."""
+
+
+def bad_values(kind: str, name: str, default: Any) -> Iterator[Any]:
+    found = OTHERS.get(kind, {}).get(name, BAD[name])
+    return (value for value in found if value is not default)
+
+
+def check_words(name: str, value: Any, error: BaseException) -> None:
+    """It names the argument and what it was, and nothing that is no word of the facade."""
+    text, what = str(error), f"{name} = {value!r:.40}: {type(error).__name__}: {error}"
+    assert isinstance(error, (ValueError, TypeError)), what
+    assert re.search(rf"(?<![\w.]){name}\b", text), what
+    assert not [word for word in NATIVE.split() if word != name and re.search(rf"\b{word}\b", text)], what
+    assert any(part in text for part in forms(value)), what
+
+
+def forms(value: Any) -> Iterator[str]:
+    """How a value, or what is wrong with it, may be written."""
+    yield "given"
+    if isinstance(value, Tensor):
+        yield from (str(tuple(value.shape)), str(tuple(value.shape[1:])), str(value.dtype))  # the second: of a group
+        yield f"has {len(value) if value.dim() else 0} entries"
+        yield from ["on meta"] if value.device == META else (f"holds {number}" for number in value.flatten().tolist())
+        return
+    yield from (repr(value), type(value).__name__)
+    if isinstance(value, (list, tuple, dict)):
+        yield from (f"has {len(value)} entries", *map(repr, value))
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def check_raises(name: str, value: Any, call: Callable[[], Any], module: nn.Module | None = None) -> None:
+    before = {} if module is None else state_of(module)
+    try:
+        call()
+    except Exception as error:
+        check_words(name, value, error)
+    else:
+        pytest.fail(f"{name} = {value!r:.60} is taken")
+    if module is not None:
+        after = module.state_dict()
+        changed = [key for key in before if not torch.equal(before[key], after[key])]
+        assert before.keys() == after.keys() and not changed, f"{name} = {value!r:.60} changes {changed}"
+
+
+@pytest.mark.parametrize("kind", sorted(SMALL))
+def test_constructors_name_what_is_wrong(kind: str) -> None:
+    cls = getattr(facade, kind)
+    parameters = inspect.signature(cls.__init__).parameters
+    for name in sorted(arguments_of(cls.__init__)):
+        given = {**SMALL[kind], **{key: value for key, value in NEEDS.get(name, {}).items() if key in parameters}}
+        for value in bad_values(kind, name, parameters[name].default):
+            check_raises(name, value, lambda name=name, value=value, given=given: cls(**{**given, name: value}))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", sorted(SMALL))
+def test_calls_name_what_is_wrong_and_change_nothing(kind: str, training: bool) -> None:
+    x = INPUTS.get(kind, vectors())
+    module = getattr(facade, kind)(**copy.deepcopy(SMALL[kind]))
+    module(x)  # after this the modules that start at what they see have started
+    module.train(training)
+    parameters = inspect.signature(module.forward).parameters
+    own = next(iter(parameters))
+    for name in sorted(arguments_of(type(module).forward)):
+        for value in bad_values(kind, name, parameters[name].default if name != own else ...):
+            given = {own: x, name: value}
+            if not is_of_no_use(kind, name, value, training):
+                check_raises(name, value, lambda given=given: module(given.pop(own), **given), module)
+
+
+def is_of_no_use(kind: str, name: str, value: Any, training: bool) -> bool:
+    """What nothing looks at."""
+    on_meta = isinstance(value, Tensor) and value.device == META
+    if name == "ema_update_weight":
+        return not training and (isinstance(value, Tensor) or value == -1.0)
+    return on_meta and ((kind.endswith("LFQ") and not training) or (kind == "RandomProjectionQuantizer" and name == "indices"))
+
+
+@pytest.mark.parametrize("kind", sorted(SMALL))
+def test_every_argument_has_bad_values(kind: str) -> None:
+    cls = getattr(facade, kind)
+    assert arguments_of(cls.__init__) | arguments_of(cls.forward) <= {*BAD, *OTHERS.get(kind, {})}
+
+
+DECODERS = """
+get_codes_from_indices get_output_from_indices indices_to_codes indices_to_level_indices indices_to_act_value codes_to_indices decode_bits
+update_indices update_ema_indices expire_codes_ log_prob
+"""
+
+
+def indices_of(kind: str, module: nn.Module, x: Tensor) -> Tensor:
+    """Of a call."""
+    output = module(x, return_indices=True) if kind == "BinaryMapper" else module(x)
+    found = output if isinstance(output, Tensor) else output[1]
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted({*SMALL} - {"HierarchicalVQ", "EvoLFQ"}))
+def test_indices_that_are_none_are_named(kind: str) -> None:
+    x = INPUTS.get(kind, vectors())
+    module = getattr(facade, kind)(**copy.deepcopy(SMALL[kind])).eval()
+    right = indices_of(kind, module, x)
+    bad = ["x", 1.5, None, right.float(), right.bool(), torch.full_like(right, 99), torch.full_like(right, -2)]
+    bad += [] if kind.endswith(("FSQ", "FSP", "LFQ")) else [right.to(META)]  # without a codebook there may be nothing elsewhere
+    for name in DECODERS.split():
+        if not hasattr(module, name) or name in ("codes_to_indices", "expire_codes_", "log_prob"):
+            continue
+        method, extra = getattr(module, name), {"x": x} if name.startswith("update") else {}
+        for value in bad:
+            check_raises("indices", value, lambda method=method, extra=extra, value=value: method(**extra, indices=value), module)
+
+
+# Names that there are not
+
+
+@pytest.mark.parametrize(
+    ("kind", "misspelt", "near"),
+    [
+        ("VectorQuantize", "decya", "decay"),
+        ("ResidualVQ", "decya", "decay"),
+        ("ResidualVQ", "beam_sise", "beam_size"),
+        ("GroupedResidualVQ", "num_quantizer", "num_quantizers"),
+        ("GroupedResidualVQ", "kmean_init", "kmeans_init"),
+        ("GroupedResidualVQ", "group", "groups"),
+        ("RandomProjectionQuantizer", "commitment_weights", "commitment_weight"),
+        ("GroupedResidualFSQ", "noise_droput", "noise_dropout"),
+        ("GroupedResidualLFQ", "entropy_weight_loss", "entropy_loss_weight"),
+        ("ResidualSimVQ", "codebook_transforms", "codebook_transform"),
+        ("EvoLFQ", "spherica", "spherical"),
+        ("HierarchicalVQ", "kmean_init", "kmeans_init"),
+    ],
+)
+def test_a_name_that_there_is_not_is_answered_by_the_nearest(kind: str, misspelt: str, near: str) -> None:
+    with pytest.raises(TypeError, match=f"{kind} has no argument '{misspelt}'; did you mean '{near}'"):
+        getattr(facade, kind)(**SMALL[kind], **{misspelt: 1})
+
+
+def test_a_name_that_a_call_has_not_is_answered_by_the_nearest() -> None:
+    vq = facade.VectorQuantize(8, 16)
+    with pytest.raises(TypeError, match="forward has no argument 'masks'; did you mean 'mask'"):
+        vq(vectors(), masks=None)
+    with pytest.raises(TypeError, match="'dim'"):
+        facade.VectorQuantize()
+
+
+# What is not bad
+
+
+@pytest.mark.parametrize("kind", sorted(SMALL))
+def test_none_is_a_flag_that_is_not_set(kind: str) -> None:
+    parameters = inspect.signature(getattr(facade, kind).__init__).parameters
+    for name in parameters.keys() & set(FLAGS.split()):
+        getattr(facade, kind)(**{**SMALL[kind], name: None})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    vq = facade.VectorQuantize(numpy.int64(8), numpy.int32(16), decay=numpy.float32(0.5), kmeans_init=numpy.bool_(False))
+    assert vq(vectors())[0].shape == (2, 12, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "first"),
+    [
+        ("VectorQuantize", {}, False),
+        ("VectorQuantize", {"channel_last": False}, True),
+        ("HierarchicalVQ", {"scales": (1, 2), "kmeans_init": False}, True),
+        ("HierarchicalVQ", {"scales": (1, 2), "kmeans_init": False, "channel_first": False}, False),
+    ],
+)
+def test_lengths_beyond_the_sequence_are_all_of_it(kind: str, options: dict[str, Any], first: bool) -> None:
+    module = getattr(facade, kind)(dim=8, codebook_size=16, **options).eval()
+    x = vectors().mT.contiguous() if first else vectors()
+    one, other = (module(x, lens=torch.tensor([5, most])) for most in (12, 99))
+    torch.testing.assert_close(one[0], other[0])
+    assert not torch.equal(one[0], module(x)[0])
+
+
+def test_what_indexes_a_codebook_need_not_be_a_tensor() -> None:
+    torch.manual_seed(0)
+    there, here = (package.VectorQuantize(8, 16, codebook_dim=4) for package in (peer, facade))
+    here.load_state_dict(there.state_dict())
+    array = torch.tensor([[3, 0], [15, 3]]).numpy()
+    for indices in (3, [3, 0, 15], array, torch.tensor(3)):
+        for name in ("get_codes_from_indices", "get_output_from_indices"):
+            torch.testing.assert_close(getattr(here, name)(indices), getattr(there, name)(indices))
+
+
+@pytest.mark.parametrize("weight", [0.5, torch.arange(16) % 2, torch.arange(16) % 2 > 0], ids=["number", "integers", "bool"])
+def test_weights_of_codes_are_numbers_of_any_kind(weight: Any) -> None:
+    torch.manual_seed(0)
+    there, here = (package.VectorQuantize(8, 16) for package in (peer, facade))
+    here.load_state_dict(there.state_dict())
+    for module in (there, here):
+        module(vectors(), ema_update_weight=weight)
+    torch.testing.assert_close(here._codebook.embed, there._codebook.embed)
+
+
+# Errors that are not the facade's, and programs
+
+
+def test_what_a_function_of_the_user_raises_is_left_alone() -> None:
+    def raising(codes: Tensor) -> Tensor:
+        raise ValueError("lengths and targets of mine, on another device")
+
+    with pytest.raises(ValueError, match="lengths and targets of mine, on another device"):
+        facade.VectorQuantize(8, 16)(vectors(), codebook_transform_fn=raising)
+    with pytest.raises(RuntimeError, match="mat1"):
+        facade.EvoLFQ(nn.Linear(5, 4), nn.Linear(4, 8), dim=4)(vectors())
+
+
+def test_what_is_set_is_named() -> None:
+    codebook = facade.VectorQuantize(8, 16)._codebook
+    for value in (1.5, "x"):
+        check_raises("decay", value, lambda value=value: setattr(codebook, "decay", value), codebook)
+
+
+def test_calls_are_one_graph() -> None:
+    vq = facade.VectorQuantize(8, 16).eval()
+    compiled = torch.compile(vq, fullgraph=True, backend="aot_eager")
+    mask = torch.arange(12).expand(2, 12) > 3
+    for one, other in zip(compiled(vectors(), mask=mask), vq(vectors(), mask=mask), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="topk = 0: must be at least 1"):
+        torch.compile(vq, backend="aot_eager")(vectors(), topk=0)
