@@ -340,6 +340,9 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
         scores = (x @ codes.mT if metric == "product" else -torch.cdist(x, codes)) / temperature + every[: codes.shape[-2]]
         return scores.topk(num, -1).indices
 
+    def draw(scores: Tensor, num: int, temperature: float) -> Tensor:
+        return (scores / temperature + every[: scores.shape[-1]]).topk(num, -1).indices
+
     init = there.Codebook.__init__
 
     def peers_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -352,6 +355,7 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(there, "batched_sample_vectors", first_of_order)
     monkeypatch.setattr(there.Codebook, "__init__", peers_init)
     monkeypatch.setattr(native, "sample_indices", sample_indices)
+    monkeypatch.setattr(native, "draw", draw)
     monkeypatch.setattr(native, "orthogonality_loss", _first_codes(native.orthogonality_loss))
     monkeypatch.setattr(vqkit.ops.kmeans, "_start", kmeans_start)
     for module in (vqkit.ops.codebook, vqkit.ops.coding):

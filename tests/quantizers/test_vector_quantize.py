@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from states import snapshot
+from vqkit.ops import scores
 from vqkit.ops.assignment import soft_codes
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.commit import update_codebooks_
@@ -322,12 +323,14 @@ def same_for_all(codes):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("assignment", ["nearest", Softmax(0.5), Softmax(2.0, "reinmax")])
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 3}, {"top_k": 3, "reduction": "none"}, {"targets": True}, {"top_k": 3, "targets": True, "reduction": "none"}]
 )
-def test_the_same_codebook_for_every_vector_is_a_codebook(metric, options):
-    losses = (Commitment(), CrossEntropyCommitment(), Diversity(temperature=1.0), Orthogonality())
-    quantizer = spread_out(update=Gradient(), metric=metric, losses=losses)
+def test_the_same_codebook_for_every_vector_is_a_codebook(metric, assignment, options, monkeypatch):
+    monkeypatch.setattr(scores, "_FEW_DIFFERENCES", 0)
+    losses = (Commitment(pull=0.5), CrossEntropyCommitment(), Diversity(temperature=1.0), Orthogonality())
+    quantizer = spread_out(update=Gradient(), metric=metric, losses=losses, assignment=assignment)
     mask = torch.rand(BATCH, TIME) > 0.3
     options = options | ({"targets": torch.randint(-1, CODES, (BATCH, TIME))} if "targets" in options else {})
     given, found = vectors(), []

@@ -292,20 +292,29 @@ def _draw(x: Tensor, codes: Tensor, noise: Tensor, temperature: float, metric: s
     indices = torch.empty(noise.shape, dtype=torch.int64, device=x.device)
     with full_precision(x.device.type):
         for at, _, logits in _Scores(x, codes, temperature, metric).tiles():
-            for place in range(noise.shape[-1]):
-                if place > 0:
-                    logits.scatter_(-1, indices[*at, place - 1 : place], -torch.inf)
-                here = *at, slice(place, place + 1)
-                indices[here] = _first_above(noise[here], logits.softmax(-1).cumsum(-1))
+            indices[at] = draw_by_logits(noise[at], logits)
+    return indices
+
+
+def draw_by_logits(noise: Tensor, logits: Tensor) -> Tensor:
+    """noise [..., num] in [0, 1], logits [..., C], of the caller no more -> [..., num]: as `sample_indices` draws."""
+    if noise.shape[-1] == 1:
+        return _first_above(noise, logits.softmax(-1).cumsum(-1))
+    indices = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
+    for place in range(noise.shape[-1]):
+        if place > 0:
+            logits.scatter_(-1, indices[..., place - 1 : place], -torch.inf)
+        here = slice(place, place + 1)
+        indices[..., here] = _first_above(noise[..., here], logits.softmax(-1).cumsum(-1))
     return indices
 
 
 def _first_above(noise: Tensor, cumulated: Tensor) -> Tensor:
-    """noise [G, R, 1] in [0, 1), cumulated [G, R, C] -> [G, R, 1]; never one of probability 0."""
+    """noise [..., 1] in [0, 1], cumulated [..., C] -> [..., 1]; never one of probability 0."""
     total = cumulated[..., -1:]
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    place = torch.searchsorted(cumulated, torch.minimum(noise * total, below_total), right=True)
-    return place.clamp_(max=cumulated.shape[-1] - 1)
+    below = total * (1.0 - 2.0 * torch.finfo(total.dtype).eps)  # less than the total, however a product with noise is rounded
+    place = torch.searchsorted(cumulated, noise * below, right=True)
+    return place.clamp_(max=cumulated.shape[-1] - 1)  # of what is no number
 
 
 def _look_up(x: Tensor, codes: Tensor, values: Tensor, indices: Tensor, temperature: float, metric: str, reinmax: bool) -> Tensor:
@@ -334,9 +343,9 @@ def _look_up_backward(
         def of_logits(at: At, probability: Tensor) -> Tensor:
             of_weights = gradient[at] @ (values[at[0]] - centre[at[0]]).mT
             if not reinmax:
-                return _through_softmax(probability, of_weights)
+                return through_softmax(probability, of_weights)
             halfway = (probability / 2).scatter_add_(-1, chosen[at], half[at])
-            return 2 * _through_softmax(halfway, of_weights) - _through_softmax(probability, of_weights) / 2
+            return 2 * through_softmax(halfway, of_weights) - through_softmax(probability, of_weights) / 2
 
         of_x, of_codes = _Scores(x, codes, temperature, metric).gradients(of_logits, needed[:2])
         of_values = _zeros(values, needed[2])
@@ -403,13 +412,13 @@ def _mean_softmax_backward(
     gradient: Tensor, x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     def of_logits(at: At, probability: Tensor) -> Tensor:
-        return _through_softmax(probability, gradient[at[0]].unsqueeze(1)).mul_(share[at].unsqueeze(-1))
+        return through_softmax(probability, gradient[at[0]].unsqueeze(1)).mul_(share[at].unsqueeze(-1))
 
     with full_precision(x.device.type):
         return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
 
 
-def _through_softmax(probability: Tensor, gradient: Tensor) -> Tensor:
+def through_softmax(probability: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of the logits, given that of the probabilities."""
     return probability * (gradient - (probability * gradient).sum(-1, keepdim=True))
 

@@ -122,8 +122,7 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     """`directions(x)` [..., K] and the lengths [..., 1]."""
     if x.dtype in _ORDINARY and x.numel() and may_look(x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        least, most = torch.aminmax(length.detach())
-        if least.item() > _ORDINARY[x.dtype] and most.item() < 1.0 / _ORDINARY[x.dtype]:
+        if are_ordinary(length):
             return x / length, length
     scale = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(scale == 0, 1.0, scale)
@@ -131,6 +130,14 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     scaled = x / scale
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return scaled / torch.where(length == 0, 1.0, length), length * scale
+
+
+def are_ordinary(length: Tensor) -> bool:
+    """Whether it is known, where asking costs nothing, that no length is 0 and no square of one overflows or underflows."""
+    if length.dtype not in _ORDINARY or not length.numel() or not may_look(length):
+        return False
+    least, most = torch.aminmax(length.detach())
+    return least.item() > _ORDINARY[length.dtype] and most.item() < 1.0 / _ORDINARY[length.dtype]
 
 
 def codes_from_ema(sum: Tensor, count: Tensor, floor: float = COUNT_FLOOR) -> Tensor:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.assignment import Metric as ScoreMetric
-from vqkit.ops.assignment import has_scores, mean_assignment, sample_indices, soft_codes
+from vqkit.ops.assignment import SoftEstimator, has_scores, sample_indices, soft_codes
 from vqkit.ops.codebook import CodebookStatistics, directions, gather_codes
 from vqkit.ops.coding import Coded, PlainEstimator, coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, negative_entropy, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
-from vqkit.ops.precision import finite_rows, is_finite
+from vqkit.ops.precision import as_dtype, finite_rows, is_finite, may_look
+from vqkit.ops.scores import OwnCodes, cross_entropy, draw, few_scores, mean_cross_entropy, mean_softmax
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.codebook import Codebook, CodeWeights
 from vqkit.quantizers.commit import sum_in_forward
@@ -94,7 +95,7 @@ class _Chosen(NamedTuple):
 
     indices: Tensor  # [H, M] int64; -1: none
     codes: Tensor  # [H, M, K], 0 where there is none; differentiable where the codes learn by gradient
-    soft: bool  # whether the gradient of a softmax is in `codes` already
+    plain: Tensor | None = None  # where the gradient of a softmax is in `codes` already: the same without it
     each: int = 1  # so many of them side by side are those of one vector
 
 
@@ -292,19 +293,19 @@ class VectorQuantize(Quantizer):
         codes = codes.detach() if freeze_codebook else codes
         vectors, several = given.vectors, () if top_k is None else (top_k,)
         temperature = self._temperature(temperature) if own is None else 0.0
-        if codes_of is not None:
-            counted = self._counts(freeze_codebook) and top_k is None
-            options = {"temperature": temperature, "labels": labels, "counted": counted, "project": project}
-            return self._quantize_by_own_codes(given, codes_of(codes), several=several, reduction=reduction, **options)
-        picked = self._pick(vectors, codes, temperature, top_k or 1) if own is None else own
         counted = self._counts(freeze_codebook) and top_k is None
+        if codes_of is not None:
+            options = {"temperature": temperature, "labels": labels, "counted": counted, "project": project}
+            return self._quantize_by_own_codes(given, codes_of(codes), codes, several=several, reduction=reduction, **options)
+        scores = few_scores(vectors, codes, self._score) if self._by_scores(temperature, labels) else None
+        picked = self._pick(vectors, codes, temperature, top_k or 1, scores=scores) if own is None else own
         if not several and weights is None and reduction == "mean" and self._is_plain(temperature):
-            return self._quantize_plain(given, codes, _of_kept(picked, kept), own, labels, counted, project)
+            return self._quantize_plain(given, codes, _of_kept(picked, kept), own, labels, counted, project, scores)
         if top_k is not None:
             vectors = vectors.repeat_interleave(top_k, dim=1)
             kept = None if kept is None else kept.repeat_interleave(top_k, dim=1)
         chosen = self._take(vectors, codes, _of_kept(picked, kept), temperature)._replace(each=top_k or 1)
-        losses = self._losses(vectors, codes, chosen, labels, reduction)
+        losses = self._losses(vectors, codes, chosen, labels, reduction, scores=scores)
         if reduction == "none":
             losses = self._join_losses(losses, positions, several)
         found = self._join_indices(chosen.indices, positions, several)
@@ -323,13 +324,23 @@ class VectorQuantize(Quantizer):
 
     def _is_plain(self, temperature: float) -> bool:
         """Whether one pass over the vectors does: the output has neither noise nor the gradient of a softmax."""
-        soft = temperature > 0 and not isinstance(self.assignment, str) and self.assignment.estimator is not None
-        return not soft and not isinstance(self.estimator, DiVeQ)
+        return self._soft_estimator(temperature) is None and not isinstance(self.estimator, DiVeQ)
+
+    def _soft_estimator(self, temperature: float) -> SoftEstimator | None:
+        """The gradient of a softmax that the output has, if any."""
+        return None if isinstance(self.assignment, str) or not temperature > 0 else self.assignment.estimator
+
+    def _by_scores(self, temperature: float, labels: Tensor | None) -> bool:
+        """Whether anything asks for the scores of all codes."""
+        if temperature > 0 or labels is not None:
+            return True
+        return any(isinstance(loss, CrossEntropyCommitment | Diversity) for loss in self.losses)
 
     def _quantize_by_own_codes(
         self,
         given: _Vectors,
         codes: Tensor,
+        table: Tensor,
         *,
         temperature: float,
         labels: Tensor | None,
@@ -338,52 +349,49 @@ class VectorQuantize(Quantizer):
         several: tuple[int, ...],
         reduction: Reduction,
     ) -> Quantized:
-        """As `quantize`, with a codebook [H, P..., C, K] for every vector."""
+        """As `quantize`, with a codebook [H, P..., C, K] for every vector; `table` are the codes that they are made of."""
+        own, shape = self._as_own_codes(codes, given), given.vectors.shape[:-1]
         positions, num = given.rows.shape[:-1], math.prod(several)
-        codes, kept = self._as_own_codes(codes, given), self._spread(given.kept)
-        vectors = given.vectors.unsqueeze(-2)
-        scored = temperature > 0 or labels is not None or any(isinstance(loss, CrossEntropyCommitment | Diversity) for loss in self.losses)
-        late = self.metric == "cosine" and not scored  # of most codes none but the nearest need their directions
-        codes = directions(codes) if self.metric == "cosine" and scored else codes
-        picked = self._pick(vectors, codes.detach(), temperature, num, self.metric if late else "euclidean").flatten(1)
-        picked = _of_kept(picked, None if kept is None else kept.repeat_interleave(num, dim=1))
-        taken = self._take(vectors.expand(-1, -1, num, -1), codes, picked.unflatten(1, (-1, num)), temperature)
-        repeated = given.vectors.repeat_interleave(num, dim=1)
-        own = taken.codes.flatten(1, 2)
-        chosen = _Chosen(picked, directions(own) if late else own, taken.soft, each=num)
-        counted_once = picked[:, ::num] >= 0
-        losses = {}
-        for loss in self.losses:
-            if isinstance(loss, Commitment):
-                losses["commitment"] = self._loss(loss, repeated, codes, chosen, reduction)
-            elif isinstance(loss, CrossEntropyCommitment):
-                losses["cross_entropy_commitment"] = self._own_cross_entropy(vectors, codes, picked, reduction)
-            elif isinstance(loss, Orthogonality):
-                losses["orthogonality"] = self._loss(loss, given.vectors, self.table.codes(), chosen, reduction)
-            else:
-                mean = mean_assignment(vectors, codes, counted_once.unsqueeze(-1), temperature=loss.temperature, metric=self._score)
-                mean = mean.unflatten(0, counted_once.shape).sum(1) / counted_once.sum(1, keepdim=True).clamp(min=1)
-                losses["diversity"] = negative_entropy(mean)
-        if labels is not None:
-            losses["cross_entropy"] = self._own_cross_entropy(vectors, codes, _of_kept(labels, kept), reduction)
-        statistics = self._weighted_statistics(given, chosen, None, None) if counted else None
-        found = self._join_indices(picked, positions, several)
-        output = self._write(given, self._estimate(repeated, chosen), found, several, project)
-        return Quantized(output, found, self._join_losses(losses, positions, several), statistics)
+        vectors, kept = own.arrange(given.vectors), self._spread(given.kept)
+        scores = own.scores(vectors) if self._by_scores(temperature, labels) else None
+        chosen = self._choose_own(own, vectors, kept, scores, temperature, num)
+        found = [own.restore(values, shape).flatten(1, 2) for values in chosen[:3] if values is not None]
+        chosen = _Chosen(*found, each=num)
+        vectors = _each(given.vectors, num)
+        scores = None if scores is None else own.restore(scores, shape)
+        losses = self._losses(vectors, table, chosen, labels, reduction, scores=scores)
+        statistics = self._own_statistics(given, table, chosen) if counted else None
+        indices = self._join_indices(chosen.indices, positions, several)
+        output = self._write(given, self._estimate(vectors, chosen), indices, several, project)
+        return Quantized(output, indices, self._join_losses(losses, positions, several), statistics)
 
-    def _as_own_codes(self, codes: Tensor, given: _Vectors) -> Tensor:
-        """[H, P..., C, K] -> [H, M, C, K]."""
+    def _as_own_codes(self, codes: Tensor, given: _Vectors) -> OwnCodes:
+        """[H, P..., C, K]."""
         wanted = (*given.vectors.shape[:-1], self.codebook_size, self.codebook_dim)
         if codes.dim() < 4 or (codes.shape[0], codes.shape[1:-2].numel(), *codes.shape[-2:]) != wanted:
             raise ValueError(f"codes_of returned shape {tuple(codes.shape)}: must be [heads, *positions, codes, width], in all {wanted}")
-        return codes.reshape(wanted)
+        return OwnCodes(codes, self.metric)
 
-    def _own_cross_entropy(self, vectors: Tensor, codes: Tensor, indices: Tensor, reduction: Reduction) -> Tensor:
-        """Of vectors [H, M, 1, K] and codes [H, M, C, K]; indices [H, M], or several of each vector side by side."""
-        chosen = indices.unflatten(1, (vectors.shape[1], -1))
-        vectors = vectors.expand(-1, -1, chosen.shape[-1], -1)
-        found = cross_entropy_commitment(vectors, codes, chosen, metric=self._score, reduction=reduction)
-        return found.flatten(1) if found.dim() else found
+    def _choose_own(
+        self, own: OwnCodes, vectors: Tensor, kept: Tensor | None, scores: Tensor | None, temperature: float, num: int
+    ) -> _Chosen:
+        """Of vectors [L, K], in the order of their codes, and kept [H, M]: indices [L, num] and codes [L, num, K]."""
+        metric: Metric = "cosine" if own.metric == "cosine" else "euclidean"
+        indices = self._pick(vectors.unsqueeze(1), own.codes.detach(), temperature, num, metric, scores)
+        indices = indices if kept is None else indices.where(own.arrange(kept).unsqueeze(-1), -1)
+        codes, estimator = own.take(indices), self._soft_estimator(temperature)
+        if scores is None or estimator is None:
+            return _Chosen(indices, codes)
+        return _Chosen(indices, own.soften(codes, scores, indices, temperature, estimator), codes)
+
+    @torch.no_grad()
+    def _own_statistics(self, given: _Vectors, table: Tensor, chosen: _Chosen) -> CodebookStatistics:
+        """Counted by index; the error is that of the codes of the vectors themselves."""
+        vectors = given.vectors.detach()
+        found = coded(vectors, table.detach().to(vectors.dtype), chosen.indices, estimator="none", count=True)
+        error = (vectors - chosen.codes).square_().sum(-1)
+        error = error.where(chosen.indices >= 0, 0.0).sum(-1)
+        return self._statistics(given, table, chosen.indices, None, found._replace(squared_error=error))
 
     def _join_losses(self, losses: dict[str, Tensor], positions: torch.Size, several: tuple[int, ...]) -> dict[str, Tensor]:
         """Those that have a number for each vector [H, M], or for each of several codes of it, in the shape of the indices."""
@@ -391,7 +399,15 @@ class VectorQuantize(Quantizer):
         return {name: self._join_indices(loss, positions, ks[name]) if loss.dim() else loss for name, loss in losses.items()}
 
     def _quantize_plain(
-        self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, targets: Tensor | None, counted: bool, project: bool
+        self,
+        given: _Vectors,
+        codes: Tensor,
+        indices: Tensor,
+        own: Tensor | None,
+        targets: Tensor | None,
+        counted: bool,
+        project: bool,
+        scores: Tensor | None,
     ) -> Quantized:
         """As the other steps of `quantize` together, in one pass forward and one backward; indices [H, M]."""
         vectors = given.vectors
@@ -400,8 +416,8 @@ class VectorQuantize(Quantizer):
         pull = sum(loss.pull for loss in self.losses if isinstance(loss, Commitment))
         passed = self.sync_update + (estimator == "none")
         found = coded(vectors, codes, indices, estimator=estimator, count=counted, pull=pull, passed=passed)
-        chosen = _Chosen(indices, found.quantized, soft=False)
-        losses = self._losses(vectors, codes, chosen, targets, commitment=found.error)
+        chosen = _Chosen(indices, found.quantized)
+        losses = self._losses(vectors, codes, chosen, targets, commitment=found.error, scores=scores)
         statistics = self._statistics(given, codes, indices, own, found) if counted else None
         joined = self._join_indices(indices, given.rows.shape[:-1], ())
         return Quantized(self._write(given, found.quantized, joined, (), project), joined, losses, statistics)
@@ -514,10 +530,12 @@ class VectorQuantize(Quantizer):
         """As `_pull`, of the codebook that `codes_of` gives every vector."""
         with torch.enable_grad():
             codes.requires_grad_()
-            own = self._as_own_codes(codes_of(codes), given)
-            indices = _of_kept(self._pick(given.vectors.unsqueeze(-2), own.detach(), temperature).flatten(1), kept)
-            counted = indices >= 0
-            taken = gather_codes(own, indices.unsqueeze(-1)).squeeze(-2)
+            own, shape = self._as_own_codes(codes_of(codes), given), given.vectors.shape[:-1]
+            vectors = own.arrange(given.vectors)
+            scores = own.scores(vectors).detach() if temperature > 0 else None
+            indices = self._choose_own(own, vectors, kept, scores, temperature, 1).indices
+            counted = own.restore(indices, shape).flatten(1) >= 0
+            taken = own.restore(own.take(indices), shape).flatten(1, 2)
             error = (taken - given.vectors).where(counted.unsqueeze(-1), 0.0).square().sum()
             (gradient,) = torch.autograd.grad(error, codes)
         parts = [error.detach().reshape(1), counted.sum().to(error).reshape(1), gradient.flatten()]
@@ -564,12 +582,11 @@ class VectorQuantize(Quantizer):
         # Before the projections, whose gradients what is not finite would reach even with weight 0.
         projected, kept = _keep(rows, mask, finite_rows if self.project_in is not None else self._has_scores)
         if self.project_in is not None:
-            projected, kept = _keep(self.project_in(projected.to(next(self.project_in.parameters()).dtype)), kept, finite_rows)
+            has_meaning = finite_rows if self.norm is not None else self._has_scores
+            projected, kept = _keep(self.project_in(as_dtype(projected, _dtype_of(self.project_in))), kept, has_meaning)
         if self.norm is not None:
-            projected = self.norm(projected)
-        vectors = projected.to(torch.promote_types(projected.dtype, self.table.dtype))
-        if self.project_in is not None:
-            vectors, kept = _keep(vectors, kept, self._has_scores)
+            projected, kept = _keep(self.norm(projected), kept, self._has_scores)
+        vectors = as_dtype(projected, torch.promote_types(projected.dtype, self.table.dtype))
         vectors = self._to_heads(vectors.reshape(-1, self.heads, self.codebook_dim))
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
 
@@ -594,8 +611,11 @@ class VectorQuantize(Quantizer):
         """Codes, 0 where no head of a position has one, in the width of the input."""
         if self.project_out is None:
             return codes
+        output = self.project_out(as_dtype(codes, _dtype_of(self.project_out)))
+        if may_look(indices) and indices.numel() and indices.amin() >= 0:
+            return output
         valid = indices >= 0 if indices.dim() == codes.dim() - 1 else (indices >= 0).any(-1)
-        return where_kept(valid, self.project_out(codes.to(next(self.project_out.parameters()).dtype)))
+        return where_kept(valid, output)
 
     def _look_up(self, indices: Tensor) -> Tensor:
         """[P...] or [P..., heads] -> codes [P..., heads * K]."""
@@ -651,9 +671,19 @@ class VectorQuantize(Quantizer):
         """Of vectors and codes as they are read: for cosine they have length 1."""
         return "product" if self.metric == "cosine" else "euclidean"
 
-    def _pick(self, vectors: Tensor, codes: Tensor, temperature: float = 0.0, num: int = 1, metric: Metric = "euclidean") -> Tensor:
+    def _pick(
+        self,
+        vectors: Tensor,
+        codes: Tensor,
+        temperature: float = 0.0,
+        num: int = 1,
+        metric: Metric = "euclidean",
+        scores: Tensor | None = None,
+    ) -> Tensor:
         """The code of each vector, [H, M], or several of each side by side, [H, M * num]; `metric` says how near, if nothing is drawn."""
         if temperature > 0 and isinstance(self.assignment, Gumbel):
+            if scores is not None:
+                return draw(scores, num, temperature).flatten(1)
             return sample_indices(vectors, codes, num, temperature=temperature, metric=self._score).flatten(1)
         if num > 1:
             return nearest_codes(vectors, codes, num, metric=metric).indices.flatten(1)
@@ -661,16 +691,16 @@ class VectorQuantize(Quantizer):
 
     def _take(self, vectors: Tensor, codes: Tensor, indices: Tensor, temperature: float) -> _Chosen:
         """The codes of indices [H, M], with the gradient of a softmax where the assignment brings one."""
-        estimator = None if isinstance(self.assignment, str) else self.assignment.estimator
-        if estimator is None or not temperature > 0:
-            return _Chosen(indices, gather_codes(codes, indices), soft=False)
+        plain, estimator = gather_codes(codes, indices), self._soft_estimator(temperature)
+        if estimator is None:
+            return _Chosen(indices, plain)
         found = soft_codes(vectors, codes, indices, temperature=temperature, estimator=estimator, metric=self._score)
-        return _Chosen(indices, found, soft=True)
+        return _Chosen(indices, found, plain)
 
     def _estimate(self, vectors: Tensor, chosen: _Chosen) -> Tensor:
         """The codes in value, or near them, with the gradient that `estimator` says."""
         codes = chosen.codes.to(vectors.dtype)
-        if chosen.soft or self.estimator == "none":
+        if chosen.plain is not None or self.estimator == "none":
             output = codes
         elif self.estimator == "rotation":
             output = rotation_trick(vectors, codes)
@@ -689,32 +719,46 @@ class VectorQuantize(Quantizer):
         chosen: _Chosen,
         targets: Tensor | None,
         reduction: Reduction = "mean",
+        *,
         commitment: Tensor | None = None,
+        scores: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """By name: [], or with reduction "none" [H, M] those that are means over vectors; that of commitment may be known."""
+        """By name: [], or with reduction "none" [H, M] those that are means over vectors; that of commitment may be known, and scores."""
         losses = {}
         for loss in self.losses:
             known = commitment if isinstance(loss, Commitment) else None
-            losses[_LOSS_NAMES[type(loss)]] = self._loss(loss, vectors, codes, chosen, reduction) if known is None else known
+            losses[_LOSS_NAMES[type(loss)]] = self._loss(loss, vectors, codes, chosen, reduction, scores) if known is None else known
         if targets is not None:
             own, known = vectors[:, :: chosen.each], chosen.indices[:, :: chosen.each] >= 0  # one of a vector with several candidates
-            targets = targets.where(known, -1)
-            losses["cross_entropy"] = cross_entropy_commitment(own, codes, targets, metric=self._score, reduction=reduction)
+            losses["cross_entropy"] = self._cross_entropy(own, codes, _of_kept(targets, known), reduction, scores)
         return losses
 
-    def _loss(self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen, reduction: Reduction) -> Tensor:
+    def _loss(
+        self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen, reduction: Reduction, scores: Tensor | None = None
+    ) -> Tensor:
+        """Of vectors [H, M, K], codes [H, C, K] and, if at hand, scores of one of the `each` of a vector."""
         counted = chosen.indices >= 0
         if isinstance(loss, Commitment):
-            own = gather_codes(codes, chosen.indices) if chosen.soft and codes.dim() == 3 else chosen.codes
+            own = chosen.codes if chosen.plain is None else chosen.plain
             return mean_commitment_loss(vectors, own, counted, pull=loss.pull, reduction=reduction)
         if isinstance(loss, CrossEntropyCommitment):
-            return cross_entropy_commitment(vectors, codes, chosen.indices, metric=self._score, reduction=reduction)
+            return self._cross_entropy(vectors, codes, chosen.indices, reduction, scores)
         if isinstance(loss, Diversity):
             own = vectors[:, :: chosen.each], counted[:, :: chosen.each]  # a mean over vectors is that over their candidates
+            if scores is not None:
+                return negative_entropy(mean_softmax(scores, own[1], loss.temperature))
             return diversity_loss(own[0], codes, own[1], temperature=loss.temperature, metric=self._score)
         noise = None if self.training else torch.zeros_like(codes[..., 0])  # evaluation draws nothing
         active = _active(chosen.indices, self.codebook_size) if loss.active_only else None
         return orthogonality_loss(codes, active, max_codes=loss.max_codes, noise=noise)
+
+    def _cross_entropy(self, vectors: Tensor, codes: Tensor, targets: Tensor, reduction: Reduction, scores: Tensor | None) -> Tensor:
+        """Of targets [H, M], of which several side by side are those of one vector of the scores [H, m, C]."""
+        if scores is None:
+            return cross_entropy_commitment(vectors, codes, targets, metric=self._score, reduction=reduction)
+        targets = targets.unflatten(1, (scores.shape[1], targets.shape[1] // max(1, scores.shape[1])))
+        scores = scores.unsqueeze(2).expand(-1, -1, targets.shape[2], -1)
+        return mean_cross_entropy(scores, targets) if reduction == "mean" else cross_entropy(scores, targets).flatten(1)
 
     def _statistics(
         self, given: _Vectors, codes: Tensor, indices: Tensor, own: Tensor | None, found: Coded | None = None
@@ -824,6 +868,17 @@ def _keep(x: Tensor, kept: Tensor | None, has_meaning: Callable[[Tensor], Tensor
         found = has_meaning(x)
         kept = found if kept is None else kept & found
     return (x, None) if kept is None else (where_kept(kept, x), kept)
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    """That of its parameters."""
+    weight = getattr(layer, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else next(layer.parameters()).dtype
+
+
+def _each(values: Tensor, num: int) -> Tensor:
+    """Values of the vectors [H, M, ...] once for each of `num` codes, side by side: [H, M * num, ...]."""
+    return values if num == 1 else values.repeat_interleave(num, dim=1)
 
 
 def _of_kept(indices: Tensor, kept: Tensor | None) -> Tensor:

@@ -304,7 +304,7 @@ class VectorQuantize(OwnsOptimizer, Linked):
             self._check_orthogonal()
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         native, codebook = self.native, self._codebook
-        self._set_native(x, topk)
+        self._set_native(x, topk, by_targets=indices is not None)
         options: dict[str, Any] = {"lengths": lens if lens is None else at_most(lens, x, native.layout == "first")}
         if codebook_transform_fn is not None:
             options["codes_of"] = self._codes_of(codebook_transform_fn)
@@ -336,9 +336,10 @@ class VectorQuantize(OwnsOptimizer, Linked):
             losses = losses._replace(commitment=losses.commitment.reshape(len(x), -1, topk))
         return (found.quantized, found.indices, loss, losses) if return_loss_breakdown else (found.quantized, found.indices, loss)
 
-    def _set_native(self, x: Tensor, topk: int | None) -> None:
+    def _set_native(self, x: Tensor, topk: int | None, *, by_targets: bool) -> None:
         """Let the quantizer do what this call returns, and no more: in eval mode a loss is but that of several codes."""
         losses = self._learned_losses if self.training else self._losses[:1] if topk is not None else ()
+        losses = () if by_targets else losses
         for name, value in (("training", self.training), ("estimator", self._estimator_of(x)), ("losses", losses)):
             if torch.compiler.is_compiling() or getattr(self.native, name) is not value:
                 setattr(self.native, name, value)

@@ -1,0 +1,174 @@
+"""Soft choices of codes by scores at hand, where these are few or every vector has a codebook of its own.
+
+The same as assignment.py does in tiles, by the same formulas; here the scores of all codes are one tensor, made once for all that is
+asked of it, kept, and differentiated by autograd.
+
+Shapes: L vectors with a codebook each, C codes, K width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vqkit.ops.assignment import Metric, SoftEstimator, draw_by_logits, through_softmax
+from vqkit.ops.codebook import are_ordinary, directions
+from vqkit.ops.precision import as_dtype, full_precision, is_traced, may_look, widest
+
+_FEW_DIFFERENCES = 1 << 17
+_ENTRIES_AT_ONCE = {"cpu": 1 << 18}  # of codes
+_ENTRIES_AT_ONCE_ELSEWHERE = 1 << 26
+
+
+def few_scores(x: Tensor, codebook: Tensor, metric: Metric) -> Tensor | None:
+    """The scores [G, N, C] of finite vectors x [G, N, K] and codebook [G, C, K]; None where they are many, or traced."""
+    if is_traced() or x.numel() * codebook.shape[1] > _FEW_DIFFERENCES:
+        return None
+    return _scores(x, codebook, metric)
+
+
+def _scores(x: Tensor, codes: Tensor, metric: Metric) -> Tensor:
+    """x [G, N, K], for metric "cosine" of length 1 or 0, codes [G, C, K] -> [G, N, C]."""
+    dtype = widest(x, codes)
+    x, codes = as_dtype(x, dtype), as_dtype(codes, dtype)
+    if metric == "euclidean":
+        return -torch.cdist(x, codes, compute_mode="donot_use_mm_for_euclid_dist")
+    with full_precision(x.device.type):
+        return _cosines(x, codes) if metric == "cosine" else x @ codes.mT
+
+
+def _cosines(x: Tensor, codes: Tensor) -> Tensor:
+    """Without making the directions of many codes: the products are divided by their lengths."""
+    length = torch.linalg.vector_norm(codes, dim=-1)
+    if are_ordinary(length):
+        return (x @ codes.mT) / length.unsqueeze(-2)
+    return x @ directions(codes).mT
+
+
+def draw(scores: Tensor, num: int, temperature: float) -> Tensor:
+    """As `sample_indices`: [..., C] -> [..., num]."""
+    scores = scores.detach()
+    noise = torch.rand(*scores.shape[:-1], num, dtype=scores.dtype, device=scores.device)
+    return draw_by_logits(noise, scores / temperature)
+
+
+def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """As `assignment_cross_entropy` at temperature 1: scores [..., C], targets [...] -> [...], 0 where the target is -1."""
+    found = F.nll_loss(scores.log_softmax(-1).flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none")
+    return found.reshape(targets.shape)
+
+
+def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """The mean of `cross_entropy` over the targets that are not -1; 0 where there are none."""
+    total = F.nll_loss(scores.log_softmax(-1).flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="sum")
+    if may_look(targets):
+        return total / max(1, int(torch.count_nonzero(targets >= 0)))
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+def mean_softmax(scores: Tensor, counted: Tensor, temperature: float) -> Tensor:
+    """As `mean_assignment`: scores [H, N, C], counted [H, N] bool -> [H, C]."""
+    counted = counted.to(scores.dtype)
+    share = counted / counted.sum(-1, keepdim=True).clamp(min=1.0)
+    with full_precision(scores.device.type):
+        return (share.unsqueeze(-2) @ (scores / temperature).softmax(-1)).squeeze(-2)
+
+
+class OwnCodes:
+    """A codebook for every vector: codes [*positions, C, K], taken in the order in which they lie in memory.
+
+    So a codebook that stands in another order than the vectors is not copied: vectors, of which there is one to C codes, follow it. Nor are
+    directions of many codes made, for metric "cosine": only of those that are taken.
+    """
+
+    def __init__(self, codes: Tensor, metric: Metric) -> None:
+        self.positions = codes.shape[:-2]
+        wide = [axis for axis, length in enumerate(self.positions) if length > 1]
+        order = sorted(wide, key=lambda axis: -codes.stride(axis))
+        self._order = None if order == wide else [*order, *(axis for axis in range(len(self.positions)) if axis not in wide)]
+        if self._order is not None:
+            codes = codes.permute(*self._order, -2, -1)
+        self.codes = codes.reshape(-1, *codes.shape[-2:])  # [L, C, K]
+        self.metric: Metric = metric
+        if metric == "cosine" and codes.numel() <= _entries_at_once(codes):
+            self.codes, self.metric = directions(self.codes), "product"
+
+    def arrange(self, values: Tensor) -> Tensor:
+        """Values of the vectors [H, M, ...] in the order of the codes, [L, ...]."""
+        tail = values.shape[2:]
+        if self._order is None:
+            return values.reshape(-1, *tail)
+        several = range(len(self.positions), len(self.positions) + len(tail))
+        return values.reshape(*self.positions, *tail).permute(*self._order, *several).reshape(-1, *tail)
+
+    def restore(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """[L, ...] -> [H, M, ...], of which `shape` is (H, M)."""
+        tail = values.shape[1:]
+        if self._order is None:
+            return values.reshape(*shape, *tail)
+        inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
+        several = range(len(self.positions), len(self.positions) + len(tail))
+        ordered = values.reshape(*(self.positions[axis] for axis in self._order), *tail)
+        return ordered.permute(*inverse, *several).reshape(*shape, *tail)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """[L, C] of finite vectors x [L, K], for cosines of length 1 or 0. Differentiable in vectors and codes."""
+        return _scores(x.unsqueeze(1), self.codes, self.metric).squeeze(1)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The codes [L, n, K] of indices [L, n], for cosines of length 1; 0 for index -1."""
+        all_known = may_look(indices) and (indices.numel() == 0 or bool(indices.amin() >= 0))
+        place = (indices if all_known else indices.clamp(min=0)).unsqueeze(-1)
+        found = self.codes.gather(1, place.expand(-1, -1, self.codes.shape[2]))
+        found = directions(found) if self.metric == "cosine" else found
+        return found if all_known else found.where(indices.unsqueeze(-1) >= 0, 0.0)
+
+    def soften(self, taken: Tensor, scores: Tensor, indices: Tensor, temperature: float, estimator: SoftEstimator) -> Tensor:
+        """What `take` gave, as `soft_codes`: with the gradient of a softmax of scores [L, C] beside its own."""
+        return _Softened.apply(taken, scores / temperature, self.codes.detach(), indices, estimator == "reinmax", self.metric == "cosine")
+
+
+class _Softened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, taken: Tensor, logits: Tensor, codes: Tensor, indices: Tensor, reinmax: bool, cosine: bool) -> Tensor:
+        ctx.save_for_backward(logits, codes, indices)
+        ctx.settings = reinmax, cosine
+        return taken.view_as(taken)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (logits, codes, indices), (reinmax, cosine) = ctx.saved_tensors, ctx.settings
+        gradient = gradients[0].where(indices.unsqueeze(-1) >= 0, 0.0)
+        if not ctx.needs_input_grad[1]:
+            return gradient, None, None, None, None, None
+        with full_precision(codes.device.type):
+            of_weights = torch.cat([_of_weights(gradient[part], codes[part], cosine) for part in _parts(codes)])
+        probability = logits.softmax(-1).unsqueeze(-2).expand_as(of_weights)
+        of_logits = through_softmax(probability, of_weights)
+        if reinmax:
+            chosen = indices.clamp(min=0).unsqueeze(-1)
+            halfway = (probability / 2).scatter_add_(-1, chosen, torch.full_like(chosen, 0.5, dtype=logits.dtype))
+            of_logits = 2 * through_softmax(halfway, of_weights) - of_logits / 2
+        return gradient, of_logits.sum(-2), None, None, None, None
+
+
+def _of_weights(gradient: Tensor, codes: Tensor, cosine: bool) -> Tensor:
+    """[l, n, C]; without what all codes have in common, which a softmax does not pass on."""
+    codes = directions(codes) if cosine else codes
+    return gradient @ (codes - codes.mean(1, keepdim=True)).mT
+
+
+def _parts(codes: Tensor) -> Iterator[slice]:
+    """Few codebooks at a time."""
+    together = max(1, _entries_at_once(codes) // max(1, codes.shape[1:].numel()))
+    return (slice(first, first + together) for first in range(0, len(codes), together))
+
+
+def _entries_at_once(codes: Tensor) -> int:
+    return _ENTRIES_AT_ONCE.get(codes.device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
