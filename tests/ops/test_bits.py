@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqkit.ops import bits
-from vqkit.ops.bits import batch_entropies, bit_logits, bits_entropy, distribution_entropy, mean_bit_distribution
+from vqkit.ops.bits import Rule, bit_logits, bit_losses, bits_entropy, distribution_entropy, mean_bit_distribution
 
 
 def every_code(bits, scale):
@@ -55,44 +56,67 @@ def test_small_probabilities_count_with_the_logarithm_of_the_floor(floor):
 
 SIZES = [(1, 9, 4, 4), (2, 7, 9, 9), (1, 13, 12, 5), (3, 5, 8, 1), (2, 0, 3, 3)]
 """Heads, vectors, bits, and how many of them are taken together: one part, two, groups of them, single bits, no vector."""
+SLOPE = 1.5
+
+
+def losses_and_plain(values, codes, kept, together, floor):
+    """Both in float64, and what weighs them."""
+    found = bit_losses(values, codes, kept, scale=0.5, temperature=2.0 / SLOPE, together=together, floor=floor)
+    plain = bits._bit_losses(values, codes, kept, Rule(SLOPE, together, floor))
+    return found, plain
+
+
+def weighed(losses, bend=False):
+    commitment, entropy, diversity = losses
+    total = 1.3 * (entropy.square() if bend else entropy) + 0.7 * diversity
+    return total if commitment is None else total + 0.4 * commitment
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.05])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kept", ["all", "some", "heads", "none"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_entropies_of_a_batch_and_their_derivatives_are_those_in_plain_operations(size, shared, floor):
+def test_losses_of_a_batch_and_their_derivatives_are_those_in_plain_operations(size, kept, floor):
     heads, number, width, together = size
-    logits = (2 * torch.randn(heads, number, width, dtype=torch.float64)).requires_grad_()
-    share = (torch.rand(heads, number) > 0.3).double() if shared else None
-    both = [batch_entropies(logits, share, together=together, floor=floor), bits._batch_entropies(logits, share, together, floor)]
-    gradients = [torch.autograd.grad(1.3 * each - 0.7 * mean, logits)[0] for each, mean in both]
+    values = torch.randn(number, heads, width, dtype=torch.float64).requires_grad_()
+    codes = None if kept == "none" else torch.randn_like(values)
+    seen = {"some": torch.rand(number, 1) > 0.3, "heads": torch.rand(number, heads) > 0.5, "none": torch.zeros(number, 1) > 0}.get(kept)
+    both = losses_and_plain(values, codes, seen, together, floor)
     torch.testing.assert_close(*both, rtol=1e-12, atol=1e-13)
+    gradients = [torch.autograd.grad(weighed(losses), values)[0] for losses in both]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
-    each, mean = batch_entropies(logits, share, together=together, floor=floor)
-    (again,) = torch.autograd.grad(each.square() - mean, logits, create_graph=True)
-    each, mean = bits._batch_entropies(logits, share, together, floor)
-    (plain,) = torch.autograd.grad(each.square() - mean, logits, create_graph=True)
-    torch.testing.assert_close(*(torch.autograd.grad(first.square().sum(), logits)[0] for first in (again, plain)), rtol=1e-9, atol=1e-12)
+    both = losses_and_plain(values, codes, seen, together, floor)
+    slopes = [torch.autograd.grad(weighed(losses, bend=True), values, create_graph=True)[0] for losses in both]
+    curves = [torch.autograd.grad(slope.square().sum(), values)[0] for slope in slopes]
+    torch.testing.assert_close(*curves, rtol=1e-9, atol=1e-12)
 
 
-def test_entropies_of_a_batch_in_a_compiled_program_and_in_a_transform():
-    logits = torch.randn(2, 6, 8, requires_grad=True)
-    share = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]).expand(2, 6)
+@pytest.mark.parametrize("with_codes", [True, False])
+def test_losses_of_a_batch_in_a_compiled_program_and_in_a_transform(with_codes):
+    values = torch.randn(6, 2, 8, requires_grad=True)
+    codes = values.detach().sign() if with_codes else None
+    kept = torch.tensor([[True], [False], [True], [True], [False], [True]])
 
-    def run(logits):
-        each, mean = batch_entropies(logits, share, together=8, floor=1e-5)
-        return each + 0.5 * mean
+    def run(values):
+        return weighed(bit_losses(values, codes, kept, scale=1.0, temperature=4.0, together=8, floor=1e-5))
 
-    expected = run(logits)
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(logits)
+    expected = run(values)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(values)
     assert torch.equal(compiled, expected)
-    (slope,) = torch.autograd.grad(expected, logits)
-    assert torch.equal(torch.autograd.grad(compiled, logits)[0], slope)
-    torch.testing.assert_close(torch.func.grad(run)(logits.detach()), slope, rtol=1e-5, atol=1e-7)
+    (slope,) = torch.autograd.grad(expected, values)
+    assert torch.equal(torch.autograd.grad(compiled, values)[0], slope)
+    torch.testing.assert_close(torch.func.grad(run)(values.detach()), slope, rtol=1e-5, atol=1e-7)
 
 
 def test_sure_bits_have_no_slope():
-    logits = torch.tensor([[[90.0, -80.0, 70.0]]], requires_grad=True)
-    each = batch_entropies(logits, together=3).of_each
-    each.backward()
-    assert 0 < each < 1e-28 and logits.grad.abs().max() < 1e-28
+    values = torch.tensor([[[90.0, -80.0, 70.0]]], requires_grad=True)
+    entropy = bit_losses(values, scale=1.0, temperature=4.0, together=3).entropy
+    entropy.backward()
+    assert 0 < entropy < 1e-28 and values.grad.abs().max() < 1e-28
+
+
+def test_the_list_of_all_codes_of_many_bits_is_not_kept():
+    kept = bits._kept_choices.cache_info().currsize
+    bits.product_distribution(torch.randn(1, 13))
+    with FakeTensorMode():
+        bits.product_distribution(torch.randn(1, 3))
+    assert bits._kept_choices.cache_info().currsize == kept

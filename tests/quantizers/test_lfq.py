@@ -216,14 +216,17 @@ def test_entropies_of_a_share_of_the_vectors(masked):
     x = torch.randn(2, 40, 4)
     mask = torch.rand(2, 40) < 0.5 if masked else torch.ones(2, 40, dtype=torch.bool)
     quantizer = LFQ(4, losses=(Commitment(), *BOTH), loss_share=0.25)
-    seen = quantizer._draw_share(mask.unsqueeze(-1).expand(2, 40, 1), x.unsqueeze(-2)).squeeze(-1)
+    seen = quantizer._draw_share(mask.view(80, 1), x.view(80, 1, 4)).view(2, 40)
     assert seen.sum() == int(0.25 * mask.sum()) and not (seen & ~mask).any()
     torch.manual_seed(3)
     found = quantizer.quantize(x, mask).losses
     torch.manual_seed(3)
-    seen = quantizer._draw_share(mask.unsqueeze(-1), x.unsqueeze(-2)).squeeze(-1)
+    seen = quantizer._draw_share(mask.view(80, 1), x.view(80, 1, 4)).view(2, 40)
     whole = LFQ(4, losses=(Commitment(), *BOTH))
     expected = {**whole.quantize(x, seen).losses, "commitment": whole.quantize(x, mask).losses["commitment"]}
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(quantizer.eval().quantize(x, mask).losses, whole.quantize(x, mask).losses)
-    assert LFQ(4, loss_share=0.1)._draw_share(None, torch.zeros(1, 2, 1, 4)).sum() == 1
+    few = LFQ(4, loss_share=0.1)
+    assert few._draw_share(None, torch.zeros(2, 1, 4)).sum() == 1
+    assert few._draw_share(torch.tensor([[False], [True]]), torch.zeros(2, 1, 4)).tolist() == [[False], [True]]
+    assert not few._draw_share(torch.zeros(2, 1, dtype=torch.bool), torch.zeros(2, 1, 4)).any()

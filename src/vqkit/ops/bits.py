@@ -6,6 +6,7 @@ Shapes: H heads, N vectors, b bits of a vector; P... positions.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqkit.ops.precision import is_traced, without_autocast
+from vqkit.ops.precision import may_keep, without_autocast
 
 _WHOLE = 6
 """The distribution of so many bits is made at once, that of more as a product of two."""
+_KEPT = 12
+"""The list of all codes of so many bits is kept, 2^17 numbers, that of more is made when it is needed."""
 
 
 def bit_logits(x: Tensor, scale: float, temperature: float) -> Tensor:
@@ -52,7 +55,7 @@ def product_distribution(logits: Tensor) -> Tensor:
 
 
 def _choices(bits: int, like: Tensor) -> Tensor:
-    make = _make_choices if is_traced() or type(like) is not Tensor else _kept_choices
+    make = _kept_choices if bits <= _KEPT and may_keep(like) else _make_choices
     return make(bits, like.dtype, like.device)
 
 
@@ -77,160 +80,234 @@ def distribution_entropy(distribution: Tensor, floor: float = 0.0) -> Tensor:
     return -torch.xlogy(distribution, distribution.clamp(min=least)).sum(-1)
 
 
-# The two entropies of a batch
+# The losses of a batch
 
 
-class Entropies(NamedTuple):
-    """What the bits of a batch of vectors say of codes."""
+class BitLosses(NamedTuple):
+    """What a batch of vectors of bits has to pay."""
 
-    of_each: Tensor  # [] the mean over vectors and heads of the entropy of a vector's distribution
-    of_mean: Tensor  # [] the mean over heads of the entropy of the mean distribution
+    commitment: Tensor | None  # [] the mean squared difference of scalars and codes, which are constants
+    entropy: Tensor  # [] the mean over vectors and heads of the entropy of a vector's distribution over codes
+    diversity: Tensor  # [] minus the mean over heads of the entropy of the mean distribution
 
 
-def batch_entropies(logits: Tensor, share: Tensor | None = None, *, together: int | None, floor: float = 0.0) -> Entropies:
-    """Of log odds [H, N, b]; share [H, N], what each vector counts, of the dtype of the logits; None: all 1.
+class Rule(NamedTuple):
+    """How the losses are computed."""
 
-    The distribution of `together` bits at a time is made, and the entropies of these groups are added up; None: of none. In the entropy
-    of the mean the logarithm is that of `floor` for smaller probabilities. Differentiable in the logits.
+    slope: float  # the log odds of a bit are its scalar times that
+    together: int | None
+    floor: float
+
+
+def bit_losses(
+    values: Tensor,
+    codes: Tensor | None = None,
+    kept: Tensor | None = None,
+    *,
+    scale: float,
+    temperature: float,
+    together: int | None,
+    floor: float = 0.0,
+) -> BitLosses:
+    """Of scalars [N, H, b], whose log odds are `bit_logits`, and their codes of that shape (None: no commitment).
+
+    kept [N, H] bool, or [N, 1] for all heads, says which vectors count; None: all. The distribution of `together` bits at a time is made,
+    and the entropies of these groups are added up; None: of none, and no diversity. There the logarithm is that of `floor` for smaller
+    probabilities. Differentiable in the scalars.
     """
+    rule = Rule(4.0 * scale / temperature, together, floor)
     compiled = torch.compiler.is_compiling()
-    if together is None or torch._C._are_functorch_transforms_active() or (compiled and logits.device.type != "cpu"):
-        return _batch_entropies(logits, share, together, floor)
-    return Entropies(*(_entropies if compiled else _BatchEntropies.apply)(logits, share, together, floor))
+    if together is None or torch._C._are_functorch_transforms_active() or (compiled and values.device.type != "cpu"):
+        return _bit_losses(values, codes, kept, rule)
+    if not compiled:
+        return BitLosses(*_BitLosses.apply(values, codes, kept, rule))
+    commitment, entropy, diversity = _losses(values, codes, kept, *rule)
+    return BitLosses(None if codes is None else commitment, entropy, diversity)
 
 
-def _batch_entropies(logits: Tensor, share: Tensor | None, together: int | None, floor: float) -> Entropies:
+def _bit_losses(values: Tensor, codes: Tensor | None, kept: Tensor | None, rule: Rule) -> BitLosses:
     """In plain operations: what is meant, and for transforms, second derivatives and compilers of devices."""
-    share = logits.new_ones(logits.shape[:-1]) if share is None else share
-    of_each = (bits_entropy(logits) * share).sum() / share.sum().clamp(min=1)
-    if together is None:
-        return Entropies(of_each, torch.zeros_like(of_each))
-    number = share.sum(-1, keepdim=True).clamp(min=1)
-    groups = [distribution_entropy(mean_bit_distribution(group, share) / number, floor) for group in logits.split(together, dim=-1)]
-    return Entropies(of_each, torch.stack(groups).sum(0).mean())
+    kept = torch.ones_like(values[..., 0], dtype=torch.bool) if kept is None else kept.expand(values.shape[:-1])
+    share = kept.T.to(values.dtype)
+    number = kept.sum().clamp(min=1)
+    commitment = None
+    if codes is not None:
+        commitment = (values - codes.detach()).where(kept.unsqueeze(-1), 0.0).square().sum() / (number * values.shape[-1])
+    logits = (values * rule.slope).transpose(0, 1)
+    entropy = (bits_entropy(logits) * share).sum() / number
+    if rule.together is None:
+        return BitLosses(commitment, entropy, torch.zeros_like(entropy))
+    each = share.sum(-1, keepdim=True).clamp(min=1)
+    groups = [distribution_entropy(mean_bit_distribution(group, share) / each, rule.floor) for group in logits.split(rule.together, dim=-1)]
+    return BitLosses(commitment, entropy, -torch.stack(groups).sum(0).mean())
 
 
 # The same in a fourth of the operations, with the gradient written out. The bits of a group are one part, or two whose distributions are
-# multiplied. With P [H, N, C] the distribution of a part, a softmax of sums of log odds, `of_each` has the slope -log P for it, up to a
-# constant, which a softmax ignores; so has `of_mean`, for the mean. On CPU vectors that count nothing are left out.
+# multiplied. With P [n, H, C] the distribution of a part, a softmax of sums of log odds, `entropy` has the slope -log P for it, up to a
+# constant, which a softmax ignores; so has the entropy of the mean, for the mean. On CPU vectors that do not count are left out.
 
 
-class _Kept(NamedTuple):
+class _Found(NamedTuple):
     """What the gradient needs, of n <= N vectors."""
 
     rows: Tensor | None  # [n] int64, which these are; None: all
-    share: Tensor | None  # [H, n]; None: all 1
-    slopes: list[Tensor]  # [H, C] of each group: the logarithm of its mean distribution, as far as it moves
-    logs: list[Tensor]  # [H, n, C] of each part: the logarithm of its distribution
-    chances: list[Tensor]  # [H, n, C] of each part: its distribution
+    share: Tensor | None  # [n, H], 0 for a vector that does not count for a head; None: all 1
+    apart: Tensor | None  # [n, H, b] scalars minus codes
+    means: list[Tensor]  # [H, C] of each group: its mean distribution, the same from `floor` on, and the logarithm of that
+    clamped: list[Tensor]
+    surprises: list[Tensor]
+    logs: list[Tensor]  # [n, H, C] of each part: the logarithm of its distribution
+    chances: list[Tensor]  # [n, H, C] of each part: its distribution
 
 
-class _BatchEntropies(torch.autograd.Function):
+class _BitLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, share: Tensor | None, together: int, floor: float) -> tuple[Tensor, Tensor]:
-        of_each, of_mean, kept = _find(logits, share, together, floor)
-        ctx.save_for_backward(logits, share, kept.rows, kept.share, *kept.slopes, *kept.logs, *kept.chances)
-        ctx.options = together, floor, len(kept.slopes), len(kept.logs)
-        return of_each, of_mean
+    def forward(ctx: Any, values: Tensor, codes: Tensor | None, kept: Tensor | None, rule: Rule) -> tuple[Tensor | None, Tensor, Tensor]:
+        losses, found = _find(values, codes, kept, rule)
+        rows, share, apart, *lists = found
+        ctx.save_for_backward(values, codes, kept, rows, share, apart, *itertools.chain.from_iterable(lists))
+        ctx.rule, ctx.sizes = rule, [len(own) for own in lists]
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, share, rows, own, *kept = ctx.saved_tensors
-        together, floor, groups, parts = ctx.options
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        values, codes, kept, rows, share, apart, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
-            found = _batch_entropies(logits, share, together, floor)
-            return torch.autograd.grad(found, logits, gradients, create_graph=True)[0], None, None, None
-        pieces = _Kept(rows, own, kept[:groups], kept[groups : groups + parts], kept[groups + parts :])
-        of_each, of_mean = gradients
-        return _differentiate(of_each, of_mean, pieces, logits.shape, together), None, None, None
+            losses, given = _bit_losses(values, codes, kept, ctx.rule), gradients
+            if codes is None:
+                losses, given = losses[1:], gradients[1:]
+            return torch.autograd.grad(losses, values, given, create_graph=True)[0], None, None, None
+        pieces = iter(rest)
+        found = _Found(rows, share, apart, *([*itertools.islice(pieces, size)] for size in ctx.sizes))
+        return _differentiate(gradients, found, values.shape, ctx.rule), None, None, None
 
 
-@torch.library.custom_op("vqkit::batch_entropies", mutates_args=())
-def _entropies(logits: Tensor, share: Tensor | None, together: int, floor: float) -> tuple[Tensor, Tensor]:
-    return _find(logits, share, together, floor)[:2]
+@torch.library.custom_op("vqkit::bit_losses", mutates_args=())
+def _losses(
+    values: Tensor, codes: Tensor | None, kept: Tensor | None, slope: float, together: int, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    commitment, *entropies = _find(values, codes, kept, Rule(slope, together, floor))[0]
+    return (values.new_zeros(()) if commitment is None else commitment, *entropies)
 
 
-@_entropies.register_fake
-def _(logits: Tensor, share: Tensor | None, together: int, floor: float) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(()), logits.new_empty(())
+@_losses.register_fake
+def _(values: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return values.new_empty(()), values.new_empty(()), values.new_empty(())
 
 
-@torch.library.custom_op("vqkit::batch_entropies_back", mutates_args=())
-def _entropies_back(of_each: Tensor, of_mean: Tensor, logits: Tensor, share: Tensor | None, together: int, floor: float) -> Tensor:
-    return _differentiate(of_each, of_mean, _find(logits, share, together, floor)[2], logits.shape, together)
+@torch.library.custom_op("vqkit::bit_losses_back", mutates_args=())
+def _losses_back(
+    gradients: Sequence[Tensor], values: Tensor, codes: Tensor | None, kept: Tensor | None, slope: float, together: int, floor: float
+) -> Tensor:
+    rule = Rule(slope, together, floor)
+    return _differentiate(gradients, _find(values, codes, kept, rule)[1], values.shape, rule)
 
 
-@_entropies_back.register_fake
-def _(of_each: Tensor, of_mean: Tensor, logits: Tensor, share: Tensor | None, together: int, floor: float) -> Tensor:
-    return logits.new_empty(logits.shape)
+@_losses_back.register_fake
+def _(gradients: Sequence[Tensor], values: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor | None, int, float], output: tuple[Tensor, Tensor]) -> None:
-    logits, share, *ctx.options = inputs
-    ctx.save_for_backward(logits, share)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    values, codes, kept, *ctx.rule = inputs
+    ctx.save_for_backward(values, codes, kept)
 
 
-def _back(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-    return _entropies_back(*gradients, *ctx.saved_tensors, *ctx.options), None, None, None
+def _back(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    return _losses_back([*gradients], *ctx.saved_tensors, *ctx.rule), None, None, None, None, None
 
 
-_entropies.register_autograd(_back, setup_context=_keep)
+_losses.register_autograd(_back, setup_context=_keep)
 
 
 @torch.no_grad()
-def _find(logits: Tensor, share: Tensor | None, together: int, floor: float) -> tuple[Tensor, Tensor, _Kept]:
-    logits, share, rows = (logits, None, None) if share is None else _select(logits, share)
-    logs = F.logsigmoid(torch.stack([-logits, logits], dim=-2))  # [H, n, 2, b]
-    of_each, of_mean, kept = [], [], _Kept(rows, share, [], [], [])
-    each_count, count = _counts(logits.shape, share)
-    with without_autocast(logits.device.type):
-        for group in (logs,) if together >= logs.shape[-1] else logs.split(together, dim=-1):
+def _find(values: Tensor, codes: Tensor | None, kept: Tensor | None, rule: Rule) -> tuple[tuple[Tensor | None, Tensor, Tensor], _Found]:
+    rows, share = (None, None) if kept is None else _select(kept, values)
+    if rows is not None:
+        values, codes = values.index_select(0, rows), None if codes is None else codes.index_select(0, rows)
+    apart, commitment = None, None
+    number, each = _counts(values.shape, share)
+    if codes is not None:
+        apart = values - codes if share is None else (values - codes) * share.unsqueeze(-1)
+        commitment = _product(apart, apart) / (number * values.shape[-1])
+    logs = F.logsigmoid(values.unsqueeze(-2) * _signs(rule.slope, values))  # [n, H, 2, b]
+    found = _Found(rows, share, apart, [], [], [], [], [])
+    entropies, diversities = [], []
+    with without_autocast(values.device.type):
+        for group in (logs,) if rule.together >= logs.shape[-1] else logs.split(rule.together, dim=-1):
             own = [_of_codes(part) for part in _parts(group)]
             chances = [part.softmax(-1) for part in own]
-            weighted = chances if share is None else [part * share.unsqueeze(-1) for part in chances]
-            of_each += [torch.vdot(part.flatten(), logs.flatten()) for part, logs in zip(weighted, own, strict=True)]
-            low, *high = weighted[0], *chances[1:]
-            mean = (low.sum(-2) if not high else (high[0].mT @ low).flatten(1)) / count
-            clamped = mean.clamp(min=max(floor, torch.finfo(mean.dtype).tiny))
+            weighed = chances if share is None else [part * share.unsqueeze(-1) for part in chances]
+            entropies += [_product(part, logs) for part, logs in zip(weighed, own, strict=True)]
+            mean = _sum_of_products(weighed[0], chances[1:]) / each
+            clamped = mean.clamp(min=max(rule.floor, torch.finfo(mean.dtype).tiny))
             surprise = clamped.log()
-            of_mean.append(torch.vdot(mean.flatten(), surprise.flatten()))
-            kept.slopes.append(torch.add(surprise, mean < clamped, alpha=-1))
-            kept.logs.extend(own)
-            kept.chances.extend(chances)
-    return sum(of_each[1:], of_each[0]) / -each_count, sum(of_mean[1:], of_mean[0]) / -len(logits), kept
+            diversities.append(_product(mean, surprise))
+            for kind, new in zip(found[3:], ([mean], [clamped], [surprise], own, chances), strict=True):
+                kind.extend(new)
+    return (commitment, _added(entropies) / -number, _added(diversities) / values.shape[1]), found
 
 
-def _differentiate(of_each: Tensor, of_mean: Tensor, kept: _Kept, shape: torch.Size, together: int) -> Tensor:
-    bits, logs, chances = shape[-1], iter(kept.logs), iter(kept.chances)
-    each_count, count = _counts(kept.logs[0].shape, kept.share)
-    of_each, of_mean = of_each / -each_count, of_mean / (-shape[0] * count)
+def _differentiate(gradients: Sequence[Any], found: _Found, shape: torch.Size, rule: Rule) -> Tensor:
+    commitment, entropy, diversity = gradients
+    heads, bits, logs, chances = shape[1], shape[2], iter(found.logs), iter(found.chances)
+    number, each = _counts(found.logs[0].shape, found.share)
+    entropy, diversity = entropy * (rule.slope / -number), diversity * (rule.slope / (heads * each))
     pieces = []
-    with without_autocast(of_each.device.type):
-        for number, slope in enumerate(kept.slopes):
-            width = min(together, bits - number * together)
-            own = [next(chances) for _ in range(_number_of_parts(width))]
-            for part, into in zip(own, _to_parts(own, slope * of_mean), strict=True):
-                pieces.append(_to_logits(torch.addcmul(into, next(logs), of_each), part))
+    with without_autocast(entropy.device.type):
+        for place, (mean, clamped, surprise) in enumerate(zip(found.means, found.clamped, found.surprises, strict=True)):
+            slope = (surprise - (mean < clamped).to(mean.dtype)) * diversity
+            own = [next(chances) for _ in range(_number_of_parts(min(rule.together, bits - place * rule.together)))]
+            for part, into in zip(own, _to_parts(own, slope), strict=True):
+                pieces.append(_to_scalars(torch.addcmul(into, next(logs), entropy), part))
     result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-    if kept.share is not None:
-        result = result * kept.share.unsqueeze(-1)
-    return result if kept.rows is None else result.new_zeros(shape).index_copy_(1, kept.rows, result)
+    if found.share is not None:
+        result = result * found.share.unsqueeze(-1)
+    if found.apart is not None:
+        result = torch.addcmul(result, found.apart, commitment * (2.0 / (number * bits)))
+    return result if found.rows is None else result.new_zeros(shape).index_copy_(0, found.rows, result)
 
 
-def _select(logits: Tensor, share: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Logits and share of the vectors that count, and which these are: on CPU, where it is known at once how many they are."""
-    if share.device.type != "cpu":
-        return logits, share, None
-    rows = share.any(0).nonzero().squeeze(-1)
-    own = share.index_select(1, rows)
-    return logits.index_select(1, rows), None if bool((own == 1).all()) else own, rows
+def _select(kept: Tensor, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Which vectors count, and for which of their heads: the first on CPU alone, where it is known at once how many they are."""
+    if not kept.is_cpu:
+        return None, kept.to(values.dtype).expand(values.shape[:-1])
+    if kept.shape[1] == 1:
+        return kept.view(-1).nonzero().view(-1), None
+    rows = kept.any(-1).nonzero().view(-1)
+    own = kept.index_select(0, rows)
+    return rows, None if own.all() else own.to(values.dtype)
 
 
 def _counts(shape: torch.Size, share: Tensor | None) -> tuple[Any, Any]:
-    """How many vectors count, at least 1: of all heads, and of each [H, 1]."""
+    """How many of [n, H, ...] count, at least 1: of all heads together, and of each, [H, 1] unless they are equal."""
     if share is None:
-        return shape[0] * max(shape[1], 1), max(shape[1], 1)
-    return share.sum().clamp(min=1), share.sum(-1, keepdim=True).clamp(min=1)
+        return max(shape[0] * shape[1], 1), max(shape[0], 1)
+    return share.sum().clamp(min=1), share.sum(0).clamp(min=1).unsqueeze(-1)
+
+
+def _signs(slope: float, like: Tensor) -> Tensor:
+    """[2, 1]: what makes of a scalar the log odds of its bit to be 0, and of it to be 1."""
+    return (_kept_signs if may_keep(like) else _make_signs)(slope, like.dtype, like.device)
+
+
+def _make_signs(slope: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([[-slope], [slope]], dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_signs(slope: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _make_signs(slope, dtype, device)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of all products of entries."""
+    return torch.dot(x.flatten(), y.flatten())
+
+
+def _added(parts: Sequence[Tensor]) -> Any:
+    return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
 
 def _number_of_parts(bits: int) -> int:
@@ -238,27 +315,33 @@ def _number_of_parts(bits: int) -> int:
 
 
 def _parts(logs: Tensor) -> Sequence[Tensor]:
-    """Those whose distributions are made, of a group [H, N, 2, b]."""
+    """Those whose distributions are made, of a group [n, H, 2, b]."""
     bits = logs.shape[-1]
     return (logs,) if _number_of_parts(bits) == 1 else logs.split([bits // 2, bits - bits // 2], dim=-1)
 
 
 def _of_codes(logs: Tensor) -> Tensor:
-    """Logarithms of the chances of bits to be 0 and 1 [H, N, 2, b] -> of codes [H, N, 2^b]."""
+    """Logarithms of the chances of bits to be 0 and 1 [n, H, 2, b] -> of codes [n, H, 2^b]."""
     return logs.flatten(-2) @ _choices(logs.shape[-1], logs)
 
 
+def _sum_of_products(low: Tensor, high: Sequence[Tensor]) -> Tensor:
+    """The sum over n of distributions [n, H, C], or of the product of two: [H, C]."""
+    return (high[0].permute(1, 2, 0) @ low.transpose(0, 1)).flatten(1) if high else low.sum(0)
+
+
 def _to_parts(parts: Sequence[Tensor], gradient: Tensor) -> Sequence[Tensor]:
-    """The gradient [H, C] of the product of distributions for each of them, as [H, N, C]."""
+    """The gradient [H, C] of the sum of the products of distributions for each of them, as [n, H, C]."""
     low, *high = parts
     if not high:
-        return [gradient.unsqueeze(-2)]
+        return [gradient]
     gradient = gradient.unflatten(-1, (high[0].shape[-1], low.shape[-1]))
-    return [high[0] @ gradient, low @ gradient.mT]
+    found = high[0].transpose(0, 1) @ gradient, low.transpose(0, 1) @ gradient.mT
+    return [own.transpose(0, 1) for own in found]
 
 
-def _to_logits(gradient: Tensor, chances: Tensor) -> Tensor:
-    """The gradient [H, N, 2^b] of chances for the log odds [H, N, b] of the bits."""
+def _to_scalars(gradient: Tensor, chances: Tensor) -> Tensor:
+    """The gradient [n, H, 2^b] of chances for the log odds [n, H, b] of the bits."""
     bits = chances.shape[-1].bit_length() - 1
-    of_sums = torch.ops.aten._softmax_backward_data(gradient, chances, -1, chances.dtype)
+    of_sums = torch._softmax_backward_data(gradient, chances, -1, chances.dtype)
     return of_sums @ _choices(bits, chances)[bits:].T

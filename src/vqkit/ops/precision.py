@@ -70,6 +70,11 @@ def may_look(x: Tensor) -> bool:
     return x.is_cpu and not is_traced()
 
 
+def may_keep(x: Tensor) -> bool:
+    """Whether a constant that is made beside x may serve other calls: one that is traced, or of another kind, is of its program alone."""
+    return type(x) is Tensor and not is_traced()
+
+
 def is_traced() -> bool:
     """Whether a compiler, an exporter or a functorch transform sees what is done."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vqkit.dist import default_reducer
-from vqkit.ops.bits import Entropies, batch_entropies, bit_logits, distribution_entropy, mean_bit_distribution
+from vqkit.ops.bits import BitLosses, bit_logits, bit_losses, distribution_entropy, mean_bit_distribution
 from vqkit.ops.codebook import directions
 from vqkit.ops.losses import mean_commitment_loss
-from vqkit.ops.precision import as_dtype
-from vqkit.ops.scalar import Rounded, join_digits, split_digits
+from vqkit.ops.precision import as_dtype, may_look
+from vqkit.ops.scalar import Rounded, join_digits, per_scalar, split_digits
 from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.commit import sum_in_forward
 from vqkit.quantizers.config import Commit, Commitment, Diversity, Entropy, check_choice, check_count, check_number
@@ -147,11 +147,11 @@ class LFQ(ScalarQuantizer):
         vectors = self._turn(vectors)
         if self.spherical:
             vectors = self.scale * directions(vectors)
-        return Rounded(vectors, (vectors.detach() > 0).to(vectors.dtype))
+        return Rounded(vectors, torch.heaviside(vectors.detach(), per_scalar(tuple, (0.0,), vectors)))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        step = self._step
-        return (as_dtype(digits, dtype) * (2.0 * step)).sub_(step)
+        digits, step = as_dtype(digits, dtype), self._step
+        return torch.add(per_scalar(tuple, (-step,), digits), digits, alpha=2.0 * step)
 
     def _losses(
         self,
@@ -162,55 +162,56 @@ class LFQ(ScalarQuantizer):
         temperature: float | None = None,
         loss_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        if loss_mask is not None and (seen := position_mask(values.shape[:-2], loss_mask, None)) is not None:
-            seen = seen.unsqueeze(-1).expand(values.shape[:-1])
-            kept = seen if kept is None else kept & seen
         if temperature is not None:
             check_number("temperature", temperature)
             if not 0 < temperature < math.inf:
                 raise ValueError(f"temperature = {temperature}: must be positive and finite")
-        found: dict[str, Tensor] = {}
-        entropies: dict[float, Entropies] = {}
-        share: Tensor | None = None
+        if loss_mask is not None and (seen := position_mask(values.shape[:-2], loss_mask, None)) is not None:
+            kept = seen.unsqueeze(-1) if kept is None else kept & seen.unsqueeze(-1)
+        values, codes = (own.reshape(-1, self.heads, self.width) for own in (values, codes))
+        kept = None if kept is None else kept.reshape(-1, kept.shape[-1])
+        share = self._draw_share(kept, values) if self.loss_share < 1 and self.training else kept
+        commits = any(isinstance(loss, Commitment) for loss in self.losses)
+        found: dict[float, BitLosses] = {}
+        losses: dict[str, Tensor] = {}
         for loss in self.losses:
-            if isinstance(loss, Commitment):
-                found[_LOSS_NAMES[Commitment]] = mean_commitment_loss(values, codes, kept)
-                continue
-            own = loss.temperature if temperature is None else temperature
-            if own not in entropies:
-                if not entropies:
-                    share = self._share(kept, values)
-                rows = values.reshape(1, -1, self.width) if self.heads == 1 else values.flatten(0, -3).transpose(0, 1)
-                entropies[own] = self._entropies(bit_logits(rows, self._step, own), share)
-            found[_LOSS_NAMES[type(loss)]] = entropies[own].of_each if isinstance(loss, Entropy) else -entropies[own].of_mean
-        return found
-
-    def _share(self, kept: Tensor | None, values: Tensor) -> Tensor | None:
-        """[H, N], 1 for each vector that the entropies see, else 0; None: they see all."""
-        if self.loss_share < 1 and self.training:
-            kept = self._draw_share(kept, values)
-        return None if kept is None else kept.flatten(0, -2).T.to(values.dtype)
+            if not isinstance(loss, Commitment):
+                own, name = loss.temperature if temperature is None else temperature, _LOSS_NAMES[type(loss)]
+                if own not in found:
+                    found[own] = self._of_bits(values, codes if commits and share is kept and not found else None, share, own)
+                losses[name] = getattr(found[own], name)
+        if commits:
+            first = next(iter(found.values())).commitment if found else None
+            losses["commitment"] = mean_commitment_loss(values, codes, kept) if first is None else first
+        return losses
 
     def _draw_share(self, kept: Tensor | None, values: Tensor) -> Tensor:
-        """A random share of the positions [P...] of kept [P..., H] that count; values [P..., H, b]."""
-        number = math.prod(values.shape[:-2])
+        """A random share [N, 1] of the vectors [N, H, b] that count, those of kept [N, 1 or H]; of heads that do, [N, H]."""
+        number = len(values)
         order = torch.randn(number, device=values.device).argsort()
         if kept is None:
-            return (order < max(int(number * self.loss_share), 1)).view(*values.shape[:-2], 1).expand(values.shape[:-1])
-        counted = kept.any(-1).reshape(-1)
+            return (order < max(int(number * self.loss_share), 1)).unsqueeze(-1)
+        counted = kept.any(-1)
+        if may_look(counted):
+            places = order[counted]
+            last = places.kthvalue(max(int(len(places) * self.loss_share), 1)).values if len(places) else order.new_tensor(-1)
+            return kept & (order <= last).unsqueeze(-1)
         place = order.where(counted, number).argsort().argsort()
-        number = (counted.sum() * self.loss_share).to(torch.int64).clamp(min=1)
-        return kept & (place < number).view(kept.shape[:-1]).unsqueeze(-1)
+        number = (counted.sum(dtype=torch.float64) * self.loss_share).to(torch.int64).clamp(min=1)
+        return kept & (place < number).unsqueeze(-1)
 
-    def _entropies(self, logits: Tensor, share: Tensor | None) -> Entropies:
-        """Of log odds [H, N, b]; the second is 0 where no loss asks for it."""
+    def _of_bits(self, values: Tensor, codes: Tensor | None, kept: Tensor | None, temperature: float) -> BitLosses:
+        """The losses of scalars [N, H, b]; see `bit_losses`. No diversity where no loss asks for it."""
         together = self.diversity_bits if any(isinstance(loss, Diversity) for loss in self.losses) else None
-        if together is None or self.diversity_over == "process" or not self.training or self._is_alone():
-            return batch_entropies(logits, share, together=together, floor=self.probability_floor)
-        share = logits.new_ones(logits.shape[:-1]) if share is None else share
+        alone = together is None or self.diversity_over == "process" or not self.training or self._is_alone()
+        options: dict[str, Any] = {"scale": self._step, "temperature": temperature, "floor": self.probability_floor}
+        found = bit_losses(values, codes, kept, together=together if alone else None, **options)
+        if alone:
+            return found
+        logits = bit_logits(values, self._step, temperature).transpose(0, 1)
+        share = torch.ones_like(logits[..., 0]) if kept is None else kept.T.to(logits.dtype).expand(logits.shape[:-1])
         means = [self._mean_distribution(group, share) for group in logits.split(together, dim=-1)]
-        of_mean = torch.stack([distribution_entropy(mean, self.probability_floor) for mean in means]).sum(0).mean()
-        return batch_entropies(logits, share, together=None)._replace(of_mean=of_mean)
+        return found._replace(diversity=-torch.stack([distribution_entropy(mean, self.probability_floor) for mean in means]).sum(0).mean())
 
     def _is_alone(self) -> bool:
         """Whether there is no other rank; a traced program asks at every run."""

@@ -197,7 +197,7 @@ class ScalarQuantizer(Quantizer):
         return straight_through(values, codes) if values.requires_grad or is_traced() else codes
 
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
-        """Of vectors as they came, values and codes, all [P..., H, d]; kept [P..., H], or None where it is known that all are."""
+        """Of vectors as they came, values and codes, all [P..., H, d]; kept [P..., H or 1], or None where it is known that all are."""
         return {}
 
     def _join(self, digits: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class ScalarQuantizer(Quantizer):
         values, digits = self._round(given.vectors)
         if indices is None:
             found = self._join(digits)
-            kept = None if given.finite is None else given.finite.unsqueeze(-1).expand(found.shape)
+            kept = None if given.finite is None else given.finite.unsqueeze(-1)
         else:
             found = indices.to(torch.int64).reshape(digits.shape[:-1])
             digits, kept = self._split(found, values.dtype), given.kept.unsqueeze(-1) & (found >= 0)
