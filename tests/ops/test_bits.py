@@ -54,16 +54,14 @@ def test_small_probabilities_count_with_the_logarithm_of_the_floor(floor):
     assert gradient.isfinite().all() and gradient[2] == pytest.approx(-math.log(0.1) if floor else -math.log(1e-3) - 1)
 
 
-SIZES = [(1, 9, 4, 4), (2, 7, 9, 9), (1, 13, 12, 5), (3, 5, 8, 1), (2, 0, 3, 3)]
-"""Heads, vectors, bits, and how many of them are taken together: one part, two, groups of them, single bits, no vector."""
+SIZES = [(1, 9, 4, 4), (2, 7, 9, 9), (2, 5, 13, 13), (1, 13, 20, 13), (3, 5, 8, 1), (2, 0, 3, 3)]
+"""Heads, vectors, bits, and how many of them are taken together: few, many at once, two parts, groups of two and one, single bits, none."""
 SLOPE = 1.5
 
 
-def losses_and_plain(values, codes, kept, together, floor):
-    """Both in float64, and what weighs them."""
-    found = bit_losses(values, codes, kept, scale=0.5, temperature=2.0 / SLOPE, together=together, floor=floor)
-    plain = bits._bit_losses(values, codes, kept, Rule(SLOPE, together, floor))
-    return found, plain
+def losses_and_plain(given, together, floor):
+    found = bit_losses(*given, scale=0.5, temperature=2.0 / SLOPE, together=together, floor=floor)
+    return found, bits._bit_losses(*given, Rule(SLOPE, together, floor))
 
 
 def weighed(losses, bend=False):
@@ -73,18 +71,19 @@ def weighed(losses, bend=False):
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.05])
-@pytest.mark.parametrize("kept", ["all", "some", "heads", "none"])
+@pytest.mark.parametrize("kept", ["all", "some", "heads", "none", "share", "share of some"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_losses_of_a_batch_and_their_derivatives_are_those_in_plain_operations(size, kept, floor):
     heads, number, width, together = size
     values = torch.randn(number, heads, width, dtype=torch.float64).requires_grad_()
     codes = None if kept == "none" else torch.randn_like(values)
-    seen = {"some": torch.rand(number, 1) > 0.3, "heads": torch.rand(number, heads) > 0.5, "none": torch.zeros(number, 1) > 0}.get(kept)
-    both = losses_and_plain(values, codes, seen, together, floor)
+    draws = {"some": torch.rand(number, 1) > 0.3, "heads": torch.rand(number, heads) > 0.5, "none": torch.zeros(number, 1) > 0}
+    given = [values, codes, draws.get(kept.removeprefix("share of ")), draws["some"] & draws["heads"] if "share" in kept else None]
+    both = losses_and_plain(given, together, floor)
     torch.testing.assert_close(*both, rtol=1e-12, atol=1e-13)
     gradients = [torch.autograd.grad(weighed(losses), values)[0] for losses in both]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
-    both = losses_and_plain(values, codes, seen, together, floor)
+    both = losses_and_plain(given, together, floor)
     slopes = [torch.autograd.grad(weighed(losses, bend=True), values, create_graph=True)[0] for losses in both]
     curves = [torch.autograd.grad(slope.square().sum(), values)[0] for slope in slopes]
     torch.testing.assert_close(*curves, rtol=1e-9, atol=1e-12)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from thread_ranks import in_ranks
-from vqkit.quantizers import LFQ, Commitment, CrossEntropyCommitment, Diversity, Entropy, Residual
+from vqkit.quantizers import LFQ, Commitment, CrossEntropyCommitment, Diversity, Entropy, Residual, lfq
 
 BOTH = (Entropy(weight=1.0, temperature=0.3), Diversity(weight=1.0, temperature=0.3))
 
@@ -212,7 +212,7 @@ def test_a_call_may_set_the_temperature_and_what_the_losses_see():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_entropies_of_a_share_of_the_vectors(masked):
+def test_entropies_of_a_share_of_the_vectors(masked, monkeypatch):
     x = torch.randn(2, 40, 4)
     mask = torch.rand(2, 40) < 0.5 if masked else torch.ones(2, 40, dtype=torch.bool)
     quantizer = LFQ(4, losses=(Commitment(), *BOTH), loss_share=0.25)
@@ -226,6 +226,10 @@ def test_entropies_of_a_share_of_the_vectors(masked):
     expected = {**whole.quantize(x, seen).losses, "commitment": whole.quantize(x, mask).losses["commitment"]}
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(quantizer.eval().quantize(x, mask).losses, whole.quantize(x, mask).losses)
+    torch.manual_seed(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(lfq, "may_look", lambda _: False)
+        assert torch.equal(quantizer._draw_share(mask.view(80, 1), x.view(80, 1, 4)).view(2, 40), seen)
     few = LFQ(4, loss_share=0.1)
     assert few._draw_share(None, torch.zeros(2, 1, 4)).sum() == 1
     assert few._draw_share(torch.tensor([[False], [True]]), torch.zeros(2, 1, 4)).tolist() == [[False], [True]]

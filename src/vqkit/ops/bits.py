@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqkit.ops.losses import mean_commitment_loss
 from vqkit.ops.precision import may_keep, without_autocast
 
 _WHOLE = 6
 """The distribution of so many bits is made at once, that of more as a product of two."""
+_FEW = 2**13
+"""Or of more bits, if all vectors together have so few numbers."""
 _KEPT = 12
 """The list of all codes of so many bits is kept, 2^17 numbers, that of more is made when it is needed."""
 
@@ -103,6 +106,7 @@ def bit_losses(
     values: Tensor,
     codes: Tensor | None = None,
     kept: Tensor | None = None,
+    share: Tensor | None = None,
     *,
     scale: float,
     temperature: float,
@@ -111,34 +115,31 @@ def bit_losses(
 ) -> BitLosses:
     """Of scalars [N, H, b], whose log odds are `bit_logits`, and their codes of that shape (None: no commitment).
 
-    kept [N, H] bool, or [N, 1] for all heads, says which vectors count; None: all. The distribution of `together` bits at a time is made,
-    and the entropies of these groups are added up; None: of none, and no diversity. There the logarithm is that of `floor` for smaller
-    probabilities. Differentiable in the scalars.
+    kept [N, H] bool, or [N, 1] for all heads, says which vectors count; None: all. Of these the entropies see those of share, of such a
+    shape; None: all. The distribution of `together` bits at a time is made, and the entropies of these groups are added up; None: of
+    none, and no diversity. There the logarithm is that of `floor` for smaller probabilities. Differentiable in the scalars.
     """
     rule = Rule(4.0 * scale / temperature, together, floor)
     compiled = torch.compiler.is_compiling()
     if together is None or torch._C._are_functorch_transforms_active() or (compiled and values.device.type != "cpu"):
-        return _bit_losses(values, codes, kept, rule)
+        return _bit_losses(values, codes, kept, share, rule)
     if not compiled:
-        return BitLosses(*_BitLosses.apply(values, codes, kept, rule))
-    commitment, entropy, diversity = _losses(values, codes, kept, *rule)
+        return BitLosses(*_BitLosses.apply(values, codes, kept, share, rule))
+    commitment, entropy, diversity = _losses(values, codes, kept, share, *rule)
     return BitLosses(None if codes is None else commitment, entropy, diversity)
 
 
-def _bit_losses(values: Tensor, codes: Tensor | None, kept: Tensor | None, rule: Rule) -> BitLosses:
+def _bit_losses(values: Tensor, codes: Tensor | None, kept: Tensor | None, share: Tensor | None, rule: Rule) -> BitLosses:
     """In plain operations: what is meant, and for transforms, second derivatives and compilers of devices."""
-    kept = torch.ones_like(values[..., 0], dtype=torch.bool) if kept is None else kept.expand(values.shape[:-1])
-    share = kept.T.to(values.dtype)
-    number = kept.sum().clamp(min=1)
-    commitment = None
-    if codes is not None:
-        commitment = (values - codes.detach()).where(kept.unsqueeze(-1), 0.0).square().sum() / (number * values.shape[-1])
-    logits = (values * rule.slope).transpose(0, 1)
-    entropy = (bits_entropy(logits) * share).sum() / number
+    commitment = None if codes is None else mean_commitment_loss(values, codes, kept)
+    share = kept if share is None else share
+    seen = torch.ones_like(values[..., 0]) if share is None else share.to(values.dtype).expand(values.shape[:-1])
+    logits, seen = (values * rule.slope).transpose(0, 1), seen.T
+    entropy = (bits_entropy(logits) * seen).sum() / seen.sum().clamp(min=1)
     if rule.together is None:
         return BitLosses(commitment, entropy, torch.zeros_like(entropy))
-    each = share.sum(-1, keepdim=True).clamp(min=1)
-    groups = [distribution_entropy(mean_bit_distribution(group, share) / each, rule.floor) for group in logits.split(rule.together, dim=-1)]
+    each = seen.sum(-1, keepdim=True).clamp(min=1)
+    groups = [distribution_entropy(mean_bit_distribution(group, seen) / each, rule.floor) for group in logits.split(rule.together, dim=-1)]
     return BitLosses(commitment, entropy, -torch.stack(groups).sum(0).mean())
 
 
@@ -147,47 +148,59 @@ def _bit_losses(values: Tensor, codes: Tensor | None, kept: Tensor | None, rule:
 # constant, which a softmax ignores; so has the entropy of the mean, for the mean. On CPU vectors that do not count are left out.
 
 
-class _Found(NamedTuple):
-    """What the gradient needs, of n <= N vectors."""
+class _Seen(NamedTuple):
+    """Which n <= N vectors a loss sees."""
 
-    rows: Tensor | None  # [n] int64, which these are; None: all
-    share: Tensor | None  # [n, H], 0 for a vector that does not count for a head; None: all 1
-    apart: Tensor | None  # [n, H, b] scalars minus codes
-    means: list[Tensor]  # [H, C] of each group: its mean distribution, the same from `floor` on, and the logarithm of that
+    rows: Tensor | None  # [n] int64; None: all
+    weights: Tensor | None  # [n, H], 0 for a vector that does not count for a head; None: all 1
+
+
+class _Found(NamedTuple):
+    """What the gradient needs."""
+
+    apart: Tensor | None  # [n, H, b] scalars minus codes, of the vectors that count
+    means: list[Tensor]  # [H, C] of each group: the distribution of the batch, the same from `floor` on, and the logarithm of that
     clamped: list[Tensor]
     surprises: list[Tensor]
-    logs: list[Tensor]  # [n, H, C] of each part: the logarithm of its distribution
-    chances: list[Tensor]  # [n, H, C] of each part: its distribution
+    logs: list[Tensor]  # [n, H, C] of each part: the logarithm of the distribution of a vector that the entropies see
+    chances: list[Tensor]  # [n, H, C] of each part: that distribution
 
 
 class _BitLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, codes: Tensor | None, kept: Tensor | None, rule: Rule) -> tuple[Tensor | None, Tensor, Tensor]:
-        losses, found = _find(values, codes, kept, rule)
-        rows, share, apart, *lists = found
-        ctx.save_for_backward(values, codes, kept, rows, share, apart, *itertools.chain.from_iterable(lists))
-        ctx.rule, ctx.sizes = rule, [len(own) for own in lists]
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+        losses, counted, seen, (apart, *lists) = _find(*arguments)
+        *tensors, ctx.rule = arguments
+        ctx.save_for_backward(*tensors, *counted, *seen, apart, *itertools.chain.from_iterable(lists))
+        ctx.sizes = [len(own) for own in lists]
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        values, codes, kept, rows, share, apart, *rest = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        values, codes, kept, share, rows, weights, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
-            losses, given = _bit_losses(values, codes, kept, ctx.rule), gradients
-            if codes is None:
-                losses, given = losses[1:], gradients[1:]
-            return torch.autograd.grad(losses, values, given, create_graph=True)[0], None, None, None
+            plain = _bit_losses(values, codes, kept, share, ctx.rule)
+            pairs = [(loss, own) for loss, own in zip(plain, gradients, strict=True) if loss is not None]
+            return (
+                torch.autograd.grad([loss for loss, _ in pairs], values, [own for _, own in pairs], create_graph=True)[0],
+                None,
+                None,
+                None,
+                None,
+            )
+        own_rows, own_weights, apart, *rest = rest
         pieces = iter(rest)
-        found = _Found(rows, share, apart, *([*itertools.islice(pieces, size)] for size in ctx.sizes))
-        return _differentiate(gradients, found, values.shape, ctx.rule), None, None, None
+        found = _Found(apart, *([*itertools.islice(pieces, size)] for size in ctx.sizes))
+        counted, seen = _Seen(rows, weights), _Seen(own_rows, own_weights)
+        return _differentiate(gradients, counted, seen, found, values.shape, ctx.rule, share is None), None, None, None, None
 
 
 @torch.library.custom_op("vqkit::bit_losses", mutates_args=())
 def _losses(
-    values: Tensor, codes: Tensor | None, kept: Tensor | None, slope: float, together: int, floor: float
+    values: Tensor, codes: Tensor | None, kept: Tensor | None, share: Tensor | None, slope: float, together: int, floor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    commitment, *entropies = _find(values, codes, kept, Rule(slope, together, floor))[0]
-    return (values.new_zeros(()) if commitment is None else commitment, *entropies)
+    commitment, entropy, diversity = _find(values, codes, kept, share, Rule(slope, together, floor))[0]
+    return values.new_zeros(()) if commitment is None else commitment, entropy, diversity
 
 
 @_losses.register_fake
@@ -197,10 +210,17 @@ def _(values: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("vqkit::bit_losses_back", mutates_args=())
 def _losses_back(
-    gradients: Sequence[Tensor], values: Tensor, codes: Tensor | None, kept: Tensor | None, slope: float, together: int, floor: float
+    gradients: Sequence[Tensor],
+    values: Tensor,
+    codes: Tensor | None,
+    kept: Tensor | None,
+    share: Tensor | None,
+    slope: float,
+    together: int,
+    floor: float,
 ) -> Tensor:
     rule = Rule(slope, together, floor)
-    return _differentiate(gradients, _find(values, codes, kept, rule)[1], values.shape, rule)
+    return _differentiate(gradients, *_find(values, codes, kept, share, rule)[1:], values.shape, rule, share is None)
 
 
 @_losses_back.register_fake
@@ -209,81 +229,104 @@ def _(gradients: Sequence[Tensor], values: Tensor, *_: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, codes, kept, *ctx.rule = inputs
-    ctx.save_for_backward(values, codes, kept)
+    *tensors, slope, together, floor = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.rule = slope, together, floor
 
 
 def _back(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    return _losses_back([*gradients], *ctx.saved_tensors, *ctx.rule), None, None, None, None, None
+    return _losses_back([*gradients], *ctx.saved_tensors, *ctx.rule), None, None, None, None, None, None
 
 
 _losses.register_autograd(_back, setup_context=_keep)
 
 
 @torch.no_grad()
-def _find(values: Tensor, codes: Tensor | None, kept: Tensor | None, rule: Rule) -> tuple[tuple[Tensor | None, Tensor, Tensor], _Found]:
-    rows, share = (None, None) if kept is None else _select(kept, values)
-    if rows is not None:
-        values, codes = values.index_select(0, rows), None if codes is None else codes.index_select(0, rows)
+def _find(
+    values: Tensor, codes: Tensor | None, kept: Tensor | None, share: Tensor | None, rule: Rule
+) -> tuple[tuple[Tensor | None, Tensor, Tensor], _Seen, _Seen, _Found]:
+    counted = _select(kept, values)
+    of_counted = _rows(values, counted)
     apart, commitment = None, None
-    number, each = _counts(values.shape, share)
     if codes is not None:
-        apart = values - codes if share is None else (values - codes) * share.unsqueeze(-1)
-        commitment = _product(apart, apart) / (number * values.shape[-1])
-    logs = F.logsigmoid(values.unsqueeze(-2) * _signs(rule.slope, values))  # [n, H, 2, b]
-    found = _Found(rows, share, apart, [], [], [], [], [])
+        apart = of_counted - _rows(codes, counted)
+        apart = apart if counted.weights is None else apart * counted.weights.unsqueeze(-1)
+        commitment = _product(apart, apart) / (_counts(apart.shape, counted)[0] * values.shape[-1])
+    seen = counted if share is None else _select(share, values)
+    own = of_counted if share is None else _rows(values, seen)
+    logs = F.logsigmoid(own.unsqueeze(-2) * _signs(rule.slope, values))  # [n, H, 2, b]
+    found = _Found(apart, [], [], [], [], [])
+    number, each = _counts(logs.shape, seen)
     entropies, diversities = [], []
     with without_autocast(values.device.type):
-        for group in (logs,) if rule.together >= logs.shape[-1] else logs.split(rule.together, dim=-1):
-            own = [_of_codes(part) for part in _parts(group)]
-            chances = [part.softmax(-1) for part in own]
-            weighed = chances if share is None else [part * share.unsqueeze(-1) for part in chances]
-            entropies += [_product(part, logs) for part, logs in zip(weighed, own, strict=True)]
+        for group in logs.split(rule.together or logs.shape[-1], dim=-1):
+            parts = [_of_codes(part) for part in _parts(group)]
+            chances = [part.softmax(-1) for part in parts]
+            weighed = chances if seen.weights is None else [part * seen.weights.unsqueeze(-1) for part in chances]
+            entropies += [_product(*both) for both in zip(weighed, parts, strict=True)]
             mean = _sum_of_products(weighed[0], chances[1:]) / each
             clamped = mean.clamp(min=max(rule.floor, torch.finfo(mean.dtype).tiny))
             surprise = clamped.log()
             diversities.append(_product(mean, surprise))
-            for kind, new in zip(found[3:], ([mean], [clamped], [surprise], own, chances), strict=True):
+            for kind, new in zip(found[1:], ([mean], [clamped], [surprise], parts, chances), strict=True):
                 kind.extend(new)
-    return (commitment, _added(entropies) / -number, _added(diversities) / values.shape[1]), found
+    return (commitment, _added(entropies) / -number, _added(diversities) / values.shape[1]), counted, seen, found
 
 
-def _differentiate(gradients: Sequence[Any], found: _Found, shape: torch.Size, rule: Rule) -> Tensor:
+def _differentiate(
+    gradients: Sequence[Any], counted: _Seen, seen: _Seen, found: _Found, shape: torch.Size, rule: Rule, same: bool
+) -> Tensor:
+    """Of values of that shape; `same`: the entropies see all vectors that count."""
     commitment, entropy, diversity = gradients
-    heads, bits, logs, chances = shape[1], shape[2], iter(found.logs), iter(found.chances)
-    number, each = _counts(found.logs[0].shape, found.share)
-    entropy, diversity = entropy * (rule.slope / -number), diversity * (rule.slope / (heads * each))
-    pieces = []
+    number, each = _counts(found.logs[0].shape, seen)
+    entropy, diversity = entropy * (rule.slope / -number), diversity * (rule.slope / (shape[1] * each))
+    parts, pieces = iter(zip(found.logs, found.chances, strict=True)), []
     with without_autocast(entropy.device.type):
-        for place, (mean, clamped, surprise) in enumerate(zip(found.means, found.clamped, found.surprises, strict=True)):
+        for mean, clamped, surprise in zip(found.means, found.clamped, found.surprises, strict=True):
             slope = (surprise - (mean < clamped).to(mean.dtype)) * diversity
-            own = [next(chances) for _ in range(_number_of_parts(min(rule.together, bits - place * rule.together)))]
-            for part, into in zip(own, _to_parts(own, slope), strict=True):
-                pieces.append(_to_scalars(torch.addcmul(into, next(logs), entropy), part))
+            own = [next(parts)]
+            if own[0][0].shape[-1] < slope.shape[-1]:
+                own.append(next(parts))
+            for (logs, chances), into in zip(own, _to_parts([chances for _, chances in own], slope), strict=True):
+                pieces.append(_to_scalars(torch.addcmul(into, logs, entropy), chances))
     result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-    if found.share is not None:
-        result = result * found.share.unsqueeze(-1)
-    if found.apart is not None:
-        result = torch.addcmul(result, found.apart, commitment * (2.0 / (number * bits)))
-    return result if found.rows is None else result.new_zeros(shape).index_copy_(0, found.rows, result)
+    result = result if seen.weights is None else result * seen.weights.unsqueeze(-1)
+    if found.apart is None:
+        return _spread(result, seen, shape)
+    pull = commitment * (2.0 / (_counts(found.apart.shape, counted)[0] * shape[-1]))
+    if same:
+        return _spread(torch.addcmul(result, found.apart, pull), seen, shape)
+    return _spread(found.apart * pull, counted, shape) + _spread(result, seen, shape)
 
 
-def _select(kept: Tensor, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Which vectors count, and for which of their heads: the first on CPU alone, where it is known at once how many they are."""
+def _select(kept: Tensor | None, values: Tensor) -> _Seen:
+    """Which vectors count, on CPU, where it is known at once how many they are, and for which of their heads."""
+    if kept is None:
+        return _Seen(None, None)
     if not kept.is_cpu:
-        return None, kept.to(values.dtype).expand(values.shape[:-1])
+        return _Seen(None, kept.to(values.dtype).expand(values.shape[:-1]))
     if kept.shape[1] == 1:
-        return kept.view(-1).nonzero().view(-1), None
+        return _Seen(kept.view(-1).nonzero().view(-1), None)
     rows = kept.any(-1).nonzero().view(-1)
     own = kept.index_select(0, rows)
-    return rows, None if own.all() else own.to(values.dtype)
+    return _Seen(rows, None if own.all() else own.to(values.dtype))
 
 
-def _counts(shape: torch.Size, share: Tensor | None) -> tuple[Any, Any]:
+def _rows(x: Tensor, seen: _Seen) -> Tensor:
+    """Those of x [N, ...] that are seen, or [n, ...]."""
+    return x if seen.rows is None else x.index_select(0, seen.rows)
+
+
+def _spread(x: Tensor, seen: _Seen, shape: torch.Size) -> Tensor:
+    """The opposite of `_rows`, with zeros between."""
+    return x if seen.rows is None else x.new_zeros(shape).index_copy_(0, seen.rows, x)
+
+
+def _counts(shape: torch.Size, seen: _Seen) -> tuple[Any, Any]:
     """How many of [n, H, ...] count, at least 1: of all heads together, and of each, [H, 1] unless they are equal."""
-    if share is None:
+    if seen.weights is None:
         return max(shape[0] * shape[1], 1), max(shape[0], 1)
-    return share.sum().clamp(min=1), share.sum(0).clamp(min=1).unsqueeze(-1)
+    return seen.weights.sum().clamp(min=1), seen.weights.sum(0).clamp(min=1).unsqueeze(-1)
 
 
 def _signs(slope: float, like: Tensor) -> Tensor:
@@ -310,14 +353,12 @@ def _added(parts: Sequence[Tensor]) -> Any:
     return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
 
-def _number_of_parts(bits: int) -> int:
-    return 1 if bits <= _WHOLE else 2
-
-
 def _parts(logs: Tensor) -> Sequence[Tensor]:
     """Those whose distributions are made, of a group [n, H, 2, b]."""
     bits = logs.shape[-1]
-    return (logs,) if _number_of_parts(bits) == 1 else logs.split([bits // 2, bits - bits // 2], dim=-1)
+    if bits <= _WHOLE or (bits <= _KEPT and logs.shape[:2].numel() << bits <= _FEW):
+        return (logs,)
+    return logs.split([bits // 2, bits - bits // 2], dim=-1)
 
 
 def _of_codes(logs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqkit.ops.precision import is_traced
+from vqkit.ops.precision import may_keep
 
 _POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -35,7 +35,7 @@ def interpolate(x: Tensor, positions: Sequence[int]) -> Tensor:
 
     The same as interpolation with align_corners=False, axis by axis; bit by bit the same in a compiled program.
     """
-    make = _make_neighbours if is_traced() else _kept_neighbours
+    make = _kept_neighbours if may_keep(x) else _make_neighbours
     for axis, (size, length) in enumerate(zip(x.shape[2:], positions, strict=True), 2):
         if size == length:
             continue

@@ -27,8 +27,11 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Autocast switched off, where it is on; the meta device knows none."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+    known = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known and torch.is_autocast_enabled(device_type) else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def full_precision(device_type: str) -> contextlib.AbstractContextManager[object]:

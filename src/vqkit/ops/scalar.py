@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics
-from vqkit.ops.precision import as_dtype, full_precision, is_traced, may_look
+from vqkit.ops.precision import as_dtype, full_precision, may_keep, may_look
 
 Bound = Literal["tanh", "clamp", "centred_tanh", "centred_clamp"]
 _EPS = 1e-3  # keeps the outermost scalars of FSQ off the ties of rounding
@@ -33,10 +33,9 @@ def join_digits(digits: Tensor, levels: Sequence[int], *, first: Literal["lowest
 
     Or the highest. Exact up to 2^63 codes.
     """
-    if digits.is_floating_point() and may_look(digits) and math.prod(levels) <= _whole_up_to(digits.dtype):
-        places = per_scalar(_places if first == "lowest" else _places_from_behind, levels, digits)
+    if may_keep(digits) and digits.is_cpu and (places := _kept_places(tuple(levels), first, digits.dtype)) is not None:
         with full_precision("cpu"):
-            return digits.matmul(places).to(torch.int64)
+            return digits.matmul(places).long()
     if first == "highest":
         digits, levels = digits.flip(-1), levels[::-1]
     total = digits[..., -1].to(torch.int64)
@@ -77,8 +76,14 @@ def _places(levels: Sequence[int]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(levels[:-1], operator.mul, initial=1))
 
 
-def _places_from_behind(levels: Sequence[int]) -> tuple[int, ...]:
-    return _places(levels[::-1])[::-1]
+@functools.lru_cache(maxsize=1024)
+def _kept_places(levels: tuple[int, ...], first: str, dtype: torch.dtype) -> Tensor | None:
+    """[d], what digits of a dtype are worth, on CPU; None where it holds no sums of them."""
+    if not dtype.is_floating_point or math.prod(levels) > _whole_up_to(dtype):
+        return None
+    places = _places(levels) if first == "lowest" else _places(levels[::-1])[::-1]
+    with torch.inference_mode(False):
+        return torch.tensor(places, dtype=dtype, device="cpu")
 
 
 # Levels
@@ -177,7 +182,7 @@ class _Grid(NamedTuple):
 
 def _grid(levels: Sequence[int], symmetric: bool, bound: Bound, scale: float | Sequence[float], like: Tensor) -> _Grid:
     """For rows of `like`, which holds one vector or several side by side."""
-    make = _make_grid if _is_of_its_program(like) else _kept_grid
+    make = _kept_grid if may_keep(like) else _make_grid
     scales = scale if isinstance(scale, (int, float)) else tuple(scale)
     return make(tuple(levels), symmetric, bound, scales, like.shape[-1], like.dtype, like.device)
 
@@ -226,13 +231,8 @@ def _kept_grid(*key: Any) -> _Grid:
 
 def per_scalar(of: Callable[[Any], Sequence[float]], values: Sequence[float], like: Tensor) -> Tensor:
     """of(values), one number for each scalar of a row of `like`, which holds one vector or several side by side."""
-    make = _make_row if _is_of_its_program(like) else _kept_row
+    make = _kept_row if may_keep(like) else _make_row
     return make(of, tuple(values), like.shape[-1], like.dtype, like.device)
-
-
-def _is_of_its_program(like: Tensor) -> bool:
-    """Whether a constant beside it is not kept: one that is traced is that of its program alone."""
-    return is_traced() or type(like) is not Tensor
 
 
 def _make_row(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.losses import mean_commitment_loss
-from vqkit.ops.precision import is_traced
+from vqkit.ops.precision import may_keep
 from vqkit.ops.scalar import Rounded, per_scalar
 from vqkit.quantizers.config import Commit, Commitment, check_kind
 from vqkit.quantizers.layout import Layout
@@ -104,7 +104,7 @@ class LatentQuantize(ScalarQuantizer):
 
     def _round(self, vectors: Tensor) -> Rounded:
         weight = self.counts.weight.detach().to(vectors.dtype)
-        table = weight[(_table_places if is_traced() else _kept_places)(self.levels, weight.device)]
+        table = weight[(_kept_places if may_keep(weight) else _table_places)(self.levels, weight.device)]
         apart = vectors.detach() - table.view(len(table), *(1 for _ in vectors.shape[1:]), self.width)
         return Rounded(vectors, apart.abs_().min(0).indices.to(vectors.dtype))
 

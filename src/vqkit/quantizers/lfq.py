@@ -168,9 +168,11 @@ class LFQ(ScalarQuantizer):
                 raise ValueError(f"temperature = {temperature}: must be positive and finite")
         if loss_mask is not None and (seen := position_mask(values.shape[:-2], loss_mask, None)) is not None:
             kept = seen.unsqueeze(-1) if kept is None else kept & seen.unsqueeze(-1)
+        if not self.losses:
+            return {}
         values, codes = (own.reshape(-1, self.heads, self.width) for own in (values, codes))
         kept = None if kept is None else kept.reshape(-1, kept.shape[-1])
-        share = self._draw_share(kept, values) if self.loss_share < 1 and self.training else kept
+        share = self._draw_share(kept, values) if self.loss_share < 1 and self.training else None
         commits = any(isinstance(loss, Commitment) for loss in self.losses)
         found: dict[float, BitLosses] = {}
         losses: dict[str, Tensor] = {}
@@ -178,7 +180,7 @@ class LFQ(ScalarQuantizer):
             if not isinstance(loss, Commitment):
                 own, name = loss.temperature if temperature is None else temperature, _LOSS_NAMES[type(loss)]
                 if own not in found:
-                    found[own] = self._of_bits(values, codes if commits and share is kept and not found else None, share, own)
+                    found[own] = self._of_bits(values, codes if commits and not found else None, kept, share, own)
                 losses[name] = getattr(found[own], name)
         if commits:
             first = next(iter(found.values())).commitment if found else None
@@ -200,17 +202,17 @@ class LFQ(ScalarQuantizer):
         number = (counted.sum(dtype=torch.float64) * self.loss_share).to(torch.int64).clamp(min=1)
         return kept & (place < number).unsqueeze(-1)
 
-    def _of_bits(self, values: Tensor, codes: Tensor | None, kept: Tensor | None, temperature: float) -> BitLosses:
+    def _of_bits(self, values: Tensor, codes: Tensor | None, kept: Tensor | None, share: Tensor | None, temperature: float) -> BitLosses:
         """The losses of scalars [N, H, b]; see `bit_losses`. No diversity where no loss asks for it."""
         together = self.diversity_bits if any(isinstance(loss, Diversity) for loss in self.losses) else None
         alone = together is None or self.diversity_over == "process" or not self.training or self._is_alone()
         options: dict[str, Any] = {"scale": self._step, "temperature": temperature, "floor": self.probability_floor}
-        found = bit_losses(values, codes, kept, together=together if alone else None, **options)
+        found = bit_losses(values, codes, kept, share, together=together if alone else None, **options)
         if alone:
             return found
-        logits = bit_logits(values, self._step, temperature).transpose(0, 1)
-        share = torch.ones_like(logits[..., 0]) if kept is None else kept.T.to(logits.dtype).expand(logits.shape[:-1])
-        means = [self._mean_distribution(group, share) for group in logits.split(together, dim=-1)]
+        logits, seen = bit_logits(values, self._step, temperature).transpose(0, 1), kept if share is None else share
+        weights = torch.ones_like(logits[..., 0]) if seen is None else seen.T.to(logits.dtype).expand(logits.shape[:-1])
+        means = [self._mean_distribution(group, weights) for group in logits.split(together, dim=-1)]
         return found._replace(diversity=-torch.stack([distribution_entropy(mean, self.probability_floor) for mean in means]).sum(0).mean())
 
     def _is_alone(self) -> bool:

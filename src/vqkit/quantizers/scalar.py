@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkit.ops.codebook import CodebookStatistics, zero_statistics
@@ -180,13 +181,18 @@ class ScalarQuantizer(Quantizer):
     def _round(self, vectors: Tensor) -> Rounded:
         """vectors [..., H, d], finite -> the scalars among their codes, and the number of each one's level, in their dtype."""
 
+    @property
+    def _rotation(self) -> Any:
+        """That of `counts`, looked up without the price of asking two modules for their attributes."""
+        return self._modules["counts"]._buffers["rotation"]  # type: ignore[union-attr]
+
     def _turn(self, vectors: Tensor) -> Tensor:
         """Vectors [..., d] in the axes in which scalars are rounded."""
-        return _times(vectors, self.counts.rotation) if self._rotates else vectors
+        return _times(vectors, self._rotation) if self._rotates else vectors
 
     def _turn_back(self, codes: Tensor) -> Tensor:
         """The opposite of `_turn`."""
-        return _times(codes, self.counts.rotation, back=True) if self._rotates else codes
+        return _times(codes, self._rotation, back=True) if self._rotates else codes
 
     @abstractmethod
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -422,11 +428,10 @@ def _draw_rotation(width: int, device: torch.device | str | None) -> Tensor:
     return nn.init.orthogonal_(torch.empty(width, width, device=device))
 
 
-def _times(vectors: Tensor, rotation: Tensor | None, *, back: bool = False) -> Tensor:
-    if rotation is None:
-        return vectors
+def _times(vectors: Tensor, rotation: Tensor, *, back: bool = False) -> Tensor:
+    rotation = as_dtype(rotation, vectors.dtype)
     with without_autocast(vectors.device.type):
-        return vectors @ as_dtype(rotation.mT if back else rotation, vectors.dtype)
+        return F.linear(vectors, rotation) if back else vectors @ rotation
 
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:

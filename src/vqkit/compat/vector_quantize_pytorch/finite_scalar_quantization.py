@@ -115,8 +115,8 @@ class FSQ(Module):
         """`native` with the mode and the rotation of now."""
         if native.training is not self.training:
             native.training = self.training
-        if self.orthogonal_rotation and (counts := native.counts).rotation is not (rotation := self.orthogonal_rot):
-            counts.rotation = rotation
+        if self.orthogonal_rotation and native._rotation is not (rotation := self._buffers["orthogonal_rot"]):
+            native.counts.rotation = rotation
         return native
 
     def _bound(self, hard_clamp: bool) -> Bound:

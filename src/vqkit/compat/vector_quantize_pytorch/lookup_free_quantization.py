@@ -30,7 +30,6 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
 from vqkit.dist import default_reducer
 from vqkit.ops.codebook import directions
 from vqkit.quantizers import lfq
-from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.commit import sum_in_forward
 from vqkit.quantizers.config import Commitment, Diversity, Entropy
 from vqkit.quantizers.layout import check_tensor
@@ -180,8 +179,8 @@ class LFQ(Module):
 
     def settle(self, *, entropies: bool = True) -> lfq.LFQ:
         """The native quantizer for the mode of now, with the rotation of now: in eval mode it has no losses, and no `entropies` if told."""
-        if self.orthogonal_rotation and (counts := self.native.counts).rotation is not (rotation := self.orthogonal_rot):
-            counts.rotation = rotation
+        if self.orthogonal_rotation and self.native._rotation is not (rotation := self._buffers["orthogonal_rot"]):
+            self.native.counts.rotation = rotation
         if not self.training:
             return self.quiet
         return self.native if entropies else self.unweighed
@@ -227,27 +226,25 @@ class LFQ(Module):
     ) -> Return | tuple[Return, LossBreakdown]:
         first = x.dim() >= 4 if self.channel_first is None else bool(self.channel_first)
         rows = rows_of(x, self.dim, first)
-        seen = loss_mask(mask, rows.shape[:-1])
+        if mask is not None:
+            check_loss_mask(mask, rows.shape[:-1])
         vectors, finite = projected(self.project_in, rows)
-        found = self._quantize(vectors, finite, inv_temperature, seen, entropies=return_loss_breakdown or self.entropy_loss_weight != 0)
+        native = self.settle(entropies=return_loss_breakdown or self.entropy_loss_weight != 0)
+        if self.training:
+            seen = loss_mask(mask, rows.shape[:-1])
+            found = native.quantize_vectors(vectors, finite, freeze_codebook=True, temperature=1.0 / inv_temperature, loss_mask=seen)
+        else:
+            found = native.quantize_vectors(vectors.detach(), finite)
         out = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         indices = with_codebooks(found.indices, self.num_codebooks, self.keep_num_codebooks_dim)
         output = Return(out.movedim(-1, 1) if first else out, indices, self.weigh(found.losses))
         return (output, self._breakdown(found.losses)) if return_loss_breakdown else output
 
-    def _quantize(
-        self, vectors: Tensor, finite: Tensor | None, inv_temperature: float, seen: Tensor | None, *, entropies: bool
-    ) -> Quantized:
-        native = self.settle(entropies=entropies)
-        if not self.training:
-            return native.quantize_vectors(vectors.detach(), finite, freeze_codebook=True)
-        return native.quantize_vectors(vectors, finite, freeze_codebook=True, temperature=1.0 / inv_temperature, loss_mask=seen)
-
     def weigh(self, losses: dict[str, Tensor]) -> Tensor:
         """The loss of what the native quantizer gives by name."""
         commitment = losses["commitment"] * self.commitment_loss_weight if "commitment" in losses else None
         if "entropy" not in losses:
-            return self.zero * 1.0 if commitment is None else commitment
+            return self.zero.clone() if commitment is None else commitment
         auxiliary = torch.add(losses["entropy"], losses["diversity"], alpha=self.diversity_gamma)
         if self.experimental_softplus_entropy_loss:
             auxiliary = F.softplus(auxiliary + self.entropy_loss_offset)
@@ -264,18 +261,22 @@ _project_out = project_out
 """By another name than the argument of `indices_to_codes`."""
 
 
-def loss_mask(mask: Tensor | None, positions: torch.Size) -> Tensor | None:
-    """A mask [B], [B, positions in a row] or [P...] bool -> [P...]. Raises TypeError for another dtype, ValueError for another shape."""
-    if mask is None:
-        return None
+def check_loss_mask(mask: Tensor, positions: torch.Size) -> None:
+    """Raise TypeError for another dtype than bool, ValueError for another shape than [B], [B, positions in a row] or [P...]."""
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}: must be torch.bool")
+    if mask.shape not in (positions[:1], positions, (positions[0], positions[1:].numel())):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {tuple(positions)} or {tuple(positions[:1])}, one a batch entry")
+
+
+def loss_mask(mask: Tensor | None, positions: torch.Size) -> Tensor | None:
+    """A mask that was checked, as [P...]."""
+    if mask is None or mask.shape == positions:
+        return mask
     if mask.shape == positions[:1]:
         return mask.reshape(-1, *(1 for _ in positions[1:])).expand(positions)
-    if mask.shape in (positions, (positions[0], positions[1:].numel())):
-        return mask.reshape(positions)
-    raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {tuple(positions)} or {tuple(positions[:1])}, one a batch entry")
+    return mask.reshape(positions)
 
 
 def _losses(*, commitment: bool) -> tuple[Commitment | Entropy | Diversity, ...]:

@@ -24,7 +24,7 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
     round_up_multiple,
 )
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
-from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import INV_TEMPERATURE, LFQ, loss_mask
+from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import INV_TEMPERATURE, LFQ, check_loss_mask, loss_mask
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_in, project_out, rows_of
 from vqkit.quantizers.residual import Residual
 
@@ -109,9 +109,10 @@ class ResidualLFQ(Module):
             seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
             depth = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, depth)
         options: dict[str, Any] = {"depth": depth}
-        seen = loss_mask(mask, rows.shape[:-1])
+        if mask is not None:
+            check_loss_mask(mask, rows.shape[:-1])
         if self.training:
-            options |= {"temperature": 1.0 / INV_TEMPERATURE, "loss_mask": seen}
+            options |= {"temperature": 1.0 / INV_TEMPERATURE, "loss_mask": loss_mask(mask, rows.shape[:-1])}
         vectors = project_in(self.project_in, rows)
         found = self._settle().quantize(vectors if self.training else vectors.detach(), freeze_codebook=True, **options)
         output = project_out(self.project_out, found.quantized, found.indices)
