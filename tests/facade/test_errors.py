@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from facade.deviations import DEVIATIONS
 from facade.peer import facade, peer
 from facade.test_contract import SMALL
 from facade.test_no_dead_parameter import INPUTS, arguments_of, vectors
@@ -218,9 +219,15 @@ def test_constructors_name_what_is_wrong(kind: str) -> None:
     cls = getattr(facade, kind)
     parameters = inspect.signature(cls.__init__).parameters
     for name in sorted(arguments_of(cls.__init__)):
-        given = {**SMALL[kind], **{key: value for key, value in NEEDS.get(name, {}).items() if key in parameters}}
         for value in bad_values(kind, name, parameters[name].default):
-            check_raises(name, value, lambda name=name, value=value, given=given: cls(**{**given, name: value}))
+            given = {**constructor_of(kind, name), name: value}
+            check_raises(name, value, lambda given=given: cls(**given))
+
+
+def constructor_of(kind: str, name: str) -> dict[str, Any]:
+    """Arguments of the class with which this one is of use."""
+    known = inspect.signature(getattr(facade, kind).__init__).parameters
+    return copy.deepcopy({**SMALL[kind], **{key: value for key, value in NEEDS.get(name, {}).items() if key in known}})
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -279,6 +286,53 @@ def test_indices_that_are_none_are_named(kind: str) -> None:
         method, extra = getattr(module, name), {"x": x} if name.startswith("update") else {}
         for value in bad:
             check_raises("indices", value, lambda method=method, extra=extra, value=value: method(**extra, indices=value), module)
+
+
+# What the peer takes
+
+
+def error_of(call: Callable[[], Any]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+def cases(kind: str, package: Any) -> Iterator[tuple[str, Any, Exception | None]]:
+    """Name, bad value, and what it raises in a package: at construction, or in the first call."""
+    x, cls = INPUTS.get(kind, vectors()), getattr(package, kind)
+    names = getattr(facade, kind)
+    parameters = inspect.signature(names.__init__).parameters
+    for name in sorted(arguments_of(names.__init__)):
+        for value in bad_values(kind, name, parameters[name].default):
+            given = {**constructor_of(kind, name), name: value}
+            yield name, value, error_of(lambda given=given: cls(**given)(x))
+    module = cls(**copy.deepcopy(SMALL[kind]))
+    parameters = inspect.signature(names.forward).parameters
+    for name in sorted(arguments_of(names.forward, skip=2)):
+        for value in bad_values(kind, name, parameters[name].default):
+            yield name, value, error_of(lambda name=name, value=value: module(x, **{name: value}))
+
+
+@pytest.mark.parametrize("kind", sorted(SMALL))
+def test_what_is_refused_here_alone_stands_in_the_table(kind: str) -> None:
+    for (name, value, here), (_, _, there) in zip(cases(kind, facade), cases(kind, peer), strict=True):
+        if here is None or there is not None:
+            continue
+        option = OF_TENSORS.get(name) or ("arguments of another type" if isinstance(here, TypeError) else "numbers out of range")
+        facts = {option: True}
+        assert any(row.meets(kind, facts) for row in DEVIATIONS), f"{name} = {value!r:.60} is taken there; here: {here}"
+
+
+OF_TENSORS = {
+    "mask": "mask of another shape or dtype",
+    "lens": "lens below 0, or no integers",
+    "ema_update_weight": "ema_update_weight below 0, or beyond the new averages",
+    "indices": "indices that do not fit",
+    **dict.fromkeys(("x", "z", "logits"), "inputs that do not fit"),
+}
+"""What of them stands in the table."""
 
 
 # Names that there are not

@@ -58,7 +58,8 @@ def setting(row):
 def test_a_pair_of_options_is_the_peers(row):
     kwargs, x, calls = setting(row)
     steps = 1 if row["shared_codebook"] and row["decay"] < 1.0 else 2  # the first level sees the same codes once
-    compare("HierarchicalVQ", kwargs, x, calls=calls, steps=steps).check()
+    for optimize in (True, False) if row["orthogonal_reg_weight"] else (True,):  # what an optimizer moves excuses nothing else
+        compare("HierarchicalVQ", kwargs, x, calls=calls, steps=steps, optimize=optimize).check()
 
 
 def test_decoding_is_the_peers():
@@ -116,6 +117,19 @@ def test_the_regularisation_is_that_of_the_codes_of_the_call():
     plain = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 3), kmeans_init=False)
     plain.load_state_dict(vq.state_dict())
     torch.testing.assert_close(vq(x)[2] - plain(x)[2], 0.5 * expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_optimizer_moves_the_codes_that_are_regularised(shared):
+    options = {"shared_codebook": shared, "kmeans_init": False, "orthogonal_reg_weight": 0.5, "decay": 1.0, "threshold_ema_dead_code": 0}
+    vq = facade.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 3), **options)
+    x, codes = torch.randn(6, DIM, 6), vq.get_vq(1).codebook.detach().clone()
+    vq(x)[2].backward()
+    torch.optim.SGD(vq.parameters(), lr=0.5).step()
+    moved = vq.get_vq(1).codebook.detach().clone()
+    assert not torch.allclose(moved, codes, atol=1e-3)
+    vq(x)  # with a decay of 1 averages add nothing
+    torch.testing.assert_close(vq.get_vq(1).codebook.detach(), moved, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cell_without_a_code_gives_zeros_and_wrong_indices_are_named():

@@ -490,10 +490,20 @@ def test_an_index_of_minus_one_gives_zeros() -> None:
     assert torch.equal(vq.get_output_from_indices(indices), quantized)
 
 
-@pytest.mark.parametrize("kwargs", [{"heads": 2}, {"heads": 2, "codebook_dim": 4, "accept_image_fmap": True}, {"vq_bridge": Bridge()}])
-def test_decoding_gives_what_a_call_gave(kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kwargs", "shape"),
+    [
+        ({"heads": 2}, (2, 12, DIM)),
+        ({"heads": 2, "codebook_dim": 4, "accept_image_fmap": True}, (2, DIM, 3, 4)),
+        ({"codebook_dim": 4, "accept_image_fmap": True}, (2, DIM, 4, 4)),
+        ({"codebook_dim": 4, "accept_3d_fmap": True}, (2, DIM, 2, 3, 4)),
+        ({"codebook_dim": 4, "channel_last": False}, (2, DIM, 4)),
+        ({"vq_bridge": Bridge()}, (2, 12, DIM)),
+    ],
+)
+def test_decoding_gives_what_a_call_gave(kwargs: dict[str, Any], shape: tuple[int, ...]) -> None:
     vq = make(**kwargs).eval()
-    x = vectors(2, DIM, 3, 4) if "accept_image_fmap" in kwargs else vectors()
+    x = vectors(*shape)
     quantized, indices, _ = vq(x)
     torch.testing.assert_close(vq.get_output_from_indices(indices), quantized)
 
@@ -556,6 +566,26 @@ def test_scores_are_as_exact_near_a_code_as_elsewhere(offset: float) -> None:
     loss = vq(x, indices=targets, freeze_codebook=True)[1]
     distances = torch.cdist(x.double(), vq.codebook[None].double(), compute_mode="donot_use_mm_for_euclid_dist")
     torch.testing.assert_close(loss.double(), nn.functional.cross_entropy(-distances[0], targets[0]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_cosine_sim": True}, {"threshold_ema_dead_code": 2}, LEARNED], ids=str)
+def test_codes_that_are_assigned_learn_from_where_they_are(kwargs: dict[str, Any]) -> None:
+    vq = make(**kwargs)
+    codes = vectors(CODES, DIM) / (vectors(CODES, DIM).norm(dim=-1, keepdim=True) if "use_cosine_sim" in kwargs else 1.0)
+    vq.codebook = codes
+    vq(codes.expand(2, CODES, DIM))  # each vector is its code
+    torch.testing.assert_close(vq.codebook.detach(), codes, rtol=1e-4, atol=1e-4)
+
+
+def test_a_narrow_module_learns_as_a_wide_one() -> None:
+    wide, narrow = (vq.to(dtype) for vq, dtype in zip(twins(), (torch.float32, torch.bfloat16), strict=True))
+    for step in range(20):
+        x = (vectors() * (1 + 0.1 * step)).bfloat16()
+        quantized, _, loss = narrow(x)
+        wide(x.float())
+        assert quantized.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    for key, value in narrow.state_dict().items():
+        torch.testing.assert_close(value, wide.state_dict()[key], rtol=1e-4, atol=1e-4)
 
 
 def test_cosine_codes_keep_length_1_whatever_an_optimizer_does() -> None:

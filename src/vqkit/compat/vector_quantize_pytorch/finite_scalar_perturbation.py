@@ -169,7 +169,7 @@ class FSP(Module):
 
     def __init__(
         self,
-        levels: list[int] | tuple[int, ...],
+        levels: Sequence[int],
         dim: int | None = None,
         channel_first: bool = False,
         projection_has_bias: bool = True,

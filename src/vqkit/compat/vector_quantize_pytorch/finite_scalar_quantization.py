@@ -56,7 +56,7 @@ class FSQ(Module):
 
     def __init__(
         self,
-        levels: list[int] | tuple[int, ...],
+        levels: Sequence[int],
         dim: int | None = None,
         num_codebooks: int = 1,
         keep_num_codebooks_dim: bool | None = None,
