@@ -441,7 +441,7 @@ class ResidualVQ(Linked):
         """[Q] the losses of the layers."""
         number, zero = self.num_quantizers, self._first.zero
         if not self.training:
-            return zero.new_zeros(number)
+            return zero.new_zeros(number, dtype=torch.float32)
         rows = [zero] * number
         for name, loss in found.losses.items():
             layer, weight = self._weights[name]
@@ -449,7 +449,7 @@ class ResidualVQ(Linked):
             rows[layer] = own if rows[layer] is zero else rows[layer] + own
         losses = torch.stack([row.to(torch.float32) for row in rows])
         if not losses.requires_grad and not torch.compiler.is_compiling():
-            losses.requires_grad_()  # so that a loop may call backward whatever is trained
+            losses = losses + torch.zeros_like(losses, requires_grad=True)  # so that a loop may call backward whatever is trained
         return losses
 
     def _codes_of_call(self, found: Quantized) -> Tensor:

@@ -368,7 +368,7 @@ class VectorQuantize(OwnsOptimizer, Linked):
         if self.has_codebook_orthogonal_loss:
             loss = loss + losses.orthogonal_reg * self.orthogonal_reg_weight
         if not loss.requires_grad and not torch.compiler.is_compiling():
-            loss.requires_grad_()  # so that a loop may call backward whatever is trained
+            loss = loss + torch.zeros_like(loss, requires_grad=True)  # so that a loop may call backward whatever is trained
         return loss
 
     # Checks and shapes
