@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vqkit.compat.vector_quantize_pytorch import translate
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import get_maybe_sync_seed
 from vqkit.compat.vector_quantize_pytorch.functions import default, exists
+from vqkit.compat.vector_quantize_pytorch.layers import are_of, check_layers, part_of, set_parts, weigh
 from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, keep_synchronized
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
-from vqkit.dist import LocalReducer
 from vqkit.ops.grids import average, interpolate
 from vqkit.quantizers.config import check_count
 from vqkit.quantizers.hierarchical import Hierarchical, Mixer
@@ -49,13 +49,30 @@ class _Axes(nn.Module):
 
 
 @in_these_words()
-class HierarchicalVQ(nn.Module):
+class HierarchicalVQ(Settable):
     """As the peer's: x [B, D, P...], or [B, P..., D] -> (quantized, indices of each level [B, G...], loss), and the cutoff if asked for.
 
     Raises ValueError and TypeError for what does not fit.
     """
 
-    native: Hierarchical
+    made_of = frozenset(("vq", "vqs", "phi_shared", "phi_levels"))
+    fixed = frozenset(
+        (
+            "dim",
+            "spatial_dims",
+            "channel_first",
+            "level_shapes",
+            "num_levels",
+            "to_channel_first",
+            "to_channel_last",
+            "mask_to_channel",
+            "mask_from_channel",
+            "flatten_spatial",
+            "flatten_indices",
+            "unflatten_spatial",
+            "indices_to_spatial",
+        )
+    )
 
     def __init__(
         self,
@@ -118,21 +135,55 @@ class HierarchicalVQ(nn.Module):
         }
         self.vq = VectorQuantize(codebook_size=sizes[0], **options) if shared_codebook else None
         self.vqs = None if shared_codebook else nn.ModuleList(VectorQuantize(codebook_size=size, **options) for size in sizes)
-        mixers = self.num_levels if share_quant_resi <= 0 else min(self.num_levels, int(share_quant_resi))
-        native = Hierarchical(
-            [self.get_vq(level).native for level in range(self.num_levels)],
-            self.level_shapes,
-            axes=self.spatial_dims,
-            mixing=abs(quant_resi) if abs(quant_resi) > 1e-8 else 0.0,
-            mixers=mixers,
-            layout="first" if channel_first else "last",
-        )
-        made = [*native.mixers] or [Mixer(dim, self.spatial_dims, 0.0) for _ in range(mixers)]
-        self.phi_shared = made[0] if share_quant_resi == 1 else None
-        self.phi_levels = None if share_quant_resi == 1 else nn.ModuleList(made)
-        if sync_codebook is False:
-            native.reducer = LocalReducer()
-        hide(self, native=native)
+        number = self.num_levels if share_quant_resi <= 0 else min(self.num_levels, int(share_quant_resi))
+        mixing = abs(quant_resi) if abs(quant_resi) > 1e-8 else 0.0
+        mixers = [Mixer(dim, self.spatial_dims, mixing) for _ in range(number)]
+        self.phi_shared = mixers[0] if share_quant_resi == 1 else None
+        self.phi_levels = None if share_quant_resi == 1 else nn.ModuleList(mixers)
+        hide(self, _mixing=mixing)
+        self._build()
+
+    native: Hierarchical
+    _mixing: float
+    _levels: list[VectorQuantize]
+    _natives: list[Any]
+    _parts: list[Any]
+
+    def _build(self) -> None:
+        levels = check_layers("vq", self._each())
+        if len(levels) not in (1, self.num_levels) or (len(levels) == 1) != (self.vqs is None or self.num_levels == 1):
+            raise ValueError(f"vqs has {len(levels)} entries: must be {self.num_levels}, one a level")
+        mixers = self._mixers()
+        with torch.device("meta"):  # its own convolutions are replaced
+            parts = [part_of(level) for level in levels]
+            native = Hierarchical(
+                parts if self.vqs is not None else parts * self.num_levels,
+                self.level_shapes,
+                axes=self.spatial_dims,
+                mixing=self._mixing,
+                mixers=len(mixers),
+                layout="first" if self.channel_first else "last",
+            )
+        if self._mixing:
+            native.mixers = nn.ModuleList(mixers)
+        native.reducer = levels[0].native.reducer
+        native.train(self.training)
+        keep_synchronized(self.__dict__.get("native"), native)
+        hide(self, native=native, _levels=levels, _natives=[level.native for level in levels], _parts=parts)
+
+    def _each(self) -> Iterable[nn.Module]:
+        found: Any = [self.vq] if self.vqs is None else self.vqs
+        return found
+
+    def _mixers(self) -> list[Any]:
+        levels: Any = self.phi_levels
+        return [*levels] if self.phi_shared is None else [self.phi_shared]
+
+    def _settle(self) -> Hierarchical:
+        """The native quantizer, of the levels and convolutions of now."""
+        if not are_of(self._each(), self._natives) or (self._mixing and self._mixers() != [*self.native.mixers]):
+            self._build()
+        return self.native
 
     def _register_axes(self) -> None:
         """Modules by the peer's names that move axes."""
@@ -147,7 +198,7 @@ class HierarchicalVQ(nn.Module):
 
     def train(self, mode: bool = True) -> HierarchicalVQ:
         super().train(mode)
-        self.native.training = mode
+        self.native.train(mode)
         return self
 
     # The parts of a level
@@ -159,10 +210,8 @@ class HierarchicalVQ(nn.Module):
 
     def choose_phi(self, level_index: int) -> Mixer:
         """The convolution of a level."""
-        found: Any = self.phi_shared
-        if self.phi_levels is not None:
-            found = self.phi_levels[round(level_index / max(self.num_levels - 1, 1) * (len(self.phi_levels) - 1))]
-        return found
+        mixers = self._mixers()
+        return mixers[round(level_index / max(self.num_levels - 1, 1) * (len(mixers) - 1))]
 
     def pool_residual(self, t: Tensor, level_shape: tuple[int, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """t [B, D, P...] averaged over cells [B, D, G...], of what mask [B, P...] keeps; and the cells [B, G...] that have any."""
@@ -172,7 +221,7 @@ class HierarchicalVQ(nn.Module):
     def upsample_to_full(self, q: Tensor, full_shape: tuple[int, ...], level_index: int) -> Tensor:
         """Cells [B, D, G...] spread over positions [B, D, P...]."""
         spread = interpolate(q, full_shape)
-        return self.choose_phi(level_index)(spread) if len(self.native.mixers) else spread
+        return self.choose_phi(level_index)(spread) if self._mixing else spread
 
     def sample_nested_cutoff(self, device: torch.device | str) -> int | None:
         """The last level that takes part in a step of training; None: all."""
@@ -199,29 +248,26 @@ class HierarchicalVQ(nn.Module):
             raise ValueError("indices are given: must be None; get_output_from_indices decodes them")
         if lens is not None and self.spatial_dims > 1:
             raise ValueError(f"lens is given for {self.spatial_dims} axes of positions: must be a mask")
-        native, one = self.native, self.get_vq(0)
+        native, levels = self._settle(), self._levels
+        if any(level.in_place_codebook_optimizer is not None for level in levels):
+            raise ValueError("in_place_codebook_optimizer is set on a level: must be None")
         cutoff = self.sample_nested_cutoff(x.device)
-        for level in [self.vq] if self.vqs is None else self.vqs:
-            part: Any = level
-            wanted = (True, part._estimator, part._learned_losses) if self.training else (False, "none", ())
-            for name, value in zip(("training", "estimator", "losses"), wanted, strict=True):
-                if torch.compiler.is_compiling() or getattr(part.native, name) is not value:
-                    setattr(part.native, name, value)
-        native.training = self.training
+        set_parts(native, levels, self._parts, learns=True)
         found = native.quantize_and_learn(
             x,
             mask,
             lengths=lens if lens is None else at_most(lens, x, self.channel_first),
-            temperature=translate.temperature(one.native.assignment, sample_codebook_temp, one._codebook.sample_codebook_temp),
+            temperature=sample_codebook_temp,
             depth=None if cutoff is None else cutoff + 1,
         )
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        if self.training and found.losses:
+        if found.losses:
+            each = levels if self.vqs is not None else levels * self.num_levels
             alike: dict[float, Any] = {}
-            weights = native.loss_weights
             for name, value in found.losses.items():
-                alike[weights[name]] = alike[weights[name]] + value if weights[name] in alike else value
-            loss = sum((weight * value for weight, value in alike.items()), loss)
+                _, weight = weigh(name, each)
+                alike[weight] = alike[weight] + value if weight in alike else value
+            loss = sum((weight / self.num_levels * value for weight, value in alike.items()), loss)
         output = (found.quantized, native.split(found.indices), loss)
         return (*output, cutoff) if return_cutoff else output
 
@@ -241,4 +287,4 @@ class HierarchicalVQ(nn.Module):
         joined = torch.cat(
             [found.reshape(len(found), math.prod(shape)) for found, shape in zip(indices, self.level_shapes, strict=True)], 1
         )
-        return self.native.decode(joined, positions)
+        return self._settle().decode(joined, positions)

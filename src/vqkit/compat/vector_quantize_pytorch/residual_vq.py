@@ -7,7 +7,6 @@ Shapes: B batch, N positions, D width of the input, K width of the codes, Q laye
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 from random import Random
@@ -17,24 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqkit.compat.vector_quantize_pytorch import translate
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.codebook import Call, Codebook
 from vqkit.compat.vector_quantize_pytorch.functions import default as default
 from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
 from vqkit.compat.vector_quantize_pytorch.functions import is_distributed as is_distributed
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
-from vqkit.compat.vector_quantize_pytorch.rows import Linked
+from vqkit.compat.vector_quantize_pytorch.layers import are_of, check_layers, part_of, set_parts, weigh
+from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, keep_synchronized
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
-from vqkit.dist import LocalReducer, default_reducer
+from vqkit.dist import default_reducer
 from vqkit.ops.precision import without_autocast
 from vqkit.quantizers.base import Quantized, Statistics
 from vqkit.quantizers.commit import flatten_statistics
-from vqkit.quantizers.config import BeamSearch, DiVeQ, Estimator, Loss
+from vqkit.quantizers.config import BeamSearch, DiVeQ
 from vqkit.quantizers.implicit import ImplicitVQ
 from vqkit.quantizers.layout import check_tensor, is_integer
 from vqkit.quantizers.residual import Residual
-from vqkit.quantizers.vector_quantize import VectorQuantize as _VectorQuantize
 
 _DIVEQ_VARIANCE = 5e-3
 """Of the noise around the sum of the codes; the peer has no argument for it here."""
@@ -175,15 +174,31 @@ class _InTurn(Residual):
 
 
 @in_these_words(handed_to=VectorQuantize)
-class ResidualVQ(Linked):
+class ResidualVQ(Settable):
     """`num_quantizers` layers of `VectorQuantize`, each for what those before it left over, with the peer's arguments.
 
     Inputs are [B, N, D], or [B, D, ...] with accept_image_fmap or the `vq_kwargs` accept_3d_fmap=True and channel_last=False. A call
     returns the sum of the codes like the input, the indices int64 [B, N, Q] (-1: masked, dropped or not finite), and the losses of the
     layers [Q], 0 in eval mode; in training it is one step of the codebooks. docs/migration.md says what each argument means here.
 
+    What `layers` are at a call, and what is set on them, is what it computes with. A layer with hooks, or a forward of its own, is called.
+
     Raises ValueError for arguments that contradict each other.
     """
+
+    made_of = frozenset(
+        (
+            "project_in",
+            "project_out",
+            "layers",
+            "mlps",
+            "implicit_neural_codebook",
+            "quant_grad_frac",
+            "beam_score_weights",
+            "return_zeros_for_masked_padding",
+        )
+    )
+    fixed = frozenset(("codebook_dim", "has_projections", "diveq", "shared_codebook", "vq_is_ema_updating"))
 
     beam_score_weights: Tensor
 
@@ -246,55 +261,64 @@ class ResidualVQ(Linked):
             self.mlps = nn.ModuleList(MLP(dim=self.codebook_dim, l2norm_output=cosine, **mlp_kwargs) for _ in sizes[1:])
         if shared_codebook:
             for layer in self._each():
-                layer._codebook = layer.native.table = self._first._codebook
-        given = translate.settled({**_DEFAULTS, **of_layers, "codebook_size": sizes[0]})
-        beam = BeamSearch(beam_size or 1, self.eval_beam_size or 1, None if beam_score_quantizer_weights is None else tuple(weights))
-        # Not registered: it owns nothing but what is registered here.
-        object.__setattr__(self, "native", self._join(dim, given, beam))
+                layer._codebook = self._first._codebook
+        hide(self, _dim=dim, _weighs=beam_score_quantizer_weights is not None)
+        self._build()
 
     native: Residual
+    _dim: int
+    _weighs: bool
+    """Whether paths compete by weights that were given; those that are not ones are taken anyway."""
+    _natives: list[Any]
+    _parts: list[Any]
+    _networks: list[Any]
+    _beam_weights: tuple[Tensor, int]
+    """The tensor whose numbers `native` has, and its version."""
 
-    def _join(self, dim: int, given: dict[str, Any], beam: BeamSearch) -> Residual:
-        """The residual quantizer of the codebooks, networks and projections that are registered here."""
-        options: dict[str, Any] = {**translate.quantizer_options(given), "layout": "last"}
-        self._estimator: Estimator = options["estimator"]
-        self._losses: tuple[Loss, ...] = tuple(loss for loss in options["losses"] if loss.weight > 0)
-        options["losses"] = self._losses
-        kind = _InTurn if self.shared_codebook and self.num_quantizers > 1 else Residual
+    def _build(self) -> None:
+        """The residual quantizer of the layers, networks and projections that are registered here."""
+        layers, networks, weights = self._check_layers(), self._each_network(), self.beam_score_weights
         with torch.device("meta"):  # its own layers are replaced
-            native = kind(
-                [self._join_layer(number, options) for number in range(self.num_quantizers)],
-                dim=dim,
+            parts = [
+                part_of(layer, None if network is None else _Network(network)) for layer, network in zip(layers, networks, strict=True)
+            ]
+            native = (_InTurn if self.shared_codebook and len(layers) > 1 else Residual)(
+                parts,
+                dim=self._dim,
                 estimator=DiVeQ(_DIVEQ_VARIANCE) if self.diveq else "layers",
                 gradient_fraction=self.quant_grad_frac,
                 condition_fraction=1.0,
-                beam=beam,
-                layout="first" if self._width_is_first(given) else "last",
+                beam=_beam(weights, self._weighs),
+                layout=layers[0].native.layout,
                 masked="zero" if self.return_zeros_for_masked_padding else "input",
             )
-        self._link(native)
-        self._weights = {name: (int(name.rsplit("/", 1)[1]), weight) for name, weight in native.loss_weights.items()}
-        if given["sync_codebook"] is False:
-            native.reducer = LocalReducer()
-        return native
-
-    def _link(self, native: Residual) -> None:
         native.project_in, native.project_out = self.project_in, self.project_out
+        native.train(self.training)
+        native.reducer = layers[0].native.reducer
+        keep_synchronized(self.__dict__.get("native"), native)
+        hide(self, native=native, _parts=parts, _networks=networks, _beam_weights=(weights, weights._version))
+        hide(self, _natives=[layer.native for layer in layers])
 
-    def _join_layer(self, number: int, options: dict[str, Any]) -> _VectorQuantize | ImplicitVQ:
-        table, size = self._layer(number)._codebook, self.codebook_sizes[number]
-        if number == 0 or not self.implicit_neural_codebook:
-            return _VectorQuantize(**(options | {"codebook_size": size}), table=table)
-        names = ("assignment", "estimator", "losses", "sync_update")
-        network = _Network(cast(MLP, self.mlps[number - 1]))
-        layer = ImplicitVQ(self.codebook_dim, size, network, table=table, **{name: options[name] for name in names})
-        del layer.__dict__["table"]
-        layer.table = table  # a part of it, so that the whole finds all codebooks
-        return layer
+    def _check_layers(self) -> list[VectorQuantize]:
+        found = check_layers("layers", self.layers)
+        tables = {id(layer._codebook) for layer in found}
+        if len(tables) != (1 if self.shared_codebook else len(found)):
+            wanted = "all have one codebook" if self.shared_codebook else "each have a codebook of its own"
+            raise ValueError(f"layers have {len(tables)} codebooks: must {wanted} with shared_codebook = {self.shared_codebook}")
+        return found
 
-    @staticmethod
-    def _width_is_first(given: dict[str, Any]) -> bool:
-        return bool(given["accept_image_fmap"] or given["accept_3d_fmap"] or not given["channel_last"])
+    def _each_network(self) -> list[Any]:
+        """The network of each layer, or None."""
+        number = len(self.layers)
+        networks = [None, *self.mlps] if self.implicit_neural_codebook else []
+        return [*networks, *[None] * (number - len(networks))][:number]
+
+    def _settle(self) -> Residual:
+        """The residual quantizer, of the layers of now."""
+        layers = cast(nn.ModuleList, self._modules["layers"])._modules.values()
+        if not are_of(layers, self._natives) or (self.implicit_neural_codebook and self._each_network() != self._networks):
+            self._build()
+        return self.native
 
     def _layer(self, number: int) -> VectorQuantize:
         return cast(VectorQuantize, self.layers[number])
@@ -330,12 +354,12 @@ class ResidualVQ(Linked):
         Raises ValueError for indices outside -1 ... codebook_size - 1.
         """
         check_tensor("indices", indices)
-        codes = self.native.decode_layers(indices)
-        return F.pad(codes, (*(0, 0) * (codes.dim() - 1), 0, self.num_quantizers - codes.shape[0]))
+        codes = self._settle().decode_layers(indices)
+        return F.pad(codes, (*(0, 0) * (codes.dim() - 1), 0, max(self.num_quantizers - codes.shape[0], 0)))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """indices [B, ..., L] of the first L <= Q layers -> vectors as a call gives them, in its layout."""
-        return self.native.decode(indices)
+        return self._settle().decode(indices)
 
     # Calling
 
@@ -358,8 +382,8 @@ class ResidualVQ(Linked):
 
         Raises ValueError and TypeError for what does not fit.
         """
-        native, first = self.native, self._first
-        frozen = freeze_codebook or first.freeze_codebook
+        native, layers = self._settle(), [*self._each()]
+        frozen = freeze_codebook or (layers[0].freeze_codebook and all(layer.freeze_codebook for layer in layers))
         options: dict[str, Any] = {}
         if indices is not None:
             options["targets"] = self._check_targets(indices)
@@ -367,27 +391,24 @@ class ResidualVQ(Linked):
             options["depth"] = self._draw_depth(rand_quantize_dropout_fixed_seed, x.device)
         size = self._beam_size(beam_size)
         options["beam_size"] = size
-        temperature = translate.temperature(self._assignment, sample_codebook_temp, first._codebook.sample_codebook_temp)
-        if temperature is not None and size == 1:
-            options["temperature"] = temperature
-        self._set_layers(x)
-        if self.training and not frozen and first.in_place_codebook_optimizer is not None:
-            self._pull_(x, mask, options.get("depth", self.num_quantizers), temperature)
+        if size > 1:
+            self._weigh_beams()
+        elif sample_codebook_temp is not None:
+            options["temperature"] = sample_codebook_temp
+        self._set_layers(x, layers)
+        if native.training and not frozen and any(layer.in_place_codebook_optimizer is not None for layer in layers):
+            self._pull_(x, mask, layers[: options.get("depth")], sample_codebook_temp)
         try:
             found = native.quantize_and_learn(x, mask, freeze_codebook=frozen, **options)
         finally:
-            for layer in self._each():
-                layer._codebook.call = None
+            if self.shared_codebook:
+                layers[0]._codebook.call = None
         if self.shared_codebook and self.training and not frozen:
-            first.update_in_place_optimizer()
+            layers[0].update_in_place_optimizer()
         if indices is not None:
-            return found.quantized, torch.stack([found.losses[f"cross_entropy/{i}"] for i in range(self.num_quantizers)]).sum()
-        result = (found.quantized, found.indices, self._weigh(found))
+            return found.quantized, torch.stack([found.losses[f"cross_entropy/{i}"] for i in range(len(layers))]).sum()
+        result = (found.quantized, found.indices, self._weigh(found, layers))
         return (*result, self._codes_of_call(found)) if return_all_codes else result
-
-    @property
-    def _assignment(self) -> Any:
-        return cast(Any, self.native.layers[0]).assignment
 
     def _check_targets(self, indices: Tensor | list[Tensor]) -> Tensor:
         if self.accept_image_fmap:
@@ -402,7 +423,7 @@ class ResidualVQ(Linked):
         """How many layers take part: the peer's draw, which is a function of the seed alone."""
         seed = get_maybe_sync_seed(device) if seed is None else seed
         depth = Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers) + 1
-        return min(round_up_multiple(depth, self.quantize_dropout_multiple_of), self.num_quantizers)
+        return min(round_up_multiple(depth, self.quantize_dropout_multiple_of), len(self.layers))
 
     def _beam_size(self, size: int | None) -> int:
         size = (self.beam_size if self.training else self.eval_beam_size) if size is None else size
@@ -413,38 +434,42 @@ class ResidualVQ(Linked):
                 raise ValueError(f"beam_size = {size}: must be 1 in training with {clash}")
         return size or 1
 
-    def _set_layers(self, x: Tensor) -> None:
-        """Their estimators, where a gradient has any place to go, and their losses; in eval mode nothing is made of either."""
+    def _weigh_beams(self) -> None:
+        """Let paths compete by the weights of now."""
+        weights, (seen, version) = self.beam_score_weights, self._beam_weights
+        if not torch.compiler.is_compiling() and (weights is not seen or weights._version != version):
+            self.native.beam = _beam(weights, self._weighs)
+            hide(self, _beam_weights=(weights, weights._version))
+
+    def _set_layers(self, x: Tensor, layers: list[VectorQuantize]) -> None:
+        """Their modes, their estimators where a gradient has any place to go, and their losses; in eval mode nothing is made of either."""
         learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
-        estimator = self._estimator if self.training and learns else "none"
-        losses = self._losses if self.training else ()
-        for part in cast(Iterable[Any], self.native.layers):
-            if torch.compiler.is_compiling() or part.estimator is not estimator or part.losses is not losses:
-                part.estimator, part.losses = estimator, losses
+        set_parts(self.native, layers, self._parts, learns)
         if self.diveq:
             self.native.estimator = DiVeQ(_DIVEQ_VARIANCE) if self.training else "layers"
 
     @torch.no_grad()
-    def _pull_(self, x: Tensor, mask: Tensor | None, depth: int, temperature: float | None) -> None:
+    def _pull_(self, x: Tensor, mask: Tensor | None, layers: list[VectorQuantize], temperature: float | None) -> None:
         """A step of each layer's own optimizer on what the layers before it leave; of a shared codebook only the gradients."""
         native, rows = self.native, x.movedim(1, -1) if self.native.layout == "first" else x
         residual = cast(Tensor, native.project_in(rows))
-        for layer, part in zip([*self._each()][:depth], native._each(), strict=False):
-            if not isinstance(part, _VectorQuantize):
+        for layer, part in zip(layers, self._parts, strict=False):
+            if isinstance(part, ImplicitVQ):
                 raise ValueError("in_place_codebook_optimizer is given: must be None with implicit_neural_codebook = True")
-            part.pull_(residual, mask, temperature=temperature)
-            if not layer.manual_in_place_optimizer_update:
-                layer.update_in_place_optimizer()
+            if layer.in_place_codebook_optimizer is not None and layer.training and not layer.freeze_codebook:
+                part.pull_(residual, mask, temperature=part.temperature(temperature))
+                if not layer.manual_in_place_optimizer_update:
+                    layer.update_in_place_optimizer()
             residual = residual - part.decode(part.encode(residual, mask)).to(residual.dtype)
 
-    def _weigh(self, found: Quantized) -> Tensor:
+    def _weigh(self, found: Quantized, layers: list[VectorQuantize]) -> Tensor:
         """[Q] the losses of the layers."""
-        number, zero = self.num_quantizers, self._first.zero
-        if not self.training:
+        number, zero = len(layers), layers[0].zero
+        if not self.native.training:
             return zero.new_zeros(number, dtype=torch.float32)
         rows = [zero] * number
         for name, loss in found.losses.items():
-            layer, weight = self._weights[name]
+            layer, weight = weigh(name, layers)
             own = loss if weight == 1.0 else weight * loss
             rows[layer] = own if rows[layer] is zero else rows[layer] + own
         losses = torch.stack([row.to(torch.float32) for row in rows])
@@ -454,7 +479,7 @@ class ResidualVQ(Linked):
 
     def _codes_of_call(self, found: Quantized) -> Tensor:
         """The code of each layer as the call that chose them read it."""
-        if not self.training:  # what the layers give is then the code itself
+        if not self.native.training:  # what the layers give is then the code itself
             return torch.stack([output.to(torch.float32) for output in found.outputs])
         tables = dict.fromkeys(layer._codebook for layer in self._each())
         for table in tables:
@@ -466,11 +491,10 @@ class ResidualVQ(Linked):
                 table.leave_()
 
 
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(VectorQuantize).parameters.items()
-    if parameter.default is not inspect.Parameter.empty
-}
+def _beam(weights: Tensor, given: bool) -> BeamSearch | None:
+    """Paths that compete by such weights of the layers, if any were `given` or are not ones."""
+    numbers = () if weights.is_meta else tuple(weights.tolist())
+    return BeamSearch(1, weights=numbers) if numbers and (given or set(numbers) != {1.0}) else None
 
 
 def _layer_sizes(codebook_size: int | tuple[int, ...], num_quantizers: int | None) -> tuple[int, ...]:

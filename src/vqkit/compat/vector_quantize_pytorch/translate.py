@@ -32,6 +32,8 @@ from vqkit.quantizers.config import (
 def settled(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the peer's VectorQuantize, all of them by name, with those that are None for "as the others say" decided.
 
+    Beside them `has_...`: which losses there are.
+
     Raises ValueError for what contradicts each other.
     """
     given = dict(arguments)
@@ -45,6 +47,9 @@ def settled(arguments: Mapping[str, Any]) -> dict[str, Any]:
         given["rotation_trick"] = not directional and not soft and given["dim"] > 1
     if given["codebook_dim"] is None:
         given["codebook_dim"] = given["dim"]
+    given["has_commitment_loss"] = given["commitment_weight"] > 0 and not directional
+    given["has_codebook_orthogonal_loss"] = given["orthogonal_reg_weight"] > 0
+    given["has_codebook_diversity_loss"] = given["codebook_diversity_loss_weight"] > 0
     _refuse(given, directional, bridged)
     return given
 
@@ -169,18 +174,18 @@ def _estimator(given: Mapping[str, Any]) -> Estimator:
 
 
 def _losses(given: Mapping[str, Any]) -> tuple[Loss, ...]:
-    """The squared error is always among them: some calls return it whatever its weight."""
-    commits = given["commitment_weight"] > 0 and not given["directional_reparam"]
-    by_choice = commits and given["commitment_use_cross_entropy_loss"]
-    weight = given["commitment_weight"] if commits and not by_choice else 0.0
-    losses: list[Loss] = [Commitment(weight, pull=1.0 if given["learnable_codebook"] else 0.0)]
-    if by_choice:
-        losses.append(CrossEntropyCommitment(given["commitment_weight"]))
-    if given["orthogonal_reg_weight"] > 0:
-        active, most = bool(given["orthogonal_reg_active_codes_only"]), given["orthogonal_reg_max_codes"]
-        losses.append(Orthogonality(given["orthogonal_reg_weight"], active, most))
-    if given["codebook_diversity_loss_weight"] > 0:
-        losses.append(Diversity(given["codebook_diversity_loss_weight"], 1.0 / given["codebook_diversity_temperature"]))
+    """Those of weight 1 are learned from, whatever a call weighs them by. The squared error is always the first: some calls return it."""
+    commits, by_choice = given["has_commitment_loss"], given["commitment_use_cross_entropy_loss"]
+    losses: list[Loss] = [Commitment(float(commits and not by_choice), pull=1.0 if given["learnable_codebook"] else 0.0)]
+    if commits and by_choice:
+        losses.append(CrossEntropyCommitment(1.0))
+    if given["has_codebook_orthogonal_loss"]:
+        losses.append(Orthogonality(1.0, bool(given["orthogonal_reg_active_codes_only"]), given["orthogonal_reg_max_codes"]))
+    if given["has_codebook_diversity_loss"]:
+        scale = given["codebook_diversity_temperature"]
+        if not scale > 0:
+            raise ValueError(f"codebook_diversity_temperature = {scale}: must be positive")
+        losses.append(Diversity(1.0, 1.0 / scale))
     return tuple(losses)
 
 

@@ -55,11 +55,12 @@ from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors_distri
 from vqkit.compat.vector_quantize_pytorch.functions import straight_through as straight_through
 from vqkit.compat.vector_quantize_pytorch.functions import uniform_init as uniform_init
 from vqkit.compat.vector_quantize_pytorch.own_optimizer import OwnsOptimizer
-from vqkit.compat.vector_quantize_pytorch.rows import Linked, at_most
+from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, is_watched, keep_synchronized
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
-from vqkit.quantizers.config import Estimator
+from vqkit.quantizers.config import Estimator, Loss
 from vqkit.quantizers.layout import check_tensor
 from vqkit.quantizers.vector_quantize import VectorQuantize as _VectorQuantize
 
@@ -67,8 +68,52 @@ LossBreakdown = namedtuple("LossBreakdown", ["commitment", "codebook_diversity",
 """The losses, unweighted; 0 where there is none."""
 
 
+_READ_IN_CALLS = (
+    "has_commitment_loss",
+    "commitment_use_cross_entropy_loss",
+    "learnable_codebook",
+    "has_codebook_orthogonal_loss",
+    "orthogonal_reg_active_codes_only",
+    "orthogonal_reg_max_codes",
+    "has_codebook_diversity_loss",
+    "codebook_diversity_temperature",
+    "rotation_trick",
+    "directional_reparam",
+    "directional_reparam_variance",
+    "route_gradients_to_input",
+    "sync_update_v",
+    "accept_image_fmap",
+    "accept_3d_fmap",
+    "channel_last",
+    "return_zeros_for_masked_padding",
+)
+"""Arguments that the peer looks up as attributes in every call, of those that say what the quantizer is."""
+
+_NEVER_READ = (
+    "dim",
+    "codebook_dim",
+    "heads",
+    "separate_codebook_per_head",
+    "layernorm_after_project_in",
+    "stochastic_sample_codes",
+    "sample_codebook_temp",
+    "straight_through",
+    "reinmax",
+    "sync_codebook",
+)
+"""Those that it has read when it is made."""
+
+WEIGHTS = {
+    "commitment": "commitment_weight",
+    "cross_entropy_commitment": "commitment_weight",
+    "orthogonality": "orthogonal_reg_weight",
+    "diversity": "codebook_diversity_loss_weight",
+}
+"""The attributes that weigh the losses of vqkit."""
+
+
 @in_these_words()
-class VectorQuantize(OwnsOptimizer, Linked):
+class VectorQuantize(OwnsOptimizer, Settable):
     """`codebook_size` codes for vectors of width `dim`, with the peer's arguments; what each means here is in docs/migration.md.
 
     Inputs are [B, N, D], [B, D] (one vector each), with channel_last=False [B, D, N], with accept_image_fmap [B, D, H, W], with
@@ -77,6 +122,9 @@ class VectorQuantize(OwnsOptimizer, Linked):
 
     Raises ValueError for arguments that contradict each other.
     """
+
+    made_of = frozenset((*_READ_IN_CALLS, "project_in", "project_out", "_codebook"))
+    fixed = frozenset(("heads", "separate_codebook_per_head", "has_projections"))
 
     def __init__(
         self,
@@ -136,12 +184,13 @@ class VectorQuantize(OwnsOptimizer, Linked):
         self.project_in = functions.Sequential(*project_in) or nn.Identity()
         self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
         self.eps, self.codebook_size, self.freeze_codebook = eps, codebook_size, freeze_codebook
-        self.has_commitment_loss = commitment_weight > 0.0 and not directional_reparam
+        self.has_commitment_loss = given["has_commitment_loss"]
         self.commitment_weight, self.commitment_use_cross_entropy_loss = commitment_weight, commitment_use_cross_entropy_loss
-        self.has_codebook_orthogonal_loss, self.orthogonal_reg_weight = orthogonal_reg_weight > 0.0, orthogonal_reg_weight
+        self.has_codebook_orthogonal_loss = given["has_codebook_orthogonal_loss"]
+        self.orthogonal_reg_weight = orthogonal_reg_weight
         self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
         self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
-        self.has_codebook_diversity_loss = codebook_diversity_loss_weight > 0.0
+        self.has_codebook_diversity_loss = given["has_codebook_diversity_loss"]
         self.codebook_diversity_temperature = codebook_diversity_temperature
         self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
         self.learnable_codebook, self.rotation_trick = given["learnable_codebook"], given["rotation_trick"]
@@ -175,37 +224,54 @@ class VectorQuantize(OwnsOptimizer, Linked):
         self.in_place_codebook_optimizer = _own_optimizer(in_place_codebook_optimizer, self._codebook)
         self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
-        options = translate.quantizer_options(given)
-        self._estimator: Estimator = options["estimator"]
-        self._losses = options["losses"]
-        self._learned_losses = tuple(loss for loss in self._losses if loss.weight > 0)
-        # Not registered: it owns nothing but what is registered here.
-        object.__setattr__(self, "native", self._join(options, sync=sync_codebook is not False))
+        if sync_codebook is False:
+            self._codebook.synchronizes = False
+        hide(self, _given={name: given[name] for name in _NEVER_READ}, walked=None)
+        self._build()
 
     native: _VectorQuantize
+    walked: list[Quantized] | None
+    """Where the results of calls are left by a residual quantizer, which then learns from them."""
+    _given: dict[str, Any]
+    estimator: Estimator
+    _losses: tuple[Loss, ...]
+    learned_losses: tuple[Loss, ...]
 
-    def _join(self, options: dict[str, Any], *, sync: bool) -> _VectorQuantize:
-        """The quantizer of the layers and the codebook that are registered here."""
+    def options(self) -> dict[str, Any]:
+        """Those of the quantizer, as the attributes are now."""
+        codebook = {"codebook_size": self._codebook.codebook_size, "use_cosine_sim": self._codebook.use_cosine_sim}
+        return translate.quantizer_options({**self._given, **codebook, **{name: getattr(self, name) for name in _READ_IN_CALLS}})
+
+    def _build(self) -> None:
+        options = self.options()
         with torch.device("meta"):  # its own layers are replaced
             native = _VectorQuantize(**options, table=self._codebook)
-        self._link(native)
-        if not sync:
+        self.link(native)
+        native.training = self.training
+        keep_synchronized(self.__dict__.get("native"), native)
+        if self._given["sync_codebook"] is False:
             native.reducer = LocalReducer()
-            self._codebook.synchronizes = False
-        return native
+        learned = tuple(loss for loss in native.losses if loss.weight > 0)
+        hide(self, native=native, estimator=native.estimator, _losses=native.losses, learned_losses=learned)
 
-    def _check_linked(self, name: str, value: Any) -> None:
-        if not self.has_projections and not isinstance(value, nn.Identity):
+    def _check_setting(self, name: str, value: Any) -> None:
+        if name == "_codebook" and not isinstance(value, Codebook):
+            raise TypeError(f"_codebook = {type(value).__name__}(...): must be a Codebook")
+        if name in ("project_in", "project_out") and not self.has_projections and not isinstance(value, nn.Identity):
             raise ValueError(
                 f"{name} = {type(value).__name__}(...): must stay an Identity, as the codes have the width of the input; "
                 "give codebook_dim to have projections"
             )
 
-    def _link(self, native: _VectorQuantize) -> None:
+    def link(self, native: _VectorQuantize) -> None:
         if self.has_projections:
             layers = [*self.project_in] if isinstance(self.project_in, nn.Sequential) else [self.project_in]
             native.project_in, native.norm = cast(nn.Linear, layers[0]), cast(Any, layers[1] if len(layers) > 1 else None)
             native.project_out = cast(nn.Linear, self.project_out)
+
+    def is_watched(self) -> bool:
+        """Whether a call of this module, or of its codebook, is more than what `native` does: then it has to be called."""
+        return is_watched(self, VectorQuantize) or is_watched(cast(nn.Module, self._modules["_codebook"]), Codebook)
 
     def train(self, mode: bool = True) -> VectorQuantize:
         super().train(mode)
@@ -310,7 +376,7 @@ class VectorQuantize(OwnsOptimizer, Linked):
             options["codes_of"] = self._codes_of(codebook_transform_fn)
         temperature = translate.temperature(native.assignment, sample_codebook_temp, codebook.sample_codebook_temp)
         in_place = x.new_zeros(())
-        if self.in_place_codebook_optimizer is not None and self.training and not frozen:
+        if self.in_place_codebook_optimizer is not None and self.training and not frozen and self.walked is None:
             in_place = native.pull_(x, mask, temperature=temperature, **options)
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
@@ -322,10 +388,13 @@ class VectorQuantize(OwnsOptimizer, Linked):
         if says:
             codebook.call = Call(ema_update, ema_update_weight, accum_ema_update)
         try:
-            found = native.quantize_and_learn(x, mask, freeze_codebook=frozen, temperature=temperature, **options)
+            quantize = native.quantize_and_learn if self.walked is None else native.quantize
+            found = quantize(x, mask, freeze_codebook=frozen, temperature=temperature, **options)
         finally:
             if says:
                 codebook.call = None
+        if self.walked is not None:
+            self.walked.append(found)
         if indices is not None:
             return self._in_code_space(found.quantized, () if topk is None else (topk,)), found.losses["cross_entropy"]
         if topk is not None and x.dim() == 2:  # the codes of one vector stand one after the other, whatever the layout
@@ -338,7 +407,7 @@ class VectorQuantize(OwnsOptimizer, Linked):
 
     def _set_native(self, x: Tensor, topk: int | None, *, by_targets: bool) -> None:
         """Let the quantizer do what this call returns, and no more: in eval mode a loss is but that of several codes."""
-        losses = self._learned_losses if self.training else self._losses[:1] if topk is not None else ()
+        losses = self.learned_losses if self.training else self._losses[:1] if topk is not None else ()
         losses = () if by_targets else losses
         for name, value in (("training", self.training), ("estimator", self._estimator_of(x)), ("losses", losses)):
             if torch.compiler.is_compiling() or getattr(self.native, name) is not value:
@@ -347,7 +416,7 @@ class VectorQuantize(OwnsOptimizer, Linked):
     def _estimator_of(self, x: Tensor) -> Estimator:
         """That of the output, where it has any place to go; in eval mode none passes."""
         learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
-        return self._estimator if self.training and learns else "none"
+        return self.estimator if self.training and learns else "none"
 
     def _name_losses(self, found: Quantized, in_place: Tensor, several: bool) -> LossBreakdown:
         zero, named = torch.zeros_like(self.zero), found.losses

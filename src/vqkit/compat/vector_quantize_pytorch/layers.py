@@ -1,0 +1,140 @@
+"""Quantizers of the facade as the layers of another one: native parts for the whole, of what each layer is when it is called.
+
+A part has the codebook of its layer and computes as this one would; what the whole combines, learns from and weighs it by is read from
+the layer in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vqkit.compat.vector_quantize_pytorch import translate
+from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import WEIGHTS, VectorQuantize
+from vqkit.quantizers.base import Quantized
+from vqkit.quantizers.implicit import ImplicitVQ
+from vqkit.quantizers.vector_quantize import VectorQuantize as _VectorQuantize
+
+WEIGHED = "weighed"
+"""The name of the loss of a layer that is called, which has weighed it."""
+
+
+class Part:
+    """Before the class of a native quantizer: how the whole calls it for `layer` of the facade."""
+
+    layer: VectorQuantize
+    watched = False
+    """Whether it is `layer` itself that is called, whose hooks, and whose own forward, then see what they would see."""
+
+    def quantize(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        freeze_codebook: bool = False,
+        indices: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float | None = None,
+        **condition: Any,
+    ) -> Quantized:
+        """As of the class behind."""
+        frozen = freeze_codebook or self.layer.freeze_codebook
+        if self.watched:
+            self._refuse(indices, condition)
+            return self._call(x, mask, frozen, targets, temperature)
+        if indices is None:
+            condition["temperature"] = self.temperature(temperature)
+        return cast(Any, super()).quantize(x, mask, freeze_codebook=frozen, indices=indices, targets=targets, **condition)
+
+    def temperature(self, given: float | None) -> float | None:
+        """That of a call, else of the codebook of the layer; None where nothing is drawn."""
+        assignment = cast(Any, self).assignment
+        return None if isinstance(assignment, str) else translate.temperature(assignment, given, self.layer._codebook.sample_codebook_temp)
+
+    def _refuse(self, indices: Tensor | None, condition: dict[str, Any]) -> None:
+        with_what = "beam_size" if indices is not None else "implicit_neural_codebook" if condition else ""
+        if with_what:
+            raise ValueError(f"layers have hooks, or a forward of their own: must have neither with {with_what}")
+
+    def _call(self, x: Tensor, mask: Tensor | None, frozen: bool, targets: Tensor | None, temperature: float | None) -> Quantized:
+        """Let the layer do all but learn, which the whole does."""
+        layer, first = self.layer, self.layer.native.layout == "first"
+        found: list[Quantized] = []
+        hide(layer, walked=found)
+        try:
+            given = x.movedim(-1, 1) if first else x
+            output = layer(given, mask=mask, indices=targets, sample_codebook_temp=temperature, freeze_codebook=frozen)
+        finally:
+            hide(layer, walked=None)
+        statistics = found[-1].statistics if found else None
+        if targets is not None:
+            return Quantized(output[0], found[-1].indices if found else targets, {"cross_entropy": output[1]}, statistics)
+        return Quantized(output[0].movedim(1, -1) if first else output[0], output[1], {WEIGHED: output[2]}, statistics)
+
+
+class _Plain(Part, _VectorQuantize):
+    pass
+
+
+class _Implicit(Part, ImplicitVQ):
+    pass
+
+
+def part_of(layer: VectorQuantize, network: nn.Module | None = None) -> Any:
+    """The part for a layer, whose codes are those of a `network` where there is one. Its width is last."""
+    options: dict[str, Any] = {**layer.options(), "layout": "last", "losses": layer.learned_losses}
+    if network is None:
+        part: Any = _Plain(**options, table=layer._codebook)
+        layer.link(part)
+    else:
+        own: dict[str, Any] = {name: options[name] for name in ("assignment", "estimator", "losses", "sync_update")}
+        part = _Implicit(options["codebook_dim"], options["codebook_size"], network, table=layer._codebook, **own)
+        del part.__dict__["table"]
+        part.table = layer._codebook  # a part of it, so that the whole finds all codebooks
+    hide(part, layer=layer)
+    return part
+
+
+def check_layers(name: str, layers: Iterable[nn.Module]) -> list[VectorQuantize]:
+    """Raises TypeError for modules that are no VectorQuantize, or none at all."""
+    found = [*layers]
+    others = [type(layer).__name__ for layer in found if not isinstance(layer, VectorQuantize)]
+    if others or not found:
+        raise TypeError(f"{name}: must hold VectorQuantize, at least one, and holds {', '.join(others) or 'none'}")
+    return cast(list[VectorQuantize], found)
+
+
+def are_of(layers: Iterable[nn.Module], natives: Sequence[Any]) -> bool:
+    """Whether these are the layers with the native quantizers of which parts were made: others, if anything was set on a layer."""
+    number = 0
+    for number, layer in enumerate(layers, 1):
+        if number > len(natives) or layer.__dict__.get("native") is not natives[number - 1]:
+            return False
+    return number == len(natives)
+
+
+def set_parts(native: Any, layers: Iterable[VectorQuantize], parts: Iterable[Any], learns: bool) -> None:
+    """Modes, estimators where a gradient has any place to go, and losses, as the layers have them; in eval mode there are none."""
+    compiling, trains = torch.compiler.is_compiling(), False
+    for layer, part in zip(layers, parts, strict=True):
+        training = layer.training
+        estimator = layer.estimator if training and learns else "none"
+        losses = layer.learned_losses if training else ()
+        if compiling or part.estimator is not estimator or part.losses is not losses or part.training is not training:
+            part.estimator, part.losses, part.training = estimator, losses, training
+        if part.watched is not (watched := layer.is_watched()):
+            hide(part, watched=watched)
+        trains = trains or training
+    if native.training is not trains:
+        native.training = trains
+
+
+def weigh(name: str, layers: Sequence[VectorQuantize]) -> tuple[int, float]:
+    """The number of the layer of a loss of the whole, "NAME/NUMBER", and what it weighs."""
+    loss, _, number = name.partition("/")
+    layer = int(number)
+    return layer, 1.0 if loss == WEIGHED else getattr(layers[layer], WEIGHTS[loss])

@@ -1,0 +1,76 @@
+"""Attributes that are set after a module was made: they hold as if they had been given, or are refused.
+
+A class says of which attributes its native part is made; when one of them is set, it is made anew. What is registered stays: codes,
+projections, what an optimizer knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Settable(nn.Module):
+    """A module whose native part, `native`, is what `_build` makes of its attributes."""
+
+    made_of: frozenset[str] = frozenset()
+    """What `_build` reads."""
+    fixed: frozenset[str] = frozenset()
+    """What the tensors of the module were made of, and cannot become anything else."""
+
+    native: Any
+
+    def _build(self) -> None:
+        """Make the native part of the attributes of now, which changes nothing where it raises."""
+        raise NotImplementedError
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        """Raises for what `name` cannot be set to."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        settable, fixed = name in self.made_of, name in self.fixed
+        if not (settable or fixed) or "native" not in self.__dict__:
+            super().__setattr__(name, value)
+            return
+        before = getattr(self, name)
+        if fixed:
+            if not _same(before, value):
+                raise ValueError(f"{name} = {_told(value)}: must stay {_told(before)}, of which the module is made; make another one")
+            return
+        if not isinstance(value, nn.Module) and _same(before, value):
+            super().__setattr__(name, value)
+            return
+        self._check_setting(name, value)
+        super().__setattr__(name, value)
+        try:
+            self._build()
+        except Exception:
+            super().__setattr__(name, before)
+            raise
+
+
+def is_watched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` is more than `kind.forward`: it has hooks, or a forward of its own."""
+    own = module.__dict__  # without a search, as this is asked of every layer in every call
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own or type(module).forward is not kind.forward
+
+
+def keep_synchronized(before: Any, native: Any) -> None:
+    """Let a native part know, as the one before it did, that the codebooks of all processes are equal."""
+    if before is not None:
+        native._synchronized = before._synchronized
+
+
+def _same(before: Any, value: Any) -> bool:
+    if isinstance(before, Tensor) or isinstance(value, Tensor):
+        tensors = isinstance(before, Tensor) and isinstance(value, Tensor)
+        return before is value or (tensors and before.shape == value.shape and bool((before.cpu() == value.cpu()).all()))
+    return bool(before is value or before == value)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.tolist()}" if value.numel() <= 8 else f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__}(...)" if isinstance(value, nn.Module) else repr(value)

@@ -1,0 +1,666 @@
+"""What is set on a module after it was made, and after a call: the next calls are those of the peer, or it is refused."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import random
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from facade.compare import compare
+from facade.peer import facade, peer
+from facade.test_contract import SMALL
+from facade.test_no_dead_parameter import IMAGE, INPUTS, LEARNABLE, MASK, NO_ESTIMATOR, ORTHOGONAL, WIDTH, differ, leaves, sgd, vectors
+
+KINDS = ["VectorQuantize", "ResidualVQ", "GroupedResidualVQ", "RandomProjectionQuantizer", "HierarchicalVQ"]
+APART = {"shared_codebook": False, "kmeans_init": False, "threshold_ema_dead_code": 0}
+BASE: dict[str, dict[str, Any]] = {**SMALL, "HierarchicalVQ": {**SMALL["HierarchicalVQ"], **APART}}
+
+
+class Later(NamedTuple):
+    """`value` set on a module that was made with `given`, which has arguments of calls, too, as "call.NAME".
+
+    A function is asked for the value, with the module.
+    """
+
+    value: Any
+    given: dict[str, Any] = {}  # noqa: RUF012
+    x: Tensor | None = None
+    called: bool = True
+    """Whether it is called once before."""
+
+
+class Kept(NamedTuple):
+    """A function that is the value itself."""
+
+    function: Callable
+
+
+def value_of(later: Later, module: nn.Module) -> Any:
+    if isinstance(later.value, Kept):
+        return later.value.function
+    return later.value(module) if callable(later.value) and not isinstance(later.value, nn.Module) else copy.deepcopy(later.value)
+
+
+def attributes(kind: str) -> dict[str, str]:
+    """The attributes that the peer's `__init__` sets, with "read" where any other method reads them."""
+    tree: Any = ast.parse(textwrap.dedent(inspect.getsource(getattr(peer, kind)))).body[0]
+    made: dict[str, str] = {}
+    read: set[str] = set()
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                if function.name == "__init__" and isinstance(node.ctx, ast.Store):
+                    made.setdefault(node.attr, "")
+                elif function.name != "__init__":
+                    read.add(node.attr)
+            call = function.name == "__init__" and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if call and node.func.attr == "register_buffer":
+                made.setdefault(node.args[0].value, "")
+    return {name: "read" if name in read else "" for name in made if not name.startswith("_") or name == "_codebook"}
+
+
+def linear(rows: int, columns: int, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(5)
+    return nn.Linear(columns, rows, bias=bias)
+
+
+def half_of(name: str) -> Callable[[Any], Tensor]:
+    """Half of a tensor that the module has."""
+    return lambda module: getattr(module, name).detach() * 0.5
+
+
+def first_of(name: str) -> Callable[[Any], Any]:
+    """The modules of a list but for the last."""
+    return lambda module: getattr(module, name)[:-1]
+
+
+def backwards(name: str) -> Callable[[Any], nn.ModuleList]:
+    """The modules of a list in the other order."""
+    return lambda module: nn.ModuleList([*getattr(module, name)][::-1])
+
+
+def optimizer(module: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module._codebook.parameters(), lr=0.1)
+
+
+ROWS = vectors(24, WIDTH)
+HEADS = {"heads": 2, "codebook_dim": 4}
+PROJECTED = {"codebook_dim": 4}
+DIVERSE = {"codebook_diversity_loss_weight": 0.5, "ema_update": False}
+OWN_OPTIMIZER = {**LEARNABLE, "in_place_codebook_optimizer": sgd}
+THREE = {"num_quantizers": 3}
+DROPOUT = {**THREE, "quantize_dropout": True, "call.rand_quantize_dropout_fixed_seed": 1}
+IMPLICIT = {**THREE, "implicit_neural_codebook": True}
+WEIGHED = {**THREE, "ema_update": False, "beam_score_quantizer_weights": [1.0, 1.0, 1.0]}
+BEAM = {**WEIGHED, "beam_size": 3}
+ROTATED = {"orthogonal_rotation": True}
+
+LATER: dict[str, dict[str, list[Later]]] = {
+    "VectorQuantize": {
+        "dim": [Later(6)],
+        "heads": [Later(2), Later(1, HEADS)],
+        "separate_codebook_per_head": [Later(False, {**HEADS, "separate_codebook_per_head": True}), Later(True, HEADS)],
+        "project_in": [Later(linear(4, WIDTH), PROJECTED)],
+        "project_out": [Later(linear(WIDTH, 4), PROJECTED)],
+        "has_commitment_loss": [Later(False), Later(True, {"commitment_weight": 0.0})],
+        "commitment_weight": [Later(0.25), Later(0.0), Later(-1.0), Later(0.5, {"commitment_weight": 0.0})],
+        "commitment_use_cross_entropy_loss": [
+            Later(True, {"ema_update": False}),
+            Later(False, {"ema_update": False, "commitment_use_cross_entropy_loss": True}),
+        ],
+        "learnable_codebook": [Later(False, LEARNABLE)],
+        "has_codebook_orthogonal_loss": [Later(False, ORTHOGONAL), Later(True, LEARNABLE), Later(True, {"ema_update": False})],
+        "orthogonal_reg_weight": [Later(0.25, ORTHOGONAL), Later(0.0, ORTHOGONAL), Later(0.5, LEARNABLE)],
+        "orthogonal_reg_active_codes_only": [Later(True, ORTHOGONAL)],
+        "orthogonal_reg_max_codes": [Later(100, {**ORTHOGONAL, "orthogonal_reg_max_codes": 4})],
+        "has_codebook_diversity_loss": [Later(False, DIVERSE, ROWS), Later(True, {"ema_update": False}, ROWS)],
+        "codebook_diversity_temperature": [Later(1.0, DIVERSE, ROWS)],
+        "codebook_diversity_loss_weight": [Later(0.25, DIVERSE, ROWS), Later(0.5, {"ema_update": False}, ROWS)],
+        "rotation_trick": [Later(False), Later(True, {"rotation_trick": False})],
+        "directional_reparam": [
+            Later(True, {"rotation_trick": False}),
+            Later(False, {"directional_reparam": True, "threshold_ema_dead_code": 1e-6}),
+        ],
+        "directional_reparam_variance": [Later(1e-9, {"directional_reparam": True, "threshold_ema_dead_code": 1e-6})],
+        "sync_update_v": [Later(0.5, {**LEARNABLE, **NO_ESTIMATOR}), Later(0.0, {**LEARNABLE, **NO_ESTIMATOR, "sync_update_v": 0.5})],
+        "route_gradients_to_input": [Later(False), Later(False, {"straight_through": True, "rotation_trick": False, "ema_update": False})],
+        "_codebook": [Later(lambda module: swapped(module))],
+        "in_place_codebook_optimizer": [Later(optimizer, LEARNABLE), Later(None, OWN_OPTIMIZER)],
+        "manual_in_place_optimizer_update": [Later(True, OWN_OPTIMIZER)],
+        "codebook_size": [Later(2, {"call.topk": 4}), Later(64)],
+        "accept_image_fmap": [Later(False, {"accept_image_fmap": True}, IMAGE), Later(True, {}, IMAGE, called=False)],
+        "accept_3d_fmap": [Later(True, {}, IMAGE.unsqueeze(-1), called=False)],
+        "channel_last": [Later(False, {}, vectors(2, WIDTH, WIDTH)), Later(True, {"channel_last": False}, vectors(2, WIDTH, WIDTH))],
+        "return_zeros_for_masked_padding": [Later(False, {"call.mask": MASK})],
+        "freeze_codebook": [Later(True), Later(False, {"freeze_codebook": True})],
+    },
+    "ResidualVQ": {
+        "codebook_dim": [Later(4)],
+        "project_in": [Later(linear(4, WIDTH), PROJECTED)],
+        "project_out": [Later(linear(WIDTH, 4), PROJECTED)],
+        "codebook_sizes": [Later((16, 8))],
+        "implicit_neural_codebook": [Later(False, IMPLICIT)],
+        "num_quantizers": [Later(2, {**DROPOUT, "call.rand_quantize_dropout_fixed_seed": 5}), Later(1)],
+        "layers": [Later(first_of("layers"), THREE), Later(backwards("layers"), THREE)],
+        "quantize_dropout": [Later(False, DROPOUT), Later(True, {**DROPOUT, "quantize_dropout": False})],
+        "quantize_dropout_cutoff_index": [Later(2, DROPOUT)],
+        "quantize_dropout_multiple_of": [Later(3, DROPOUT)],
+        "vq_is_ema_updating": [Later(False, {"shared_codebook": True})],
+        "quant_grad_frac": [Later(0.5)],
+        "beam_size": [Later(3, WEIGHED), Later(None, BEAM), Later(1, BEAM)],
+        "eval_beam_size": [Later(4, WEIGHED), Later(1, BEAM)],
+        "beam_score_weights": [Later(torch.tensor([1.0, 5.0, 0.001]), BEAM)],
+        "mlps": [Later(backwards("mlps"), IMPLICIT)],
+        "diveq": [Later(True), Later(False, {"diveq": True, "threshold_ema_dead_code": 1e-6})],
+        "shared_codebook": [Later(True), Later(False, {"shared_codebook": True})],
+        "accept_image_fmap": [Later(True), Later(False, {"accept_image_fmap": True}, vectors(2, WIDTH, 4, 4))],
+        "return_zeros_for_masked_padding": [Later(False, {"call.mask": MASK})],
+    },
+    "GroupedResidualVQ": {
+        "dim": [Later(6)],
+        "groups": [Later(1)],
+        "accept_image_fmap": [
+            Later(False, {"accept_image_fmap": True}, vectors(2, WIDTH, 4, 4)),
+            Later(True, {}, vectors(2, WIDTH, WIDTH)),
+        ],
+        "rvqs": [Later(backwards("rvqs"))],
+    },
+    "RandomProjectionQuantizer": {
+        "num_codebooks": [Later(1)],
+        "rand_projs": [Later(half_of("rand_projs"), {"norm": False})],
+        "norm": [Later(nn.Identity())],
+        "vq": [Later(lambda module: other_codes(copy.deepcopy(module.vq)))],
+    },
+    "FSQ": {
+        "dim": [Later(4)],
+        "codebook_dim": [Later(3)],
+        "effective_codebook_dim": [Later(3)],
+        "num_codebooks": [Later(2), Later(1, {"num_codebooks": 2, "dim": 4}, vectors(2, 12, 4))],
+        "codebook_size": [Later(7)],
+        "keep_num_codebooks_dim": [Later(True), Later(False, {"keep_num_codebooks_dim": True})],
+        "preserve_symmetry": [Later(True), Later(False, {"preserve_symmetry": True})],
+        "noise_dropout": [Later(0.5, {"preserve_symmetry": True}), Later(0.0, {"preserve_symmetry": True, "noise_dropout": 0.5})],
+        "bound_hard_clamp": [Later(True), Later(True, {"preserve_symmetry": True})],
+        "channel_first": [Later(True, {}, vectors(2, 2, 2)), Later(False, {"channel_first": True}, vectors(2, 2, 2))],
+        "scale": [Later(2.0)],
+        "project_in": [Later(linear(2, 4), {"dim": 4}, vectors(2, 12, 4))],
+        "project_out": [Later(linear(4, 2), {"dim": 4}, vectors(2, 12, 4))],
+        "implicit_codebook": [Later(half_of("implicit_codebook"))],
+        "allowed_dtypes": [Later((torch.float64,))],
+        "orthogonal_rotation": [Later(False, ROTATED), Later(True)],
+        "orthogonal_rot": [Later(lambda module: module.orthogonal_rot.t().contiguous(), ROTATED)],
+    },
+    "FSP": {
+        "codebook_dim": [Later(3)],
+        "dim": [Later(4)],
+        "channel_first": [Later(True, {}, vectors(2, 2, 2))],
+        "codebook_size": [Later(7)],
+        "act_name": [Later("sigmoid")],
+        "quantize_rate": [Later(1.0), Later(0.0, {"quantize_rate": 1.0})],
+        "need_inv_act": [Later(True, {"quantize_rate": 1.0})],
+        "vector_norm": [Later(nn.Identity())],
+        "act_func": [Later(lambda module: act(module, "sigmoid_act"), {"quantize_rate": 1.0})],
+        "inv_act_func": [Later(lambda module: act(module, "sigmoid_inv_act"), {"quantize_rate": 1.0, "need_inv_act": True})],
+        "project_in": [Later(linear(2, 4), {"dim": 4, "quantize_rate": 1.0}, vectors(2, 12, 4))],
+        "project_out": [Later(linear(4, 2), {"dim": 4, "quantize_rate": 1.0}, vectors(2, 12, 4))],
+    },
+    "LFQ": {
+        "dim": [Later(4)],
+        "codebook_size": [Later(8)],
+        "codebook_dim": [Later(3)],
+        "num_codebooks": [Later(2), Later(1, {"num_codebooks": 2})],
+        "keep_num_codebooks_dim": [Later(True)],
+        "channel_first": [Later(True, {}, vectors(2, WIDTH, WIDTH)), Later(False, {"channel_first": True}, vectors(2, WIDTH, WIDTH))],
+        "project_in": [Later(linear(4, WIDTH))],
+        "project_out": [Later(linear(WIDTH, 4))],
+        "activation": [Later(nn.Tanh()), Later(nn.Identity(), {"straight_through_activation": nn.Tanh()})],
+        "maybe_l2norm": [Later(Kept(nn.functional.normalize))],
+        "spherical": [Later(True)],
+        "orthogonal_rotation": [Later(False, ROTATED), Later(True)],
+        "orthogonal_rot": [Later(lambda module: module.orthogonal_rot.t().contiguous(), ROTATED)],
+        "frac_per_sample_entropy": [Later(0.5), Later(1.0, {"frac_per_sample_entropy": 0.5})],
+        "commitment_loss_weight": [Later(0.5), Later(0.0, {"commitment_loss_weight": 0.5}), Later(0.25, {"commitment_loss_weight": 0.5})],
+        "diversity_gamma": [Later(0.25), Later(0.0)],
+        "entropy_loss_weight": [Later(0.5), Later(0.0), Later(0.5, {"entropy_loss_weight": 0.0})],
+        "codebook_scale": [Later(2.0)],
+        "soft_clamp_input_value": [Later(1.5), Later(None, {"soft_clamp_input_value": 1.5})],
+        "entropy_loss_offset": [Later(1.0, {"experimental_softplus_entropy_loss": True})],
+        "codebook": [Later(half_of("codebook"))],
+    },
+    "EvoLFQ": {
+        "encoder": [Later(linear(4, WIDTH))],
+        "decoder": [Later(linear(WIDTH, 4))],
+        "lfq": [Later(lambda module: type(module.lfq)(dim=4, entropy_loss_weight=0.5))],
+        "pop_size": [Later(8)],
+        "tournament_size": [Later(3)],
+        "elitism_count": [Later(2)],
+        "generations": [Later(2)],
+    },
+    "ResidualLFQ": {
+        "project_in": [Later(linear(4, WIDTH))],
+        "project_out": [Later(linear(WIDTH, 4))],
+        "num_quantizers": [Later(2, {**DROPOUT, "call.rand_quantize_dropout_fixed_seed": 5}), Later(1)],
+        "layers": [Later(first_of("layers"), THREE), Later(backwards("layers"), THREE)],
+        "quantize_dropout": [Later(False, DROPOUT), Later(True, {**DROPOUT, "quantize_dropout": False})],
+        "quantize_dropout_cutoff_index": [Later(2, DROPOUT)],
+        "quantize_dropout_multiple_of": [Later(3, DROPOUT)],
+    },
+    "GroupedResidualLFQ": {
+        "dim": [Later(6)],
+        "groups": [Later(1)],
+        "accept_image_fmap": [Later(True, {}, vectors(2, WIDTH, WIDTH))],
+        "rvqs": [Later(backwards("rvqs"))],
+    },
+    "ResidualFSQ": {
+        "levels": [Later([4, 4])],
+        "codebook_size": [Later(7)],
+        "project_in": [Later(linear(2, WIDTH))],
+        "project_out": [Later(linear(WIDTH, 2))],
+        "is_channel_first": [
+            Later(True, {}, vectors(2, WIDTH, WIDTH)),
+            Later(False, {"is_channel_first": True}, vectors(2, WIDTH, WIDTH)),
+        ],
+        "num_quantizers": [Later(2, {**DROPOUT, "call.rand_quantize_dropout_fixed_seed": 5}), Later(1)],
+        "layers": [Later(first_of("layers"), THREE), Later(backwards("layers"), THREE)],
+        "scales": [Later(half_of("scales"))],
+        "quantize_dropout": [Later(False, DROPOUT), Later(True, {**DROPOUT, "quantize_dropout": False})],
+        "quantize_dropout_cutoff_index": [Later(2, DROPOUT)],
+        "quantize_dropout_multiple_of": [Later(3, DROPOUT)],
+        "soft_clamp_input_value": [Later(half_of("soft_clamp_input_value")), Later(None)],
+    },
+    "GroupedResidualFSQ": {
+        "dim": [Later(6)],
+        "groups": [Later(1)],
+        "codebook_size": [Later(7)],
+        "accept_image_fmap": [Later(True, {}, vectors(2, WIDTH, WIDTH))],
+        "rvqs": [Later(backwards("rvqs"))],
+    },
+    "LatentQuantize": {
+        "dim": [Later(4)],
+        "codebook_dim": [Later(1)],
+        "effective_codebook_dim": [Later(1)],
+        "codebook_size": [Later(7)],
+        "num_codebooks": [Later(2)],
+        "keep_num_codebooks_dim": [Later(True)],
+        "commitment_loss_weight": [
+            Later(torch.tensor(0.5)),
+            Later(torch.tensor(0.0)),
+            Later(torch.tensor(0.5), {"commitment_loss_weight": 0.0}),
+        ],
+        "quantization_loss_weight": [Later(torch.tensor(0.5)), Later(torch.tensor(0.0))],
+        "project_in": [Later(linear(2, WIDTH))],
+        "project_out": [Later(linear(WIDTH, 2))],
+        "values_per_latent": [Later(lambda module: nn.ParameterList([value.detach() * 0.5 for value in module.values_per_latent]))],
+        "in_place_codebook_optimizer": [
+            Later(lambda module: sgd(module.values_per_latent)),
+            Later(None, {"in_place_codebook_optimizer": sgd}),
+        ],
+        "implicit_codebook": [Later(half_of("implicit_codebook"))],
+    },
+    "SimVQ": {
+        "codebook_size": [Later(8)],
+        "channel_first": [Later(True, {}, vectors(2, WIDTH, WIDTH)), Later(False, {"channel_first": True}, vectors(2, WIDTH, WIDTH))],
+        "code_transform": [Later(linear(WIDTH, WIDTH))],
+        "frozen_codebook": [Later(half_of("frozen_codebook"))],
+        "rotation_trick": [Later(False), Later(True, {"rotation_trick": False})],
+        "input_to_quantize_commit_loss_weight": [
+            Later(0.5),
+            Later(0.0),
+            Later(0.5, {"input_to_quantize_commit_loss_weight": 0.0}),
+        ],
+    },
+    "ResidualSimVQ": {
+        "channel_first": [Later(True)],
+        "num_quantizers": [Later(2, {**DROPOUT, "call.rand_quantize_dropout_fixed_seed": 5}), Later(1)],
+        "layers": [Later(first_of("layers"), THREE), Later(backwards("layers"), THREE)],
+        "quantize_dropout": [Later(False, DROPOUT), Later(True, {**DROPOUT, "quantize_dropout": False})],
+        "quantize_dropout_cutoff_index": [Later(2, DROPOUT)],
+        "quantize_dropout_multiple_of": [Later(3, DROPOUT)],
+    },
+    "BinaryMapper": {
+        "bits": [Later(2)],
+        "num_codes": [Later(4)],
+        "power_two": [Later(lambda module: module.power_two.flip(0))],
+        "codes": [Later(lambda module: module.codes.flip(0))],
+        "kl_loss_threshold": [Later(0.1)],
+    },
+    "HierarchicalVQ": {
+        "dim": [Later(4)],
+        "scales": [Later((1, 3))],
+        "spatial_dims": [Later(2)],
+        "level_shapes": [Later(((1,), (3,)))],
+        "num_levels": [Later(1)],
+        "codebook_sizes": [Later((8, 8))],
+        "channel_first": [Later(False, {}, vectors(2, WIDTH, WIDTH))],
+        "nested_dropout": [Later(1.0)],
+        "nested_dropout_min_levels": [Later(2, {"nested_dropout": 1.0})],
+        "to_channel_first": [Later(nn.Identity())],
+        "to_channel_last": [Later(nn.Identity())],
+        "mask_to_channel": [Later(nn.Identity())],
+        "mask_from_channel": [Later(nn.Identity())],
+        "flatten_spatial": [Later(nn.Identity())],
+        "flatten_indices": [Later(nn.Identity())],
+        "unflatten_spatial": [Later(backwards("unflatten_spatial"))],
+        "indices_to_spatial": [Later(backwards("indices_to_spatial"))],
+        "vq": [Later(lambda module: other_codes(copy.deepcopy(module.vq)), {"shared_codebook": True, "decay": 1.0})],
+        "vqs": [Later(backwards("vqs"))],
+        "phi_shared": [Later(lambda module: module.phi_levels[-1], {"share_quant_resi": 2})],
+        "phi_levels": [Later(backwards("phi_levels"), {"share_quant_resi": 2})],
+    },
+}
+"""What is set; where a class and attribute are missing a bool is turned and a float doubled."""
+
+CONSTANTS: dict[str, tuple[str, ...]] = {
+    "VectorQuantize": ("zero",),
+    "LFQ": ("zero", "mask"),
+    "EvoLFQ": ("zero",),
+    "BinaryMapper": ("zero",),
+}
+"""Buffers that hold numbers which are the same in all modules."""
+
+
+def swapped(module: Any) -> nn.Module:
+    """A codebook of other codes."""
+    return other_codes(copy.deepcopy(module))._codebook
+
+
+def other_codes(module: Any) -> Any:
+    module.eval()
+    with torch.no_grad():
+        module._codebook.embed.mul_(-1.0)
+        module._codebook.embed_avg.mul_(-1.0)
+    return module.train()
+
+
+def act(module: Any, name: str) -> Any:
+    return getattr(inspect.getmodule(type(module)), name)
+
+
+def doubled(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    assert isinstance(value, float), "say in LATER what to set it to"
+    return 2 * value + 0.5
+
+
+def cases_of(kind: str, name: str) -> list[Later]:
+    known = LATER.get(kind, {}).get(name)
+    return [Later(lambda module: doubled(getattr(module, name)))] if known is None else known
+
+
+CASES = [(kind, name, number) for kind in KINDS for name in attributes(kind) for number in range(len(cases_of(kind, name)))]
+
+
+def input_of(kind: str, later: Later) -> Tensor:
+    return INPUTS.get(kind, vectors()) if later.x is None else later.x
+
+
+def prepared(name: str, later: Later, x: Tensor, set_it: bool = True) -> Callable[[Any], None]:
+    """Changes a module after one call of training."""
+    calls = {key.removeprefix("call."): value for key, value in later.given.items() if key.startswith("call.")}
+
+    def change(module: Any) -> None:
+        random.seed(3)
+        torch.manual_seed(3)
+        if later.called:
+            module(x.clone(), **calls)
+        torch.manual_seed(4)
+        value = value_of(later, module)
+        if set_it:
+            setattr(module, name, value)
+
+    return change
+
+
+def alone(kind: str, name: str, later: Later, set_it: bool) -> dict[str, Tensor] | Exception:
+    """What the peer does."""
+    arguments = copy.deepcopy({**BASE[kind], **later.given})
+    calls = {key.removeprefix("call."): arguments.pop(key) for key in [*arguments] if key.startswith("call.")}
+    torch.manual_seed(0)
+    x = input_of(kind, later)
+    found: dict[str, Tensor] = {}
+    try:
+        module = getattr(peer, kind)(**arguments)
+        prepared(name, later, x, set_it)(module)
+        for mode in (True, False):
+            module.train(mode)
+            given = x.clone().requires_grad_()
+            torch.manual_seed(1)
+            output = module(given, **calls)
+            found |= dict(leaves(output, str(mode)))
+            parts = [part.sin().sum() for _, part in _tensors(output) if part.requires_grad]
+            if mode and parts:
+                torch.stack(parts).sum().backward()
+                found["gradient"] = torch.zeros(()) if given.grad is None else given.grad
+                found |= {f"of.{key}": p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
+            if not mode:
+                found |= dict(leaves({**module.state_dict()}, "state"))
+                for method in ("get_output_from_indices", "indices_to_codes"):
+                    if hasattr(module, method) and isinstance(output, tuple):
+                        found |= dict(leaves(getattr(module, method)(output[1]), method))
+    except Exception as error:
+        return error
+    return found
+
+
+def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, (tuple, list)):
+        for number, part in enumerate(output):
+            yield from _tensors(part, f"{path}.{number}")
+
+
+def outcome(kind: str, name: str, number: int) -> str:
+    """One of "cannot" (the peer raises), "inert" (it changes nothing there, nor here), "equal", "refused"; else AssertionError."""
+    later = cases_of(kind, name)[number]
+    x = input_of(kind, later)
+    usual, there = (alone(kind, name, later, set_it) for set_it in (False, True))
+    if isinstance(there, Exception):
+        return "cannot"
+    arguments = {**BASE[kind], **later.given}
+    calls = {key.removeprefix("call."): arguments.pop(key) for key in [*arguments] if key.startswith("call.")}
+    try:
+        comparison = compare(kind, arguments, x, calls=calls, prepare=prepared(name, later, x), steps=1)
+    except (ValueError, TypeError):
+        return "refused"
+    if "raises" in comparison.worst:
+        return "refused"
+    comparison.facts[name] = None if callable(later.value) else later.value
+    comparison.worst.pop("state_back", None)  # where modules were added or taken away the peer has others, too
+    comparison.facts["beam_size"] = "beam" in name
+    comparison.check()
+    return "equal" if isinstance(usual, Exception) or differ(usual, there) else "inert"
+
+
+UNSEEN: dict[str, tuple[str, ...]] = {
+    "VectorQuantize": ("dim", "heads", "separate_codebook_per_head", "eps", "use_cosine_sim"),
+    "ResidualVQ": ("codebook_dim", "accept_image_fmap", "codebook_sizes", "uniform_codebook_size"),
+    "GroupedResidualVQ": ("dim", "groups", "accept_image_fmap"),
+    "RandomProjectionQuantizer": ("num_codebooks",),
+    "HierarchicalVQ": (
+        "dim",
+        "spatial_dims",
+        "scales",
+        "level_shapes",
+        "num_levels",
+        "codebook_sizes",
+        "flatten_spatial",
+        "unflatten_spatial",
+        "indices_to_spatial",
+    ),
+}
+"""Attributes that no call of the peer tells, or with which it raises."""
+
+SETTINGS = [(kind, name) for kind in KINDS for name in attributes(kind) if name not in CONSTANTS.get(kind, ())]
+
+
+@pytest.mark.parametrize("kind, name", SETTINGS)
+def test_what_is_set_later_holds_or_is_refused(kind: str, name: str) -> None:
+    found = {outcome(kind, name, number) for number in range(len(cases_of(kind, name)))}
+    assert bool(found & {"equal", "refused"}) != (name in UNSEEN.get(kind, ()))
+
+
+RESIDUAL = {"dim": WIDTH, "num_quantizers": 4, "codebook_size": 16}
+
+
+def both(kind: str, prepare: Callable[[Any], Any], kwargs: dict[str, Any] | None = None, x: Tensor | None = None, **calls: Any) -> Any:
+    """That both do the same after one call and `prepare`."""
+
+    def change(module: Any) -> None:
+        module(vectors() if x is None else x)
+        prepare(module)
+
+    arguments = RESIDUAL if kwargs is None else kwargs
+    found = compare(kind, arguments, vectors() if x is None else x, calls=calls, prepare=change)
+    found.worst.pop("state_back", None)
+    found.check()
+
+
+def set_each(name: str, *values: Any) -> Callable[[Any], None]:
+    def prepare(module: Any) -> None:
+        for number, (layer, value) in enumerate(zip(module.layers, values, strict=False)):
+            assert hasattr(layer, name), number
+            setattr(layer, name, value)
+
+    return prepare
+
+
+def without(start: int) -> Callable[[Any], None]:
+    def prepare(module: Any) -> None:
+        del module.layers[start:]
+        module.num_quantizers = len(module.layers)
+
+    return prepare
+
+
+def another_layer(module: Any) -> None:
+    module.layers[1] = other_codes(copy.deepcopy(module.layers[3]))
+    module.layers[1].commitment_weight = 0.25
+
+
+PREPARED: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+    "layers, truncated": (lambda module: setattr(module, "layers", module.layers[:2]), {}),
+    "layers, deleted": (without(2), {"quantize_dropout": True, "call.rand_quantize_dropout_fixed_seed": 4}),
+    "a layer, replaced": (another_layer, {}),
+    "weights of layers": (set_each("commitment_weight", 0.5, 0.25, 2.0, 0.0), {}),
+    "a loss of one layer": (set_each("has_commitment_loss", False, True, False, True), {}),
+    "an estimator of one layer": (set_each("rotation_trick", False, True, False, True), {"quant_grad_frac": 0.5}),
+    "a codebook that another one is put into": (lambda module: setattr(module.layers[1], "_codebook", swapped(module.layers[2])), {}),
+}
+
+
+@pytest.mark.parametrize("case", PREPARED)
+def test_layers_are_those_of_now(case: str) -> None:
+    prepare, given = PREPARED[case]
+    calls = {name.removeprefix("call."): given[name] for name in given if name.startswith("call.")}
+    both("ResidualVQ", prepare, {**RESIDUAL, **{name: given[name] for name in given if not name.startswith("call.")}}, **calls)
+
+
+@pytest.mark.parametrize("kind", ["ResidualVQ", "GroupedResidualVQ"])
+def test_layers_in_eval_mode_do_not_learn_while_the_others_do(kind: str) -> None:
+    """As where the first layers are frozen and the later ones trained; in eval mode a layer has no estimator and no loss."""
+
+    def residuals(module: Any) -> list[Any]:
+        return [*getattr(module, "rvqs", [module])]
+
+    def train(module: Any, mode: bool = True) -> Any:
+        type(module).train(module, mode)
+        for residual in residuals(module):
+            for layer in residual.layers[:2]:
+                layer.eval()
+        return module
+
+    kwargs = {**RESIDUAL, "groups": 2} if kind == "GroupedResidualVQ" else RESIDUAL
+    both(kind, lambda module: module.__dict__.update(train=lambda mode=True: train(module, mode)), kwargs)
+
+
+def test_a_layer_that_trains_in_a_quantizer_in_eval_mode_learns() -> None:
+    pair = [kind(**RESIDUAL) for kind in (peer.ResidualVQ, facade.ResidualVQ)]
+    pair[1].load_state_dict(pair[0].state_dict())
+    for module in pair:
+        module.eval().layers[3].train()
+        module(vectors())
+    for name, tensor in pair[0].state_dict().items():
+        torch.testing.assert_close(pair[1].state_dict()[name], tensor)
+    assert not torch.equal(pair[1].layers[3].codebook, pair[1].layers[3].eval()._codebook.embed_avg)
+
+
+def test_a_layer_that_is_frozen_alone_stays() -> None:
+    rvq = facade.ResidualVQ(**RESIDUAL)
+    rvq.layers[0].freeze_codebook = True
+    before = copy.deepcopy(rvq.state_dict())
+    rvq(vectors())
+    moved = {name.split(".")[1] for name, tensor in rvq.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert moved == {"1", "2", "3"}
+
+
+def test_each_layer_draws_at_its_own_temperature() -> None:
+    x = vectors()
+    rvq = facade.ResidualVQ(**RESIDUAL, stochastic_sample_codes=True)
+    for layer in rvq.layers[:2]:
+        layer._codebook.sample_codebook_temp = 0.0
+    found = rvq(x, freeze_codebook=True)[1]
+    nearest = rvq.eval()(x)[1]
+    assert torch.equal(found[..., :2], nearest[..., :2])
+    assert not torch.equal(found[..., 2], nearest[..., 2])
+
+
+def turn_on_diversity(layer: Any) -> None:
+    layer.has_codebook_diversity_loss = True
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda rvq: setattr(rvq.layers[1], "_codebook", rvq.layers[0]._codebook), "layers have 3 codebooks"),
+        (lambda rvq: rvq.layers.append(nn.Linear(2, 2)), "holds Linear"),
+        (lambda rvq: setattr(rvq, "layers", rvq.layers[:0]), "holds none"),
+        (lambda rvq: setattr(rvq, "layers", nn.ModuleList([nn.Linear(2, 2)])), "holds Linear"),
+        (lambda rvq: setattr(rvq.layers[0], "_codebook", nn.Linear(2, 2)), "must be a Codebook"),
+        (lambda rvq: rvq.layers[0].__setattr__("codebook_diversity_temperature", 0.0) or turn_on_diversity(rvq.layers[0]), "temperature"),
+    ],
+)
+def test_what_cannot_be_a_layer_is_refused(change: Callable[[Any], Any], words: str) -> None:
+    rvq = facade.ResidualVQ(**RESIDUAL)
+
+    def changed_and_called() -> None:
+        change(rvq)
+        rvq(vectors())
+
+    with pytest.raises((ValueError, TypeError), match=words):
+        changed_and_called()
+
+
+def test_a_setting_that_is_refused_changes_nothing() -> None:
+    vq = facade.VectorQuantize(**SMALL["VectorQuantize"])
+    native, before = vq.native, {**vars(vq)}
+    for name, value in (("has_codebook_orthogonal_loss", True), ("sync_update_v", 0.5), ("project_in", nn.Linear(2, 2)), ("heads", 2)):
+        with pytest.raises(ValueError, match=r"must (be|stay)|unless"):
+            setattr(vq, name, value)
+        assert vq.native is native
+        assert vars(vq) == before
+
+
+def test_a_module_of_a_user_may_have_attributes_of_its_own() -> None:
+    class Own(facade.VectorQuantize):
+        def __init__(self, dim: int, codebook_size: int) -> None:
+            self.factor = 2
+            super().__init__(dim, codebook_size)
+            self.dim, self.codebook_size, self.heads = dim, codebook_size, 1
+            self.extra = nn.Linear(2, 2)
+
+    vq = Own(WIDTH, 16)
+    native = vq.native
+    vq.rotation_trick = True  # as it is
+    assert vq.native is native
+    assert {*dict(vq.named_parameters())} == {"extra.weight", "extra.bias"}
+    vq(vectors())
