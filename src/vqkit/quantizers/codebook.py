@@ -113,7 +113,7 @@ class Codebook(Counting):
         check_choice("metric", metric, ("euclidean", "cosine"))
         check_choice("init", init, ("uniform", "normal", "unit"), (KMeans,))
         _check_together(update, init, dead_codes, transform, affine, metric, code_weights)
-        num_candidates = min(size, _MAX_CANDIDATES) if dead_codes else 0
+        num_candidates = most_candidates(size, dead_codes)
         pending = zero_statistics(heads, size, dim, num_candidates=num_candidates, moments=moments, dtype=dtype, device=device)
         super().__init__(size, pending, device=device)
         self.heads, self.dim, self.metric = heads, dim, metric
@@ -184,8 +184,7 @@ class Codebook(Counting):
     @property
     def counts(self) -> bool:
         """Whether a commit has any use for statistics."""
-        rule = self._rule()
-        return self.dead_codes is not None or self.affine is not None or not isinstance(rule, StoredEMA) or rule.count
+        return self.dead_codes is not None or self.affine is not None or not isinstance(self.update, StoredEMA) or self.update.count
 
     @property
     def dtype(self) -> torch.dtype:
@@ -316,23 +315,30 @@ class Codebook(Counting):
         state = self.committed_state()
         if self._frozen:
             return state
-        statistics = self.pending
+        after = self._learn(state, self.pending, self.update, self.dead_codes, self._code_moments)
+        return {**after, "updates": state["updates"] + 1}
+
+    def _learn(
+        self,
+        state: State,
+        statistics: CodebookStatistics,
+        rule: Update,
+        dead_codes: DeadCodes | None,
+        code_moments: tuple[Tensor, Tensor] | None = None,
+    ) -> State:
+        """The state after a step by `rule`; with affine.current, `code_moments` are those of the codes (None: of `state`)."""
         moments = statistics.vectors, statistics.moments
         if self.affine:
             if self.affine.current:
-                state = {**state, **self._follow(self.affine, state, state, *moments, self._code_moments)}
+                state = {**state, **self._follow(self.affine, state, state, *moments, code_moments)}
             statistics = self._without_affine(statistics, state)
         rows = {name: state[name] for name in self._rule_names}
-        after = advance(self._rule(), self.dead_codes, rows, statistics, self._weigh_codes(statistics), unit=self.metric == "cosine")
-        if self.metric == "cosine" and isinstance(self.update, StoredEMA):
-            after["weight"] = directions(after["weight"])
+        after = advance(rule, dead_codes, rows, statistics, self._weigh_codes(statistics), unit=self.metric == "cosine")
+        if self.metric == "cosine" and isinstance(rule, StoredEMA):
+            after = {**after, "weight": directions(after["weight"])}
         if self.affine and not self.affine.current:
             after = after | self._follow(self.affine, state, after, *moments)
-        return {**state, **after, "updates": state["updates"] + 1}
-
-    def _rule(self) -> Update:
-        """By which a commit of what is pending goes."""
-        return self.update
+        return {**state, **after}
 
     def _write_(self, applied: Tensor | None) -> None:
         if self.dead_codes and not self._frozen:
@@ -553,7 +559,7 @@ class Codebook(Counting):
 
     def _find_dead(self, dead_codes: DeadCodes) -> Tensor:
         """[H]: the share of the codes that a commit of what is pending finds dead, before it replaces any."""
-        count = next_count(self._rule(), self.count, self.pending.count, self._weigh_codes(self.pending))
+        count = next_count(self.update, self.count, self.pending.count, self._weigh_codes(self.pending))
         return dead_fraction(count, dead_codes.threshold)
 
     # Moving and storing
@@ -592,6 +598,11 @@ class Codebook(Counting):
             return
         self.initialized = bool(state_dict.get(f"{prefix}initialized", True))
         unexpected_keys[:] = [key for key in unexpected_keys if key != f"{prefix}initialized"]
+
+
+def most_candidates(size: int, dead_codes: DeadCodes | None) -> int:
+    """How many vectors a step keeps that dead ones of `size` codes may start anew at."""
+    return min(size, _MAX_CANDIDATES) if dead_codes else 0
 
 
 def _row(values: Tensor) -> Tensor:

@@ -219,6 +219,17 @@ def _numbers(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"[{place}]{deeper}", number) for deeper, number in _numbers(entry))
 
 
+@functools.cache
+def _of_constructor(cls: type) -> _Parameters:
+    return _Parameters(cls.__init__)
+
+
+def check_as_argument(cls: type, name: str, value: Any) -> None:
+    """Check what an attribute is set to as the constructor of `cls` does its argument of that name, if there is one."""
+    if name in _of_constructor(cls).names:
+        _of_constructor(cls).check((), {name: value})
+
+
 # Errors that pass by
 
 

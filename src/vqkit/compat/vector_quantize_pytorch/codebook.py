@@ -1,7 +1,8 @@
-"""The peer's Codebook: a codebook of vqkit under the names, in the state dict and with the timing that users see at `_codebook`.
+"""The peer's Codebook: a codebook of vqkit whose state stands in the peer's buffers, and changes when the peer's does.
 
-What is pending is shown as if it had been committed, as everywhere in vqkit; the peer's names are what they read. Shapes: H codebooks,
-C codes, K width, N vectors.
+A training call ends with its step: nothing is pending, what the buffers hold is all that there is, and what is written into them holds
+from the next call on. A call that is computed again inside a backward reads what it read the first time, which is kept beside them.
+Shapes: H codebooks, C codes, K width, N vectors.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from vqkit.compat.vector_quantize_pytorch import functions
-from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
-from vqkit.compat.vector_quantize_pytorch.translate import codebook_options
-from vqkit.dist import LocalReducer, Reducer
+from vqkit.compat.vector_quantize_pytorch import functions, translate
+from vqkit.compat.vector_quantize_pytorch.arguments import check_as_argument, in_these_words
+from vqkit.dist import LocalReducer, Reducer, is_managed
 from vqkit.ops.codebook import CodebookStatistics, largest_keys, merge_statistics
 from vqkit.quantizers.codebook import Codebook as _Codebook
+from vqkit.quantizers.codebook import most_candidates
 from vqkit.quantizers.commit import reduce_in_forward
 from vqkit.quantizers.committed import in_backward, outside_backward
 from vqkit.quantizers.config import StoredEMA
 from vqkit.quantizers.layout import check_indices
-from vqkit.quantizers.update import expire, follow_averages
+from vqkit.quantizers.update import State, expire, follow_averages
 
-_AFFINE_KEYS = tuple(key for name in ("mean", "variance") for key in (f"batch_{name}", f"codebook_{name}", f"codebook_{name}_needs_init"))
+_OWN = {"weight": "embed", "count": "cluster_size", "sum": "embed_avg"}
+_OF_VECTORS, _OF_CODES = ("batch_mean", "batch_variance"), ("code_mean", "code_variance")
+_AFFINE = {**dict(zip(_OF_VECTORS, _OF_VECTORS, strict=True)), "code_mean": "codebook_mean", "code_variance": "codebook_variance"}
+"""The peer's names."""
+_NEED_INIT = ("codebook_mean_needs_init", "codebook_variance_needs_init")
+_BUFFERS = ("initted", "cluster_size", "embed_avg", "embed")
+"""In the peer's order."""
 
 CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor] | float
 
@@ -38,20 +45,64 @@ class Call(NamedTuple):
     weights: CodeWeights | None = None  # what 1 - decay of each code is multiplied by
     accumulate: bool = False  # the statistics wait for the next call that does not say so
     uses: int = 1  # how many steps in turn these statistics stand for, faded by `weight_of_use`
+    averages_alone: bool = False  # the codes stay where they are
+
+
+class _Setting:
+    """An attribute that every step is computed with, by the value of the moment."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, codebook: Any, owner: type | None = None) -> Any:
+        if codebook is None:
+            return self
+        if self.name not in codebook._settings:
+            raise AttributeError(self.name)
+        return codebook._settings[self.name]
+
+    def __set__(self, codebook: Codebook, value: Any) -> None:
+        check_as_argument(Codebook, self.name, value)
+        codebook._take({**codebook._settings, self.name: value})
+
+
+class _Fixed(_Setting):
+    """An attribute that the codebook is made with. Raises ValueError where it is set to another value."""
+
+    def __set__(self, codebook: Codebook, value: Any) -> None:
+        if value != (made := codebook._settings.get(self.name)):
+            raise ValueError(
+                f"{self.name} = {value!r}: must stay {made!r}, with which this codebook is made; make another and load its state"
+            )
 
 
 @in_these_words()
 class Codebook(_Codebook):
     """A codebook of `codebook_size` codes of width `dim`, or `num_codebooks` of them, with the peer's arguments.
 
-    State dict and attributes: `embed` [H, C, K], the codes, a parameter where they are learnable; `embed_avg` [H, C, K] and `cluster_size`
-    [H, C], the moving averages; `initted` [] bool; while calls accumulate what waits for a step, `pending.*`, which the peer does not know.
-    They show every training call at once. `embed` is the tensor itself, to be written in
-    place, as long as no training call is pending: before the first one, and in eval mode.
+    Buffers: `initted` [] bool; `cluster_size` [H, C] and `embed_avg` [H, C, K], the moving averages; `embed` [H, C, K], the codes, a
+    parameter where they are learnable; with affine_param `codebook_mean`, `codebook_variance` and, once vectors have set them,
+    `batch_mean`, `batch_variance` [H, 1, K]. The state dict has these, and while calls accumulate what waits for a step, `pending.*`,
+    which the peer does not know. What the peer reads in every call may be set at any time; what it is made with raises ValueError.
     """
+
+    initted: Tensor
+    embed: Tensor
+    embed_avg: Tensor
+    cluster_size: Tensor
 
     synchronizes = True
     """Whether `update_indices` is a step of all processes."""
+    recalls = False
+    """Whether codes are read as the last forward in training has read them."""
+    _written = 0
+    """The version of `initted` that was looked at last."""
+
+    decay, eps, ema_update, manual_ema_update, kmeans_iters = _Setting(), _Setting(), _Setting(), _Setting(), _Setting()
+    threshold_ema_dead_code, has_dead_code_replacement, reset_cluster_size = _Setting(), _Setting(), _Setting()
+    affine_param_batch_decay, affine_param_codebook_decay = _Setting(), _Setting()
+    codebook_size, num_codebooks, learnable_codebook, use_cosine_sim, affine_param = _Fixed(), _Fixed(), _Fixed(), _Fixed(), _Fixed()
+    gumbel_sample, transform_input = _Fixed(), _Fixed()
 
     def __init__(
         self,
@@ -80,66 +131,82 @@ class Codebook(_Codebook):
     ) -> None:
         if not callable(gumbel_sample):
             raise TypeError(f"gumbel_sample = {gumbel_sample!r}: must be a function of logits that gives indices and their one-hot rows")
-        options = codebook_options(
-            decay=decay,
-            eps=eps,
-            kmeans_init=kmeans_init,
-            kmeans_iters=kmeans_iters,
-            threshold_ema_dead_code=threshold_ema_dead_code,
-            reset_cluster_size=reset_cluster_size,
-            learnable_codebook=learnable_codebook,
-            ema_update=ema_update,
-            manual_ema_update=manual_ema_update,
-            use_cosine_sim=use_cosine_sim,
-            vq_bridge=vq_bridge,
-            affine_param=affine_param,
-            affine_param_batch_decay=affine_param_batch_decay,
-            affine_param_codebook_decay=affine_param_codebook_decay,
-        )
+        self._settings: dict[str, Any] = {
+            "decay": decay,
+            "eps": eps,
+            "ema_update": ema_update,
+            "manual_ema_update": manual_ema_update,
+            "kmeans_iters": kmeans_iters,
+            "threshold_ema_dead_code": threshold_ema_dead_code,
+            "has_dead_code_replacement": threshold_ema_dead_code > 0,
+            "reset_cluster_size": threshold_ema_dead_code if reset_cluster_size is None else reset_cluster_size,
+            "codebook_size": codebook_size,
+            "num_codebooks": num_codebooks,
+            "learnable_codebook": learnable_codebook,
+            "use_cosine_sim": use_cosine_sim,
+            "affine_param": affine_param,
+            "gumbel_sample": gumbel_sample,
+            "transform_input": functions.l2norm if use_cosine_sim else functions.identity,
+        }
+        if affine_param:
+            of_affine = {"affine_param_batch_decay": affine_param_batch_decay, "affine_param_codebook_decay": affine_param_codebook_decay}
+            self._settings |= of_affine
         self._waits = kmeans_init
+        options = translate.codebook_options(self._settings, kmeans_init=kmeans_init, vq_bridge=vq_bridge)
         super().__init__(num_codebooks, codebook_size, dim, **options)
-        self._rename()
-        self.codebook_size, self.num_codebooks, self.kmeans_iters = codebook_size, num_codebooks, kmeans_iters
-        self.ema_update, self.manual_ema_update, self.use_ddp = ema_update, manual_ema_update, use_ddp
-        self.threshold_ema_dead_code, self.has_dead_code_replacement = threshold_ema_dead_code, threshold_ema_dead_code > 0
-        self.reset_cluster_size = threshold_ema_dead_code if reset_cluster_size is None else reset_cluster_size
-        self.learnable_codebook, self.use_cosine_sim = learnable_codebook, use_cosine_sim
-        self.affine_param, self.sync_affine_param = affine_param, sync_affine_param
-        self.gumbel_sample, self.sample_codebook_temp = gumbel_sample, sample_codebook_temp
-        self.transform_input = functions.l2norm if use_cosine_sim else functions.identity
+        self.use_ddp, self.sync_affine_param, self.sample_codebook_temp = use_ddp, sync_affine_param, sample_codebook_temp
         self.call: Call | None = None
         self._accumulating = False
-        self._pending_rule: StoredEMA | None = None
-        self._pending_weights: Tensor | None = None
+
+    def _take(self, settings: dict[str, Any]) -> None:
+        """Let steps be computed with these."""
+        options = translate.codebook_options(settings, kmeans_init=self.init != "uniform", vq_bridge=None)
+        self._settings = settings
+        self.update, self.dead_codes, self.affine, self.init = (options[name] for name in ("update", "dead_codes", "affine", "init"))
+        if (number := most_candidates(self.size, self.dead_codes)) != self.num_candidates:
+            self.num_candidates = number
+            rows = self.sum.new_zeros(self.heads, number, self.dim)
+            self.pending = self.pending._replace(candidates=rows, keys=rows[..., 0].clone())
+
+    # The state
+
+    def reset_parameters(self) -> None:
+        """As in vqkit; codes and averages that wait for a k-means start are 0."""
+        if "initted" not in self._buffers:
+            self._rename()
+        super().reset_parameters()
+        if self._waits:
+            for tensor in (self.weight, self.sum):
+                tensor.data.zero_()
 
     def _rename(self) -> None:
-        """Parameters, buffers and parts under the peer's names, which an optimizer's and a model's state dict goes by."""
-        parts = self._modules
-        if "transform" in parts:
-            parts["vq_bridge"] = parts.pop("transform")
-        for tensors in (self._parameters, self._buffers):
-            for name, there in (("weight", "embed"), ("count", "cluster_size"), ("sum", "embed_avg")):
-                if name in tensors:
-                    cast(dict[str, Any], tensors)[there] = tensors.pop(name)
-        self._non_persistent_buffers_set.add("updates")
-        if self._waits:
-            self._stored("embed").data.zero_()
-            self._stored("embed_avg").zero_()
+        """Parameters, buffers and parts under the peer's names and in its order, and beside them what is no part of the state."""
+        parts, parameters, found = self._modules, cast(dict[str, Any], self._parameters), cast(dict[str, Any], {**self._buffers})
+        parts["vq_bridge"] = parts.pop("transform", None)
+        if "weight" in parameters:
+            parameters["embed"] = parameters.pop("weight")
+        self._buffers.clear()
+        self.updates = found.pop("updates")
+        found["initted"] = torch.tensor(not self._waits, device=self.updates.device)
+        found |= {there: found.pop(name) for name, there in _OWN.items() if name in found}
+        self._buffers |= {name: found[name] for name in _BUFFERS if name in found}
+        codes = found["embed_avg"]
+        self._read, self._unseen = {"weight": torch.empty_like(codes)}, cast(dict[str, Tensor], {})
+        if self.affine:
+            self._unseen |= {name: found[name].unsqueeze(1) for name in _OF_VECTORS}
+            self._buffers |= dict.fromkeys(_OF_VECTORS)
+            for name in _OF_CODES:
+                there = _AFFINE[name]
+                self._buffers |= {f"{there}_needs_init": torch.ones_like(found["initted"]), there: found[name].unsqueeze(1)}
+            self._read |= {name: torch.empty_like(found[name]) for name in _AFFINE} | {"batch_seen": codes.new_empty(())}
 
     def _stored(self, name: str) -> Tensor:
-        """The parameter or buffer itself."""
+        """The parameter or buffer."""
         found = self._parameters.get(name)
         found = self._buffers.get(name) if found is None else found
         if found is None:
             raise AttributeError(name)
         return found
-
-    # What vqkit reads
-
-    @property
-    def _start_count(self) -> float:
-        """Twice the threshold, so that a code that was merely not yet used is not dead after the first step."""
-        return max(1.0, 2.0 * self.dead_codes.threshold) if self.dead_codes else 1.0
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -153,87 +220,122 @@ class Codebook(_Codebook):
     def count(self) -> Tensor:  # type: ignore[override]
         return self._stored("cluster_size")
 
+    def committed_state(self) -> State:
+        buffers = cast(dict[str, Tensor], self._buffers)
+        codes = self._parameters.get("embed")
+        state = {"weight": buffers["embed"] if codes is None else codes, "count": buffers["cluster_size"], "sum": buffers["embed_avg"]}
+        if self.affine:
+            found = buffers | self._unseen
+            state |= {name: found[there].squeeze(1) for name, there in _AFFINE.items()}
+            state["batch_seen"] = (~found[_NEED_INIT[0]]).to(self.dtype)
+        return state
+
+    def _see(self, seen: bool) -> None:
+        """Whether vectors have set their mean and variance: until then these are no buffers."""
+        for name in _OF_VECTORS:
+            if seen and name in self._unseen:
+                self._buffers[name] = self._unseen.pop(name)
+            elif not seen and name not in self._unseen:
+                self._unseen[name], self._buffers[name] = self._stored(name), None
+
     @property
     def transform(self) -> nn.Module | None:  # type: ignore[override]
         return self._modules.get("vq_bridge", self._modules.get("transform"))
 
     @transform.setter
     def transform(self, module: nn.Module | None) -> None:
-        if module is not None:
-            self._modules["transform"] = module
+        """Only for what is no module: that is registered without asking here."""
+
+    @property
+    def commits(self) -> Tensor:
+        return self.updates
+
+    @property
+    def _start_count(self) -> float:
+        """Twice the threshold, so that a code that was merely not yet used is not dead after the first step."""
+        return max(1.0, 2.0 * self.dead_codes.threshold) if self.dead_codes else 1.0
 
     @property
     def initialized(self) -> bool:  # type: ignore[override]
-        if self._waits and not torch.compiler.is_compiling() and bool(self._initted):
-            self._waits = False
+        """As `initted` says. Where that waits for a device it is asked while a start is due, and when it was written in place."""
+        stored = self._buffers.get("initted")
+        if stored is None or torch.compiler.is_compiling():
+            return not self._waits
+        if stored.is_cpu:
+            if bool(stored) is self._waits:
+                self._waits = not self._waits
+        elif not stored.is_meta and not stored.is_inference() and (self._waits or self._written != stored._version):
+            self._waits, self._written = not bool(stored), stored._version
         return not self._waits
 
     @initialized.setter
     def initialized(self, value: bool) -> None:
-        self._waits, self._initted = not value, torch.tensor(value)
+        self._waits = not value
+        if (stored := self._buffers.get("initted")) is not None:
+            stored.fill_(value)
 
-    # What the peer's users read
+    # Reading
 
-    def _shown(self, name: str) -> Tensor:
-        stored = self._stored(name)
-        if not self.training or self._entered or int(self.follows) != int(self.updates):
-            return stored
-        of_vqkit = {"embed": "weight", "embed_avg": "sum", "cluster_size": "count"}
-        return self._settled()[of_vqkit[name]]
+    def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
+        """As in vqkit; and a forward in training keeps what it reads, a recomputation reads what was kept."""
+        super().enter_(learning=learning, frozen=frozen, reducer=reducer)
+        if self.training:
+            self._keep()
 
-    @property
-    def embed(self) -> Tensor:
-        """[H, C, K] the codes; the parameter itself where nothing but an optimizer changes it."""
-        if isinstance(stored := self._stored("embed"), nn.Parameter) and not self.dead_codes and not self._rule().follow:
-            return stored
-        return self._shown("embed")
+    def leave_(self) -> None:
+        super().leave_()
+        self.recalls = False
 
-    @property
-    def embed_avg(self) -> Tensor:
-        """[H, C, K] moving average of the sum of the vectors of each code."""
-        return self._shown("embed_avg")
+    def _keep(self) -> None:
+        outside = outside_backward(self.count)
+        self.recalls = outside is not True
+        if outside is False:
+            return
+        state = self.committed_state()
+        for name in self._kept_names():
+            kept, now = self._read[name], state[name].detach()
+            kept.copy_(now if outside is True else torch.where(outside, now, kept))
 
-    @property
-    def cluster_size(self) -> Tensor:
-        """[H, C] moving average of their number."""
-        return self._shown("cluster_size")
+    def _kept_names(self) -> list[str]:
+        """What is read and may be changed by the step of a call: codes that only an optimizer moves stay as they are until the backward."""
+        follows = cast(StoredEMA, self.update).follow or (self.call is not None and bool(self.call.ema_update))
+        moves = follows or self.dead_codes is not None or not self.learnable_codebook
+        return [name for name in self._read if moves or name != "weight"]
 
-    @property
-    def initted(self) -> Tensor:
-        """[] bool: whether the k-means start has been made, or none is wanted. To be written in place, too."""
-        return self._initted
+    def _settled(self) -> State:
+        state = self.committed_state()
+        if not self.recalls:
+            return state
+        found = {name: self._read[name] for name in self._kept_names()}
+        if "weight" in found and (weight := state["weight"]).requires_grad:
+            found["weight"] = found["weight"] + (weight - weight.detach())  # 0, with the gradient of the parameter
+        return {**state, **found}
 
-    @property
-    def decay(self) -> float:
-        """Of the moving averages; setting it holds from the next call on."""
-        return cast(StoredEMA, self.update).decay
-
-    @decay.setter
-    def decay(self, decay: float) -> None:
-        self.update = dataclasses.replace(cast(StoredEMA, self.update), decay=decay)
-
-    @property
-    def eps(self) -> float:
-        """What Laplace smoothing adds to each count."""
-        return cast(StoredEMA, self.update).eps
-
-    @eps.setter
-    def eps(self, eps: float) -> None:
-        self.update = dataclasses.replace(cast(StoredEMA, self.update), eps=eps)
+    def settle_(self, outside: Tensor | bool = True) -> None:
+        """Nothing is ever pending."""
 
     # One step
 
-    def _rule(self) -> StoredEMA:
-        return self._pending_rule or cast(StoredEMA, self.update)
+    def check_commit(self) -> None:
+        super().check_commit()
+        rule = cast(StoredEMA, self.update)
+        if rule.learn and rule.follow and is_managed(self):
+            raise ValueError(
+                "ema_update = True: must be False where fully_shard manages codes that are a parameter, as averages cannot be written there"
+            )
 
     def _rule_of_call(self) -> StoredEMA:
-        rule = cast(StoredEMA, self.update)
-        if self.call is not None and self.call.uses > 1:
-            rule = dataclasses.replace(rule, decay=rule.decay**self.call.uses)
-        if self.call is None or self.call.ema_update is None:
+        rule, call = cast(StoredEMA, self.update), self.call
+        if call is None:
             return rule
-        moves = bool(self.call.ema_update)
-        return dataclasses.replace(rule, follow=moves and not self.manual_ema_update, count=moves or self.has_dead_code_replacement)
+        moves = self.ema_update if call.ema_update is None else bool(call.ema_update)
+        follow = moves and not self.manual_ema_update and not call.averages_alone
+        count = moves or self.has_dead_code_replacement
+        return dataclasses.replace(rule, decay=rule.decay**call.uses, follow=follow, count=count)
+
+    @property
+    def counts(self) -> bool:
+        return self._rule_of_call().count or self.affine is not None
 
     def weight_of_use(self, number: int, uses: int) -> float:
         """Of the statistics of one of several uses, in a step of decay^uses, so that it is that of one step after each use."""
@@ -243,32 +345,7 @@ class Codebook(_Codebook):
         return (1 - decay) * decay ** (uses - 1 - number) / (1 - decay**uses)
 
     def _weigh_codes(self, statistics: CodebookStatistics) -> Tensor | None:
-        return self._pending_weights
-
-    @property
-    def counts(self) -> bool:
-        return self._rule_of_call().count or self.affine is not None
-
-    def replace_statistics_(self, statistics: CodebookStatistics, outside: Tensor | bool | None = None) -> None:
-        """As in vqkit, by what the call says: its rule, its weights of the codes; or as a part of what a later call takes."""
-        outside = outside_backward(self.updates) if outside is None else outside
-        if outside is False:
-            return
-        call = self.call or Call()
-        if self._accumulating:
-            statistics = merge_statistics(self.pending, statistics)
-        self._accumulating = call.accumulate
-        if call.accumulate:
-            self._write_pending_(statistics, outside)
-            self.follows.fill_(-1)
-            return
-        weights = self._weights_of_call(call.weights, statistics)  # what they are not raises before anything changes
-        super().replace_statistics_(statistics, outside)
-        self._pending_rule = None if call.ema_update is None and call.uses == 1 else self._rule_of_call()
-        self._pending_weights = weights
-
-    @torch.no_grad()
-    def _weights_of_call(self, weights: CodeWeights | None, statistics: CodebookStatistics) -> Tensor | None:
+        weights = None if self.call is None else self.call.weights
         if weights is None:
             return None
         found = weights(statistics.sum, statistics.count) if callable(weights) else weights
@@ -278,23 +355,59 @@ class Codebook(_Codebook):
             found = found.to(statistics.count)
         return self._check_code_weights(found)
 
+    @torch.no_grad()
+    def replace_statistics_(self, statistics: CodebookStatistics, outside: Tensor | bool | None = None) -> None:
+        """A step from `statistics`, summed over all ranks, or a part of what a later call takes; in a recomputation nothing."""
+        outside = outside_backward(self.count) if outside is None else outside
+        if outside is False:
+            return
+        call = self.call or Call()
+        if self._accumulating:
+            statistics = merge_statistics(self.pending, statistics)
+        if call.accumulate:
+            self._accumulating = True
+            self._write_pending_(statistics, outside)
+            return
+        expires = self.dead_codes if self.training and not call.averages_alone else None
+        state = self.committed_state()
+        after = self._learn(state, statistics, self._rule_of_call(), expires)  # what weights are not raises before anything changes
+        self._accumulating = False
+        for name, old in state.items():
+            if after[name] is not old and name != "batch_seen":
+                _write_(old, after[name], outside)
+        if self.affine and (self._unseen or outside is not True):
+            self._note_seen_(after["batch_seen"], outside)
+
+    def _note_seen_(self, seen: Tensor, outside: Tensor | bool) -> None:
+        unseen = ~seen.all()
+        for there in _NEED_INIT:
+            _write_(self._stored(there), unseen, outside)
+        if outside is True and self._unseen and not bool(unseen):
+            self._see(True)
+
     def discard_pending_(self) -> None:
         super().discard_pending_()
         self._accumulating = False
 
-    # Storing
+    # Moving and storing
+
+    def _map_pending_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super()._map_pending_(fn)
+        self.updates = fn(self.updates)
+        for tensors in (self._read, self._unseen):
+            tensors.update({name: fn(tensor) for name, tensor in tensors.items()})
+
+    def _follow_device_(self) -> None:
+        device = self.count.device
+        if self.updates.device != device:
+            self._map_pending_(lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.affine and self._unseen and not self.weight.is_meta:  # a compiled program does not make buffers
+            self._see(not bool(self._stored(_NEED_INIT[0])))
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-        settled = self._settled()
-        for name, there in (("weight", "embed"), ("sum", "embed_avg"), ("count", "cluster_size")):
-            if settled[name] is not self._stored(there):
-                destination[prefix + there] = settled[name].detach()
-        if self.affine:
-            self._save_affine(destination, prefix, settled)
         if self._accumulating:
             destination |= {f"{prefix}pending.{name}": tensor.clone() for name, tensor in self.pending._asdict().items()}
-        destination[f"{prefix}initted"] = self._initted.to(self.updates.device, copy=True)
 
     def _load_from_state_dict(
         self,
@@ -307,16 +420,14 @@ class Codebook(_Codebook):
         error_msgs: list[str],
     ) -> None:
         if self.affine:
-            state_dict = self._load_affine(state_dict, prefix)
+            self._see(all(f"{prefix}{name}" in state_dict for name in _OF_VECTORS))
         arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         nn.Module._load_from_state_dict(self, *arguments)
-        started = state_dict.get(f"{prefix}initted")
-        if started is None and strict:
-            missing_keys.append(f"{prefix}initted")
-        waiting = {name: state_dict[key] for name in self.pending._fields if (key := f"{prefix}pending.{name}") in state_dict}
-        known = {f"{prefix}initted", *(f"{prefix}pending.{name}" for name in waiting)}
-        unexpected_keys[:] = [key for key in unexpected_keys if key not in known]
+        self._follow_device_()
         self.forget_pending_()
+        waiting = {name: state_dict[key] for name in self.pending._fields if (key := f"{prefix}pending.{name}") in state_dict}
+        known = {f"{prefix}pending.{name}" for name in waiting}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in known]
         for name, value in waiting.items():
             own = getattr(self.pending, name)
             if own.shape != value.shape:
@@ -324,54 +435,34 @@ class Codebook(_Codebook):
             else:
                 own.copy_(value)
         self._accumulating = bool(waiting)
-        if started is not None:
-            self.initialized = bool(started)
+        self._waits = not self._stored("initted").is_meta and not bool(self._stored("initted"))
+        if self.affine and self._unseen:
+            self._center_()
 
-    def _save_affine(self, destination: dict[str, Any], prefix: str, settled: Mapping[str, Tensor]) -> None:
-        """Mean and variance as the peer has them: [H, 1, K] each, those of the vectors once there were any."""
-        seen = bool(settled["batch_seen"].all())
-        for name in ("batch_mean", "batch_variance", "code_mean", "code_variance", "batch_seen"):
-            destination.pop(prefix + name, None)
-        for name in ("mean", "variance"):
-            destination[f"{prefix}codebook_{name}_needs_init"] = torch.tensor(not seen, device=self.updates.device)
-            destination[f"{prefix}codebook_{name}"] = settled[f"code_{name}"].detach().unsqueeze(1)
-            if seen:
-                destination[f"{prefix}batch_{name}"] = settled[f"batch_{name}"].detach().unsqueeze(1)
+    @torch.no_grad()
+    def _center_(self) -> None:
+        """Let mean and variance of codes and vectors be equal, so that codes are read as they are."""
+        state = self.committed_state()
+        for of in ("code", "batch"):
+            state[f"{of}_mean"].copy_(state["weight"].mean(1))
+            state[f"{of}_variance"].copy_(state["weight"].var(1, correction=0))
 
-    def _load_affine(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        """The state dict with mean and variance as they are kept here."""
-        found = dict(state_dict)
-        there = {key: found.pop(prefix + key) for key in _AFFINE_KEYS if prefix + key in found}
-        seen = "batch_mean" in there and not bool(there.get("codebook_mean_needs_init", False))
-        for name in ("mean", "variance") if f"{prefix}embed" in found else ():
-            codes = found[f"{prefix}embed"]
-            of_codes = codes.mean(1) if name == "mean" else codes.var(1, correction=0)
-            found[f"{prefix}code_{name}"] = there[f"codebook_{name}"].squeeze(1) if seen else of_codes
-            found[f"{prefix}batch_{name}"] = there[f"batch_{name}"].squeeze(1) if seen else of_codes
-        found[f"{prefix}batch_seen"] = torch.full((self.heads,), float(seen))
-        return found
-
-    @property
-    def codebook_mean(self) -> Tensor:
-        """[H, 1, K] moving mean of the codes, with affine_param."""
-        return self._settled()["code_mean"].unsqueeze(1)
-
-    @property
-    def codebook_variance(self) -> Tensor:
-        """[H, 1, K] their moving variance."""
-        return self._settled()["code_variance"].unsqueeze(1)
+    @torch.no_grad()
+    def _set_(self, codes: Tensor, count: Tensor, *, started: bool) -> None:
+        super()._set_(codes, count, started=started)
+        if self.affine:
+            self._see(False)
+            for there in _NEED_INIT:
+                self._stored(there).fill_(True)
 
     @torch.no_grad()
     def initialize_(self, x: Tensor, mask: Tensor | None = None, *, seed: int = 0, reducer: Reducer | None = None) -> None:
         """As in vqkit; the averages are then sum and number of the vectors of each code, and the codes follow them."""
         super().initialize_(x, mask, seed=seed, reducer=reducer)
         self.sum.copy_(self.weight * self.count.unsqueeze(-1))
-        self._follow_averages_()
-
-    def _follow_averages_(self) -> None:
-        state = {"weight": self.weight, "sum": self.sum, "count": self.count}
-        codes = follow_averages(cast(StoredEMA, self.update), state)["weight"]
-        self.weight.copy_(functions.l2norm(codes) if self.use_cosine_sim else codes)
+        self.update_ema()
+        if self._entered:
+            self._keep()
 
     # The peer's methods
 
@@ -386,24 +477,28 @@ class Codebook(_Codebook):
         """Set the codes to the moving averages."""
         if in_backward():
             return
-        self.settle_()
-        self.follows.fill_(-1)
-        self._follow_averages_()
+        codes = follow_averages(cast(StoredEMA, self.update), self.committed_state())["weight"]
+        self.weight.data.copy_(functions.l2norm(codes) if self.use_cosine_sim else codes)
 
     @torch.no_grad()
     def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:
         """In training, codes of a moving count below the threshold start anew at vectors of batch_samples [H, ..., K]; seq_mask [H, N]."""
-        if not self.has_dead_code_replacement or not self.training or in_backward():
+        if self.dead_codes is None or not self.training or in_backward():
             return
         rows = batch_samples.flatten(1, -2)
         self.expire_(rows, seq_mask, seed=int(torch.randint(2**31, ())))
-        self.follows.fill_(-1)
 
     @torch.no_grad()
     def update_with_decay(self, buffer_name: str, new_value: Tensor, decay: float) -> None:
-        """Let a buffer follow a value: decay * old + (1 - decay) * new."""
-        buffer = getattr(self, buffer_name)
-        buffer.copy_(torch.lerp(new_value.detach().to(buffer).reshape(buffer.shape), buffer, decay))
+        """Let a buffer follow a value: decay * old + (1 - decay) * new; the first value sets it."""
+        if buffer_name in self._unseen:
+            self._see(True)
+        buffer, needs_init = self._stored(buffer_name), self._buffers.get(f"{buffer_name}_needs_init")
+        first = buffer_name in _OF_VECTORS if needs_init is None else bool(needs_init)
+        if needs_init is not None:
+            needs_init.fill_(False)
+        new = new_value.detach().to(buffer).reshape(buffer.shape)
+        buffer.copy_(new if first else torch.lerp(new, buffer, decay))
 
     @torch.no_grad()
     def replace(self, batch_samples: Tensor, batch_mask: Tensor, seq_mask: Tensor | None = None) -> None:
@@ -413,7 +508,6 @@ class Codebook(_Codebook):
         """
         if in_backward():
             return
-        self.begin_by_hand_()
         samples = functions.l2norm(batch_samples) if self.use_cosine_sim else batch_samples
         draws = 1.0 - torch.rand(samples.shape[:2], device=samples.device)
         draws = draws if seq_mask is None else draws.where(seq_mask, 0.0)
@@ -422,10 +516,9 @@ class Codebook(_Codebook):
         state = {"weight": self.weight, "sum": self.sum, "count": wanted}
         after = expire(cast(StoredEMA, self.update), state, rows, keys, 0.5, max(self.reset_cluster_size, 1.0))
         replaced = (after["count"] != wanted) & batch_mask
-        self.weight.copy_(after["weight"])
+        self.weight.data.copy_(after["weight"])
         self.count.copy_(torch.where(replaced, float(self.reset_cluster_size), self.count))
         self.sum.copy_(torch.where(replaced.unsqueeze(-1), after["weight"] * self.reset_cluster_size, self.sum))
-        self.follows.fill_(-1)
 
     def update_codebook(
         self,
@@ -448,12 +541,8 @@ class Codebook(_Codebook):
         accum_ema_update: bool = False,
     ) -> None:
         """As `update_codebook`, of the averages alone."""
-        codes = self.weight.detach().clone()
-        self.update_codebook(flatten, embed_onehot, mask, ema_update_weight, accum_ema_update, True)
-        if not accum_ema_update:
-            self.settle_()
-            self.follows.fill_(-1)
-            self.weight.data.copy_(codes)
+        call = Call(True, ema_update_weight, accum_ema_update, averages_alone=True)
+        self._learn_from_(flatten, embed_onehot.argmax(-1), mask, call)
 
     def update_indices(
         self,
@@ -481,29 +570,18 @@ class Codebook(_Codebook):
     @torch.no_grad()
     def _learn_from_(self, rows: Tensor, indices: Tensor, mask: Tensor | None, call: Call) -> None:
         check_indices("indices", indices, self.codebook_size, rows.shape[:-1])
-        if self.begin_by_hand_():
+        if not in_backward():
             indices = indices if mask is None else indices.where(mask, -1)
             self.learn_by_hand_(self.statistics(rows, indices, (indices >= 0).to(self.dtype)), call)
 
     @torch.no_grad()
-    def begin_by_hand_(self) -> bool:
-        """Commit what is pending before a step outside of a forward; False in a recomputation, which makes none."""
-        if in_backward():
-            return False
-        self.auto = True
-        self.settle_()
-        return True
-
-    @torch.no_grad()
     def learn_by_hand_(self, statistics: CodebookStatistics, call: Call) -> None:
-        """A step from `statistics`, of all processes: pending in training, done at once in eval mode, where nothing pends."""
+        """A step from `statistics`, of all processes, in any mode."""
         self.call = call
         try:
             if self.counts:
                 (reduced,) = reduce_in_forward([statistics], None if self.synchronizes else LocalReducer())
                 self.replace_statistics_(reduced)
-                if not self.training:
-                    self.settle_()
         finally:
             self.call = None
 
@@ -518,7 +596,7 @@ class Codebook(_Codebook):
         rows, codes = data.flatten(1, -2), embed.flatten(1, -2)
         if mask is not None:
             rows = rows[mask.expand(rows.shape[:2])].unflatten(0, (len(rows), -1))
-        for name, values, decay in (("code", codes, self.affine.codebook_decay), ("batch", rows, self.affine.batch_decay)):
+        for name, values, decay in (("codebook", codes, self.affine.codebook_decay), ("batch", rows, self.affine.batch_decay)):
             self.update_with_decay(f"{name}_mean", values.mean(1), decay)
             self.update_with_decay(f"{name}_variance", values.var(1, correction=0), decay)
 
@@ -544,8 +622,6 @@ class Codebook(_Codebook):
         rows = given.flatten(1, -2)
         mask = None if mask is None else mask.repeat_interleave(rows.shape[1] // mask.numel(), 0).reshape(1, -1).expand(rows.shape[:2])
         learning = self.training and update_usage and not freeze_codebook and topk is None
-        if self.training:
-            self.begin_by_hand_()
         self.enter_(learning=learning, frozen=freeze_codebook)
         try:
             self.start_(rows, mask)
@@ -566,3 +642,11 @@ class Codebook(_Codebook):
             self._learn_from_(rows.detach(), index, mask, Call(ema_update, ema_update_weight, accum_ema_update))
         results = [found.unflatten(1, given.shape[1:-1]) for found in (quantized, index, scores)]
         return cast(Any, (*(found if x.dim() == 4 else found.squeeze(0) for found in results[:2]), results[2]))
+
+
+def _write_(old: Tensor, new: Tensor, outside: Tensor | bool) -> None:
+    """As the peer writes: what a user's own graph has kept of the buffer is no error."""
+    if outside is True:
+        old.data.copy_(new)
+    else:
+        old.copy_(torch.where(cast(Tensor, outside), new, old))

@@ -483,12 +483,12 @@ class ResidualVQ(Settable):
             return torch.stack([output.to(torch.float32) for output in found.outputs])
         tables = dict.fromkeys(layer._codebook for layer in self._each())
         for table in tables:
-            table.enter_(learning=False)
+            table.recalls = True
         try:
             return self.get_codes_from_indices(found.indices)
         finally:
             for table in tables:
-                table.leave_()
+                table.recalls = False
 
 
 def _beam(weights: Tensor, given: bool) -> BeamSearch | None:

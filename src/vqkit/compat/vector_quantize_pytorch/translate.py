@@ -6,8 +6,9 @@ each other are refused here, by the names that the peer has for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,6 +27,7 @@ from vqkit.quantizers.config import (
     Orthogonality,
     Softmax,
     StoredEMA,
+    check_number,
 )
 
 
@@ -91,41 +93,29 @@ def update_rule(
     return StoredEMA(decay=decay, eps=eps, follow=follow, count=bool(ema_update or expires), learn=bool(learnable_codebook))
 
 
-def codebook_options(
-    *,
-    decay: float,
-    eps: float,
-    kmeans_init: bool,
-    kmeans_iters: int,
-    threshold_ema_dead_code: float,
-    reset_cluster_size: float | None,
-    learnable_codebook: bool,
-    ema_update: bool,
-    manual_ema_update: bool,
-    use_cosine_sim: bool,
-    vq_bridge: nn.Module | None,
-    affine_param: bool,
-    affine_param_batch_decay: float,
-    affine_param_codebook_decay: float,
-) -> dict[str, Any]:
-    """Keyword arguments of `vqkit.quantizers.Codebook`, from those of the peer's Codebook."""
-    expires = threshold_ema_dead_code > 0
-    reset = threshold_ema_dead_code if reset_cluster_size is None else reset_cluster_size
-    rule = update_rule(
-        decay=decay,
-        eps=eps,
-        ema_update=ema_update,
-        manual_ema_update=manual_ema_update,
-        learnable_codebook=learnable_codebook,
-        expires=expires,
-    )
+class Expiry(DeadCodes):
+    """As the peer's: a new code may count less than the threshold, and is then replaced again, unless it is chosen meanwhile."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("threshold_ema_dead_code", self.threshold), ("reset_cluster_size", self.reset_count)):
+            check_number(name, value)
+            if not 0 < cast(float, value) < math.inf:
+                raise ValueError(f"{name} = {value}: must be positive and finite where dead codes are replaced")
+
+
+def codebook_options(settings: Mapping[str, Any], *, kmeans_init: bool, vq_bridge: nn.Module | None) -> dict[str, Any]:
+    """Keyword arguments of `vqkit.quantizers.Codebook`, from the attributes of the peer's Codebook, by name."""
+    expires = bool(settings["has_dead_code_replacement"]) and settings["threshold_ema_dead_code"] > 0
+    names = ("decay", "eps", "ema_update", "manual_ema_update", "learnable_codebook")
     return {
-        "metric": "cosine" if use_cosine_sim else "euclidean",
-        "update": rule,
-        "init": KMeans(iterations=kmeans_iters, start="random") if kmeans_init else "uniform",
-        "dead_codes": DeadCodes(threshold_ema_dead_code, reset) if expires else None,
+        "metric": "cosine" if settings["use_cosine_sim"] else "euclidean",
+        "update": update_rule(**{name: settings[name] for name in names}, expires=expires),
+        "init": KMeans(iterations=settings["kmeans_iters"], start="random") if kmeans_init else "uniform",
+        "dead_codes": Expiry(settings["threshold_ema_dead_code"], settings["reset_cluster_size"]) if expires else None,
         "transform": vq_bridge,
-        "affine": Affine(affine_param_batch_decay, affine_param_codebook_decay, current=True) if affine_param else None,
+        "affine": Affine(settings["affine_param_batch_decay"], settings["affine_param_codebook_decay"], current=True)
+        if settings["affine_param"]
+        else None,
     }
 
 

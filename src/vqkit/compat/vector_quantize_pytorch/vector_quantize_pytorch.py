@@ -331,7 +331,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """One step of the codebook, in eval mode too, from x that chose `indices` (-1: none), both as for a call; mask [B, N] bool."""
         self._check_input(x, mask)
-        if self._codebook.begin_by_hand_():
+        if not in_backward():
             self._codebook.learn_by_hand_(self.native.statistics(x, mask, indices=indices), Call())
 
     update_ema_indices = update_indices
