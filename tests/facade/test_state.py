@@ -341,6 +341,20 @@ def test_what_is_set_later_is_computed_with(name: str, value: Any, kwargs: dict[
     assert any(not torch.equal(one, other) for one, other in zip(here.buffers(), unset.buffers(), strict=True))
 
 
+def test_a_bridge_that_is_set_later_is_computed_with() -> None:
+    modules = both("VectorQuantize", **LEARNED, rotation_trick=False)
+    torch.manual_seed(1)
+    bridge = nn.Linear(DIM, DIM)
+    found = []
+    for vq in modules:
+        vq(vectors())
+        vq._codebook.vq_bridge = copy.deepcopy(bridge)
+        found.append((vq(vectors())[:2], step(vq, vectors())))
+        vq._codebook.vq_bridge = None
+        found[-1] += (vq(vectors())[:2],)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("start", [0, 1])
 def test_expiry_is_as_set_later(start: float) -> None:
     vq = make(**LEARNED, threshold_ema_dead_code=start)
