@@ -760,6 +760,12 @@ _OF_RESIDUALS = (
     ),
     Deviation(
         "*ResidualVQ",
+        "implicit_neural_codebook & in_place_codebook_optimizer",
+        _RESIDUAL + "test_what_is_wrong_is_named",
+        "the step of the codes uses up the graph of the networks, so that the backward of the loss fails; here an error at construction",
+    ),
+    Deviation(
+        "*ResidualVQ",
         "forward(indices)",
         _RESIDUAL + "test_indices_give_the_cross_entropy",
         "raises, as it unpacks three of two values; here (quantized, cross-entropy)",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from facade.deviations import DEVIATIONS
 from facade.peer import facade, peer
 from facade.test_contract import SMALL
-from facade.test_no_dead_parameter import INPUTS, arguments_of, vectors
+from facade.test_no_dead_parameter import INPUTS, arguments_of, sgd, vectors
 
 PAIR = torch.ones(2)
 META = torch.device("meta")
@@ -73,6 +73,9 @@ def bad_indices(*shape: int) -> tuple[Any, ...]:
     return ("x", 3, *wrong, right.to(META))
 
 
+RIGHT = torch.ones(2, 12, dtype=torch.int64)
+LISTS = ([1, 2], [RIGHT], [RIGHT, RIGHT[:, 1:]], [RIGHT, 99 * RIGHT], [RIGHT, RIGHT.float()])
+"""Of two layers."""
 X = (
     None,
     "x",
@@ -144,7 +147,7 @@ BAD: dict[str, tuple[Any, ...]] = {
 """By name of the argument; None is bad unless it is the default, and for flags, where it is False."""
 
 OTHERS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "ResidualVQ": {"codebook_size": (*COUNT, (16, 8, 4), (16, 0), ("x", 2)), "indices": bad_indices(2, 12, 2)},
+    "ResidualVQ": {"codebook_size": (*COUNT, (16, 8, 4), (16, 0), ("x", 2)), "indices": bad_indices(2, 12, 2) + LISTS},
     "GroupedResidualVQ": {"dim": (*COUNT, 7), "groups": (*COUNT, 3), "indices": bad_indices(2, 2, 12, 2)},
     "RandomProjectionQuantizer": {"indices": bad_indices(2, 12, 2)},
     "LFQ": {"codebook_size": (*COUNT, 15)},
@@ -180,12 +183,11 @@ def check_words(name: str, value: Any, error: BaseException) -> None:
     assert isinstance(error, (ValueError, TypeError)), what
     assert re.search(rf"(?<![\w.]){name}\b", text), what
     assert not [word for word in NATIVE.split() if word != name and re.search(rf"\b{word}\b", text)], what
-    assert any(part in text for part in forms(value)), what
+    assert "given" in text or any(part in text for part in forms(value)), what
 
 
 def forms(value: Any) -> Iterator[str]:
     """How a value, or what is wrong with it, may be written."""
-    yield "given"
     if isinstance(value, Tensor):
         yield from (str(tuple(value.shape)), str(tuple(value.shape[1:])), str(value.dtype))  # the second: of a group
         yield f"has {len(value) if value.dim() else 0} entries"
@@ -193,7 +195,9 @@ def forms(value: Any) -> Iterator[str]:
         return
     yield from (repr(value), type(value).__name__)
     if isinstance(value, (list, tuple, dict)):
-        yield from (f"has {len(value)} entries", *map(repr, value))
+        yield f"has {len(value)} entries"
+        for entry in value:
+            yield from forms(entry)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -246,11 +250,50 @@ def test_calls_name_what_is_wrong_and_change_nothing(kind: str, training: bool) 
                 check_raises(name, value, lambda given=given: module(given.pop(own), **given), module)
 
 
+LEARNED = {"learnable_codebook": True, "ema_update": False, "in_place_codebook_optimizer": sgd}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("VectorQuantize", {**LEARNED, "codebook_dim": 4}),
+        ("VectorQuantize", {"kmeans_init": True, "threshold_ema_dead_code": 2, "heads": 2, "codebook_dim": 4}),
+        ("VectorQuantize", {"affine_param": True, "stochastic_sample_codes": True, "channel_last": False}),
+        ("VectorQuantize", {"accept_image_fmap": True}),
+        ("ResidualVQ", {**LEARNED, "codebook_dim": 4}),
+        ("ResidualVQ", {**LEARNED, "shared_codebook": True}),
+        ("ResidualVQ", {"kmeans_init": True, "quantize_dropout": True, "beam_size": 2}),
+        ("ResidualVQ", {"implicit_neural_codebook": True, "accept_image_fmap": True}),
+        ("GroupedResidualVQ", {**LEARNED}),
+        ("HierarchicalVQ", {"channel_first": False, "orthogonal_reg_weight": 0.5}),
+        ("LatentQuantize", {"in_place_codebook_optimizer": sgd}),
+        ("LFQ", {"orthogonal_rotation": True, "spherical": True, "channel_first": True}),
+        ("ResidualLFQ", {"quantize_dropout": True}),
+        ("ResidualSimVQ", {"quantize_dropout": True, "channel_first": True}),
+    ],
+    ids=str,
+)
+def test_calls_of_other_settings_change_nothing_either(kind: str, options: dict[str, Any]) -> None:
+    """Before the first call, which may start a codebook, too."""
+    first = any(options.get(name) for name in ("channel_first", "accept_image_fmap")) or options.get("channel_last", True) is False
+    x = vectors(2, 8, 3, 4) if "accept_image_fmap" in options else vectors().mT.contiguous() if first else INPUTS.get(kind, vectors())
+    x = vectors() if options.get("channel_first") is False else x
+    module = getattr(facade, kind)(**{**SMALL[kind], **options})
+    parameters = inspect.signature(module.forward).parameters
+    own = next(iter(parameters))
+    for name in arguments_of(type(module).forward):
+        for value in bad_values(kind, name, parameters[name].default if name != own else ...):
+            given = {own: x, name: value}
+            before = state_of(module)
+            with pytest.raises((ValueError, TypeError)):
+                module(given.pop(own), **given)
+            assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items()), (name, value)
+    module(x)
+
+
 def is_of_no_use(kind: str, name: str, value: Any, training: bool) -> bool:
     """What nothing looks at."""
     on_meta = isinstance(value, Tensor) and value.device == META
-    if name == "ema_update_weight":
-        return not training and (isinstance(value, Tensor) or value == -1.0)
     return on_meta and ((kind.endswith("LFQ") and not training) or (kind == "RandomProjectionQuantizer" and name == "indices"))
 
 

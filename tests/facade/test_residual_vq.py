@@ -432,6 +432,10 @@ def test_what_is_not_finite_or_masked_takes_no_part(options: dict[str, Any]) -> 
         ),
         (lambda: facade.ResidualVQ(**BASE, quantize_dropout_cutoff_index=-1), "quantize_dropout_cutoff_index = -1"),
         (lambda: facade.ResidualVQ(**BASE, eval_beam_size=2), "eval_beam_size = 2"),
+        (
+            lambda: facade.ResidualVQ(**BASE, implicit_neural_codebook=True, in_place_codebook_optimizer=torch.optim.Adam),
+            "in_place_codebook_optimizer is given: must be None with implicit_neural_codebook",
+        ),
         (lambda: facade.ResidualVQ(**BASE, beam_score_quantizer_weights=[1.0]), "beam_score_quantizer_weights"),
         (lambda: facade.ResidualVQ(**BASE)(vectors(2, 3, 5)), "x has shape"),
         (lambda: facade.ResidualVQ(**BASE)(vectors(), mask=torch.ones(2, 3, dtype=torch.bool)), "mask has shape"),

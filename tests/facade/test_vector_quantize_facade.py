@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -892,6 +893,33 @@ def test_the_memory_of_an_own_optimizer_survives_a_checkpoint(name: str) -> None
         with pytest.raises(RuntimeError, match=r"in_place_codebook_optimizer\.0\.exp_avg"):
             there_made.load_state_dict(after)
         there_made.load_state_dict(after, strict=False)
+
+
+class Remembers(torch.optim.SGD):
+    """With a memory of all kinds of things, which its steps go by."""
+
+    def step(self, closure: Any = None) -> Any:
+        (weight,) = self.param_groups[0]["params"]
+        memory = self.state[weight]
+        memory["seen"] = [*memory.get("seen", []), weight.grad.clone()][-2:]
+        memory |= {"number": len(memory["seen"]), "name": "mean", "none": None, "warm": True, "by": {"size": 2.0}}
+        weight.grad = sum(memory["seen"]) / memory["number"] / memory["by"]["size"]
+        return super().step(closure)
+
+
+def test_the_memory_of_an_own_optimizer_is_of_any_kind() -> None:
+    whole, resumed = (make(**LEARNED, in_place_codebook_optimizer=lambda parameters: Remembers(parameters, lr=0.5)) for _ in range(2))
+    for step in range(2):
+        whole(vectors(seed=step))
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file))
+    for vq in (whole, resumed):
+        vq(vectors(seed=2))
+    assert torch.equal(whole.codebook, resumed.codebook)
+    memory = resumed.state_dict()["in_place_codebook_optimizer.0.seen"]
+    assert len(memory) == 2 and memory[0] is not whole.state_dict()["in_place_codebook_optimizer.0.seen"][0]
 
 
 def test_what_calls_have_accumulated_survives_a_checkpoint() -> None:

@@ -348,12 +348,15 @@ class Codebook(_Codebook):
         weights = None if self.call is None else self.call.weights
         if weights is None:
             return None
-        found = weights(statistics.sum, statistics.count) if callable(weights) else weights
-        if isinstance(found, Real):
-            found = statistics.count.new_full((self.size,), float(found))
-        elif isinstance(found, Tensor) and not found.is_complex():  # True and 1, too, say which codes move
-            found = found.to(statistics.count)
-        return self._check_code_weights(found)
+        return self.weights_of_codes(weights(statistics.sum, statistics.count) if callable(weights) else weights)
+
+    def weights_of_codes(self, weights: Tensor | float) -> Tensor:
+        """[H, C] of a number for all codes, or of numbers or bool (which codes move) [C] or [H, C]. Raises ValueError and TypeError."""
+        if isinstance(weights, Real):
+            weights = self.updates.new_full((self.size,), float(weights), dtype=self.dtype)
+        elif isinstance(weights, Tensor) and not weights.is_complex():
+            weights = weights.to(self.updates.device, self.dtype)
+        return self._check_code_weights(weights)
 
     @torch.no_grad()
     def replace_statistics_(self, statistics: CodebookStatistics, outside: Tensor | bool | None = None) -> None:

@@ -1,11 +1,12 @@
 """The optimizer that a codebook has of its own, in the state dict of the module that owns it, which in the peer has no place for it.
 
-What it remembers stands beside the parameters as tensors NAME.PARAMETER.KEY, PARAMETER the number of the parameter, and only where it
+What it remembers stands beside the parameters as NAME.PARAMETER.KEY, in tensors, PARAMETER the number of the parameter, and only where it
 remembers anything: SGD without momentum adds no key. Its settings are those that it is made with.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +23,14 @@ def _save(optimizer: Optimizer | None, destination: dict[str, Any], prefix: str)
     for number, of_parameter in state.items():
         for key, value in of_parameter.items():
             if value is not None:
-                found = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value)
-                destination[f"{prefix}{NAME}.{number}.{key}"] = found
+                destination[f"{prefix}{NAME}.{number}.{key}"] = _stored(value)
+
+
+def _stored(value: Any) -> Any:
+    """A tensor of a tensor or a number; what is neither, as a list of tensors, stays what it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return torch.tensor(value) if isinstance(value, (bool, int, float)) else copy.deepcopy(value)
 
 
 def _load(optimizer: Optimizer | None, state_dict: Mapping[str, Any], prefix: str, unexpected_keys: list[str]) -> None:
@@ -35,7 +42,7 @@ def _load(optimizer: Optimizer | None, state_dict: Mapping[str, Any], prefix: st
     state: dict[int, dict[str, Any]] = {}
     for key, value in own.items():
         number, name = key.removeprefix(start).split(".", 1)
-        state.setdefault(int(number), {})[name] = value.clone()
+        state.setdefault(int(number), {})[name] = copy.deepcopy(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
 

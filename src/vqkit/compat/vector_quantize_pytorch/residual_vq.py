@@ -32,11 +32,12 @@ from vqkit.quantizers.base import Quantized, Statistics
 from vqkit.quantizers.commit import flatten_statistics
 from vqkit.quantizers.config import BeamSearch, DiVeQ
 from vqkit.quantizers.implicit import ImplicitVQ
-from vqkit.quantizers.layout import check_tensor, is_integer
-from vqkit.quantizers.residual import Residual
+from vqkit.quantizers.layout import check_indices, check_tensor, width_last
+from vqkit.quantizers.residual import Residual, check_path
 
 _DIVEQ_VARIANCE = 5e-3
 """Of the noise around the sum of the codes; the peer has no argument for it here."""
+_NO_OPTIMIZER = "must be None with implicit_neural_codebook = True, whose codes learn with the networks"
 
 # Functions of the peer's module
 
@@ -228,6 +229,8 @@ class ResidualVQ(Settable):
         super().__init__()
         sizes = _layer_sizes(codebook_size, num_quantizers)
         _refuse(heads, shared_codebook, sizes, quantize_dropout, quantize_dropout_cutoff_index, beam_size, eval_beam_size)
+        if implicit_neural_codebook and len(sizes) > 1 and vq_kwargs.get("in_place_codebook_optimizer") is not None:
+            raise ValueError(f"in_place_codebook_optimizer is given: {_NO_OPTIMIZER}")
         weights = [1.0] * len(sizes) if beam_score_quantizer_weights is None else [*beam_score_quantizer_weights]
         if len(weights) != len(sizes):
             raise ValueError(f"beam_score_quantizer_weights has {len(weights)} entries: must be {len(sizes)}, one a layer")
@@ -386,7 +389,7 @@ class ResidualVQ(Settable):
         frozen = freeze_codebook or (layers[0].freeze_codebook and all(layer.freeze_codebook for layer in layers))
         options: dict[str, Any] = {}
         if indices is not None:
-            options["targets"] = self._check_targets(indices)
+            options["targets"] = self.check_targets(indices, x)
         elif self.training and self.quantize_dropout:
             options["depth"] = self._draw_depth(rand_quantize_dropout_fixed_seed, x.device)
         size = self._beam_size(beam_size)
@@ -410,12 +413,22 @@ class ResidualVQ(Settable):
         result = (found.quantized, found.indices, self._weigh(found, layers))
         return (*result, self._codes_of_call(found)) if return_all_codes else result
 
-    def _check_targets(self, indices: Tensor | list[Tensor]) -> Tensor:
+    def check_targets(self, indices: Tensor | list[Tensor], x: Tensor) -> Tensor:
+        """indices [B, N, Q], or a list of Q times [B, N], in one tensor. Raises for those that are not of all layers and positions of x."""
         if self.accept_image_fmap:
             raise ValueError("indices are given: must be None with accept_image_fmap = True")
-        targets = torch.stack(indices, dim=-1) if isinstance(indices, list) else indices
+        positions = width_last(x, self.native.dim, self.native.layout).shape[:-1]
+        sizes = [layer.codebook_size for layer in self._each()]
+        if isinstance(indices, list):
+            if len(indices) != len(sizes):
+                raise ValueError(f"indices has {len(indices)} entries: must be {len(sizes)}, one a layer")
+            for number, (own, size) in enumerate(zip(indices, sizes, strict=True)):
+                check_indices(f"indices[{number}]", own, size, positions)
+            indices = torch.stack(indices, dim=-1)
+        targets = indices
         check_tensor("indices", targets)
-        if is_integer(targets) and bool((targets == -1).any()):
+        check_path("indices", targets, positions, (len(sizes),), sizes)
+        if bool((targets == -1).any()):
             raise ValueError("indices hold -1: must be those of all layers, without dropout or mask, as eval mode gives them")
         return targets
 
@@ -451,11 +464,12 @@ class ResidualVQ(Settable):
     @torch.no_grad()
     def _pull_(self, x: Tensor, mask: Tensor | None, layers: list[VectorQuantize], temperature: float | None) -> None:
         """A step of each layer's own optimizer on what the layers before it leave; of a shared codebook only the gradients."""
-        native, rows = self.native, x.movedim(1, -1) if self.native.layout == "first" else x
+        native = self.native
+        rows = width_last(x, native.dim, native.layout)
         residual = cast(Tensor, native.project_in(rows))
+        if any(isinstance(part, ImplicitVQ) for part in self._parts):
+            raise ValueError(f"in_place_codebook_optimizer is given: {_NO_OPTIMIZER}")
         for layer, part in zip(layers, self._parts, strict=False):
-            if isinstance(part, ImplicitVQ):
-                raise ValueError("in_place_codebook_optimizer is given: must be None with implicit_neural_codebook = True")
             if layer.in_place_codebook_optimizer is not None and layer.training and not layer.freeze_codebook:
                 part.pull_(residual, mask, temperature=part.temperature(temperature))
                 if not layer.manual_in_place_optimizer_update:
@@ -566,7 +580,7 @@ class GroupedResidualVQ(Groups):
         given: list[Any] = [None] * self.groups
         if indices is not None and (isinstance(indices, Tensor) or len(indices) > 0):
             self._check_groups(indices)
-            given = [*indices]
+            given = [rvq.check_targets(own, piece) for rvq, own, piece in zip(self.rvqs, indices, pieces, strict=True)]
         seed = get_maybe_sync_seed(x.device) if self.training else None
         found = [
             rvq(

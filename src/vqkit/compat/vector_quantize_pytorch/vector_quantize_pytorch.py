@@ -61,7 +61,7 @@ from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
 from vqkit.quantizers.config import Estimator, Loss
-from vqkit.quantizers.layout import check_tensor
+from vqkit.quantizers.layout import check_indices, check_tensor
 from vqkit.quantizers.vector_quantize import VectorQuantize as _VectorQuantize
 
 LossBreakdown = namedtuple("LossBreakdown", ["commitment", "codebook_diversity", "orthogonal_reg", "inplace_optimize"])
@@ -375,15 +375,20 @@ class VectorQuantize(OwnsOptimizer, Settable):
         if codebook_transform_fn is not None:
             options["codes_of"] = self._codes_of(codebook_transform_fn)
         temperature = translate.temperature(native.assignment, sample_codebook_temp, codebook.sample_codebook_temp)
+        if ema_update_weight is not None and not callable(ema_update_weight):
+            ema_update_weight = codebook.weights_of_codes(ema_update_weight)
+        targets = None if indices is None else self._as_positions(indices, x)
         in_place = x.new_zeros(())
         if self.in_place_codebook_optimizer is not None and self.training and not frozen and self.walked is None:
+            if targets is not None:  # before a step is taken
+                check_indices("indices", targets.to(x.device), self.codebook_size, self._shape_of_indices(x))
             in_place = native.pull_(x, mask, temperature=temperature, **options)
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
         if topk is not None:
             options |= {"top_k": topk, "reduction": "none" if indices is None else "mean"}
-        if indices is not None:
-            options |= {"targets": self._as_positions(indices, x), "project": False}
+        if targets is not None:
+            options |= {"targets": targets, "project": False}
         says = ema_update is not None or ema_update_weight is not None or accum_ema_update
         if says:
             codebook.call = Call(ema_update, ema_update_weight, accum_ema_update)
@@ -395,7 +400,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
                 codebook.call = None
         if self.walked is not None:
             self.walked.append(found)
-        if indices is not None:
+        if targets is not None:
             return self._in_code_space(found.quantized, () if topk is None else (topk,)), found.losses["cross_entropy"]
         if topk is not None and x.dim() == 2:  # the codes of one vector stand one after the other, whatever the layout
             found = found._replace(quantized=found.quantized.movedim(-1 if native.layout == "last" else 1, -1))
@@ -477,10 +482,14 @@ class VectorQuantize(OwnsOptimizer, Settable):
     def _as_positions(self, indices: Tensor, x: Tensor) -> Tensor:
         """Indices [B, positions in one axis, heads?] where the positions of x have several axes, or none, in their shape."""
         check_tensor("indices", indices)
-        positions = x.shape[:-1] if self.native.layout == "last" else (x.shape[0], *x.shape[2:])
-        shape = torch.Size((*positions, *self.native.code_shape))
-        flat = (x.shape[0], shape[1:].numel() if self.heads == 1 else torch.Size(positions[1:]).numel(), *self.native.code_shape)
+        shape, heads = self._shape_of_indices(x), self.native.code_shape
+        flat = (x.shape[0], shape[1 : len(shape) - len(heads)].numel(), *heads)
         return indices.reshape(shape) if indices.shape == flat else indices
+
+    def _shape_of_indices(self, x: Tensor) -> torch.Size:
+        """[P..., heads?]."""
+        positions = x.shape[:-1] if self.native.layout == "last" else (x.shape[0], *x.shape[2:])
+        return torch.Size((*positions, *self.native.code_shape))
 
     def _in_code_space(self, codes: Tensor, several: tuple[int, ...]) -> Tensor:
         """Codes in the layout of the input -> [B, N, K] or [B, N, k, K], in heads as `maybe_split_heads_from_input` says."""
