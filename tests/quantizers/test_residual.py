@@ -13,6 +13,7 @@ from vqkit.ops.codebook import merge_statistics
 from vqkit.quantizers import (
     EMA,
     FSQ,
+    LFQ,
     MLP,
     BeamSearch,
     Commitment,
@@ -1110,3 +1111,22 @@ def test_layers_see_what_is_softly_clamped():
     torch.testing.assert_close(*(torch.autograd.grad(out.quantized.sum(), x)[0] for out in (found, expected)))
     with pytest.raises(ValueError, match=r"^soft_clamp\[1\] = -1: must be positive"):
         Residual(layers, soft_clamp=(1.0, -1))
+
+
+@pytest.mark.parametrize("layers", [lambda: [LFQ(4, scale=0.5**i) for i in range(3)], lambda: [FSQ((5, 5, 4, 4)), VectorQuantize(4, 8)]])
+def test_vectors_between_the_projections_are_quantized_as_whole_inputs_are(layers):
+    quantizer = Residual(layers(), estimator="layers", soft_clamp=1.5)
+    x = torch.randn(3, 7, 4)
+    expected, found = quantizer.quantize(x, depth=2), quantizer.quantize_vectors(x, None, depth=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    finite = torch.rand(3, 7) > 0.3
+    expected = quantizer.quantize(x.where(finite.unsqueeze(-1), torch.nan), freeze_codebook=True)
+    found = quantizer.quantize_vectors(x, finite, freeze_codebook=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="^weigths: is no option of Residual"):
+        quantizer.quantize_vectors(x, finite, weigths=None)
+
+
+def test_layers_that_may_give_what_is_not_finite_are_looked_at():
+    quantizer = Residual([LFQ(4, activation=lambda x: x * torch.inf), LFQ(4)], estimator="layers")
+    assert (quantizer(torch.randn(2, 4, requires_grad=True)).indices[..., 1] == -1).all()

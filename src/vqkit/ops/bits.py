@@ -19,6 +19,7 @@ from vqkit.ops.precision import may_keep, without_autocast
 
 _WHOLE = 6
 """The distribution of so many bits is made at once, that of more as a product of two."""
+_TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 _FEW = 2**13
 """Or of more bits, if all vectors together have so few numbers."""
 _KEPT = 12
@@ -155,6 +156,9 @@ class _Seen(NamedTuple):
     weights: Tensor | None  # [n, H], 0 for a vector that does not count for a head; None: all 1
 
 
+_EVERY = _Seen(None, None)
+
+
 class _Found(NamedTuple):
     """What the gradient needs."""
 
@@ -241,35 +245,44 @@ def _back(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
 _losses.register_autograd(_back, setup_context=_keep)
 
 
-@torch.no_grad()
 def _find(
     values: Tensor, codes: Tensor | None, kept: Tensor | None, share: Tensor | None, rule: Rule
 ) -> tuple[tuple[Tensor | None, Tensor, Tensor], _Seen, _Seen, _Found]:
-    counted = _select(kept, values)
-    of_counted = _rows(values, counted)
+    """Without a gradient."""
+    seen = counted = _EVERY if codes is None and share is not None else _select(kept, values)
+    own = _rows(values, counted)
     apart, commitment = None, None
     if codes is not None:
-        apart = of_counted - _rows(codes, counted)
+        apart = own - _rows(codes, counted)
         apart = apart if counted.weights is None else apart * counted.weights.unsqueeze(-1)
         commitment = _product(apart, apart) / (_counts(apart.shape, counted)[0] * values.shape[-1])
-    seen = counted if share is None else _select(share, values)
-    own = of_counted if share is None else _rows(values, seen)
+    if share is not None:
+        seen = _select(share, values)
+        own = _rows(values, seen)
     logs = F.logsigmoid(own.unsqueeze(-2) * _signs(rule.slope, values))  # [n, H, 2, b]
     found = _Found(apart, [], [], [], [], [])
     number, each = _counts(logs.shape, seen)
     entropies, diversities = [], []
+    least = max(rule.floor, _TINY[values.dtype])
     with without_autocast(values.device.type):
-        for group in logs.split(rule.together or logs.shape[-1], dim=-1):
-            parts = [_of_codes(part) for part in _parts(group)]
-            chances = [part.softmax(-1) for part in parts]
-            weighed = chances if seen.weights is None else [part * seen.weights.unsqueeze(-1) for part in chances]
-            entropies += [_product(*both) for both in zip(weighed, parts, strict=True)]
-            mean = _sum_of_products(weighed[0], chances[1:]) / each
-            clamped = mean.clamp(min=max(rule.floor, torch.finfo(mean.dtype).tiny))
+        for group in _groups(logs, rule.together):
+            chances = []
+            for part in _parts(group):
+                own = _of_codes(part)
+                chances.append(own.softmax(-1))
+                weighed = chances[-1] if seen.weights is None else chances[-1] * seen.weights.unsqueeze(-1)
+                entropies.append(_product(weighed, own))
+                found.logs.append(own)
+            low, *high = chances
+            low = low if seen.weights is None else low * seen.weights.unsqueeze(-1)
+            mean = _sum_of_products(low, high) / each
+            clamped = mean.clamp(min=least)
             surprise = clamped.log()
             diversities.append(_product(mean, surprise))
-            for kind, new in zip(found[1:], ([mean], [clamped], [surprise], parts, chances), strict=True):
-                kind.extend(new)
+            found.means.append(mean)
+            found.clamped.append(clamped)
+            found.surprises.append(surprise)
+            found.chances.extend(chances)
     return (commitment, _added(entropies) / -number, _added(diversities) / values.shape[1]), counted, seen, found
 
 
@@ -302,7 +315,7 @@ def _differentiate(
 def _select(kept: Tensor | None, values: Tensor) -> _Seen:
     """Which vectors count, on CPU, where it is known at once how many they are, and for which of their heads."""
     if kept is None:
-        return _Seen(None, None)
+        return _EVERY
     if not kept.is_cpu:
         return _Seen(None, kept.to(values.dtype).expand(values.shape[:-1]))
     if kept.shape[1] == 1:
@@ -351,6 +364,11 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 def _added(parts: Sequence[Tensor]) -> Any:
     return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
+
+
+def _groups(logs: Tensor, together: int | None) -> Sequence[Tensor]:
+    """[n, H, 2, b] in pieces of `together` bits."""
+    return (logs,) if together is None or together >= logs.shape[-1] else logs.split(together, dim=-1)
 
 
 def _parts(logs: Tensor) -> Sequence[Tensor]:

@@ -72,6 +72,10 @@ class FSQ(ScalarQuantizer):
         rounding = changed(self, symmetric=False, bound="tanh", scale=1.0, noise_dropout=0.0, noise_on="scalars")
         return super().extra_repr() + rounding
 
+    @property
+    def gives_finite(self) -> bool:
+        return self.project_in is None
+
     def _scaled(self, x: Tensor, *, back: bool = False) -> Tensor:
         """x [..., d] in units of `scale`, or back."""
         if self.scale == 1.0:

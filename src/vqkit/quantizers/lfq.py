@@ -106,6 +106,10 @@ class LFQ(ScalarQuantizer):
         return own + more + changed(self, layout="last", masked="zero", commit="auto")
 
     @property
+    def gives_finite(self) -> bool:
+        return self.project_in is None and self.activation is None
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         return {_LOSS_NAMES[type(loss)]: loss.weight for loss in self.losses}
 
@@ -193,7 +197,7 @@ class LFQ(ScalarQuantizer):
         order = torch.randn(number, device=values.device).argsort()
         if kept is None:
             return (order < max(int(number * self.loss_share), 1)).unsqueeze(-1)
-        counted = kept.any(-1)
+        counted = kept.view(-1) if kept.shape[1] == 1 else kept.any(-1)
         if may_look(counted):
             places = order[counted]
             last = places.kthvalue(max(int(len(places) * self.loss_share), 1)).values if len(places) else order.new_tensor(-1)

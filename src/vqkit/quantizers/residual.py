@@ -208,14 +208,45 @@ class Residual(Quantizer):
         if not self.input_gradient:
             rows = rows.detach()
         vectors, finite = self._project_in(rows, counted)
-        self._start_shared(vectors, counted, options)
-        if indices is None and size > 1 and all(codebook.initialized for codebook in self.codebooks()):
-            indices = self._search(vectors, _or_all(finite, vectors), used, size)
-        path = self._walk(vectors, counted, used, _split(indices, positions), _split(targets, positions), freeze_codebook, options)
-        output = self._project_out(self._estimate(vectors, finite, path), path.indices).to(x.dtype)
+        path, output = self._between(vectors, finite, counted, used, size, indices, targets, freeze_codebook, options)
+        output = self._project_out(output, path.indices).to(x.dtype)
         if counted is not None and self.masked == "input":
             output = output.where(counted.unsqueeze(-1), rows)
         return Quantized(width_back(output, self.layout), path.indices, path.losses, path.statistics, path.outputs)
+
+    def quantize_vectors(
+        self, vectors: Tensor, finite: Tensor | None, *, freeze_codebook: bool = False, depth: int | None = None, **options: Any
+    ) -> Quantized:
+        """As `quantize`, between the projections: vectors [P..., d] -> the sum of the codes of that shape and dtype.
+
+        finite [P...] bool says which vectors are finite; None: it is known that all are. `options` are those of every layer.
+        """
+        check_options(options, self._options, type(self).__name__)
+        used, size = self._used_layers(depth), self._beam_size(None)
+        wide = self._clamp(vectors if self.input_gradient else vectors.detach())
+        wide = wide if finite is None else where_kept(finite, wide, torch.nan)
+        path, output = self._between(wide, finite, None, used, size, None, None, freeze_codebook, options)
+        return Quantized(as_dtype(output, vectors.dtype), path.indices, path.losses, path.statistics, path.outputs)
+
+    def _between(
+        self,
+        vectors: Tensor,
+        finite: Tensor | None,
+        counted: Tensor | None,
+        used: Tensor | int | None,
+        beam_size: int,
+        indices: Tensor | None,
+        targets: Tensor | None,
+        freeze_codebook: bool,
+        options: dict[str, Any],
+    ) -> tuple[_Path, Tensor]:
+        """The path, and the sum of its codes with the gradient that they have."""
+        self._start_shared(vectors, counted, options)
+        if indices is None and beam_size > 1 and all(codebook.initialized for codebook in self.codebooks()):
+            indices = self._search(vectors, _or_all(finite, vectors), used, beam_size)
+        given, aims = (_split(path, vectors.shape[:-1]) for path in (indices, targets))
+        path = self._walk(vectors, finite is None, counted, used, given, aims, freeze_codebook, options)
+        return path, self._estimate(vectors, finite, path)
 
     def encode(
         self,
@@ -410,6 +441,7 @@ class Residual(Quantizer):
     def _walk(
         self,
         vectors: Tensor,
+        known: bool,
         counted: Tensor | None,
         used: Tensor | int | None,
         indices: Sequence[Tensor] | None,
@@ -417,7 +449,7 @@ class Residual(Quantizer):
         freeze_codebook: bool,
         options: dict[str, Any],
     ) -> _Path:
-        """Every layer in turn, on what is left by those before it."""
+        """Every layer in turn, on what is left by those before it. `known`: that all of it is finite, and counts."""
         layers = self._each()
         conditional = any(isinstance(layer, ImplicitVQ) for layer in layers)
         residual, partial = vectors, torch.zeros_like(vectors) if conditional else vectors
@@ -431,7 +463,11 @@ class Residual(Quantizer):
             if targets is not None:
                 own["targets"] = targets[number]
             mask = _and(number < used, counted, vectors.shape[:-1]) if isinstance(used, Tensor) else counted
-            part = layer.quantize(residual, mask, freeze_codebook=freeze_codebook, **own, **options)
+            known = known and mask is None and not own and getattr(layer, "gives_finite", False)
+            if known:  # and so is what it leaves
+                part = layer.quantize_vectors(residual, None, freeze_codebook=freeze_codebook, **options)
+            else:
+                part = layer.quantize(residual, mask, freeze_codebook=freeze_codebook, **own, **options)
             output = part.quantized
             if getattr(layer, "masked", None) != "zero":
                 output = where_kept(has_code(part.indices, vectors.dim() - 1), output)

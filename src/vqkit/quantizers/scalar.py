@@ -175,6 +175,11 @@ class ScalarQuantizer(Quantizer):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, levels={self.levels}" + changed(self, heads=1, layout="last", masked="zero", commit="auto")
 
+    @property
+    def gives_finite(self) -> bool:
+        """Whether finite vectors always give finite codes, and no linear projection stands around these."""
+        return False
+
     # What a subclass writes; where there is a rotation, `_round` turns the vectors
 
     @abstractmethod

@@ -24,7 +24,7 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
 )
 from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
-from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_in, project_out, rows_of
+from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out, projected, rows_of
 from vqkit.quantizers.layout import check_tensor
 from vqkit.quantizers.residual import Residual
 
@@ -113,12 +113,19 @@ class ResidualFSQ(Module):
         if self.training and self.quantize_dropout:
             seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
             depth = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, depth)
-        found = self._settle().quantize(project_in(self.project_in, rows), freeze_codebook=True, depth=depth)
-        output = project_out(self.project_out, found.quantized, found.indices)
+        vectors, finite = projected(self.project_in, rows)
+        found = self._settle().quantize_vectors(vectors, finite, freeze_codebook=True, depth=depth)
+        output = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         indices = found.indices if depth < self.num_quantizers else found.indices.to(torch.int32)
         if self.is_channel_first:
             output, indices = output.movedim(-1, 1), indices.movedim(-1, 1)
-        return (output, indices, self.get_codes_from_indices(indices)) if return_all_codes else (output, indices)
+        if not return_all_codes:
+            return output, indices
+        moved = self.training and self.parts[0].noise_dropout > 0.0  # then outputs are no codes
+        return output, indices, self.get_codes_from_indices(indices) if moved else self._codes_of_layers(found.outputs)
+
+    def _codes_of_layers(self, outputs: Sequence[Tensor]) -> Tensor:
+        return all_layers(torch.stack([*outputs]).detach(), self.num_quantizers)
 
 
 def _limit(levels: Sequence[int], given: float | Sequence[float] | Tensor | None, hard: bool) -> Tensor | None:

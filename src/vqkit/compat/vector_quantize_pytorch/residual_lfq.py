@@ -25,7 +25,7 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
 )
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import INV_TEMPERATURE, LFQ, check_loss_mask, loss_mask
-from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_in, project_out, rows_of
+from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out, projected, rows_of
 from vqkit.quantizers.residual import Residual
 
 __all__ = ["LFQ", "GroupedResidualLFQ", "ResidualLFQ", "get_maybe_sync_seed", "is_distributed", "round_up_multiple"]
@@ -113,12 +113,12 @@ class ResidualLFQ(Module):
             check_loss_mask(mask, rows.shape[:-1])
         if self.training:
             options |= {"temperature": 1.0 / INV_TEMPERATURE, "loss_mask": loss_mask(mask, rows.shape[:-1])}
-        vectors = project_in(self.project_in, rows)
-        found = self._settle().quantize(vectors if self.training else vectors.detach(), freeze_codebook=True, **options)
-        output = project_out(self.project_out, found.quantized, found.indices)
+        vectors, finite = projected(self.project_in, rows)
+        found = self._settle().quantize_vectors(vectors if self.training else vectors.detach(), finite, freeze_codebook=True, **options)
+        output = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         output = output.movedim(-1, 1) if image else output
         result = (output, found.indices, self._losses(found.losses, depth))
-        return (*result, self.get_codes_from_indices(found.indices)) if return_all_codes else result
+        return (*result, all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers)) if return_all_codes else result
 
     def _losses(self, losses: dict[str, Tensor], depth: int) -> Tensor:
         """[q], 0 for layers that took no part."""
