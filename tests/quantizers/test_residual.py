@@ -1123,7 +1123,7 @@ def test_vectors_between_the_projections_are_quantized_as_whole_inputs_are(layer
     expected = quantizer.quantize(x.where(finite.unsqueeze(-1), torch.nan), freeze_codebook=True)
     found = quantizer.quantize_vectors(x, finite, freeze_codebook=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    with pytest.raises(TypeError, match="^weigths: is no option of Residual"):
+    with pytest.raises(TypeError, match=r"^weigths: is no option of Residual"):
         quantizer.quantize_vectors(x, finite, weigths=None)
 
 
