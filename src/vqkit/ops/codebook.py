@@ -254,10 +254,10 @@ def draw_candidates(x: Tensor, dropped: Tensor, num: int) -> tuple[Tensor, Tenso
     heads, _, width = x.shape[-3:]
     if num == 0:
         return x.new_zeros(heads, 0, width), x.new_zeros(heads, 0)
-    vectors = x.movedim(-3, 0).reshape(heads, -1, width)
-    draws = 1.0 - torch.rand(vectors.shape[:2], dtype=x.dtype, device=x.device)  # (0, 1]: 0 says absent
-    keys = draws.masked_fill(dropped.movedim(-2, 0).reshape(heads, -1), 0.0)
-    return largest_keys(vectors, keys, num)
+    if x.dim() > 3:
+        x, dropped = x.movedim(-3, 0).reshape(heads, -1, width), dropped.movedim(-2, 0).reshape(heads, -1)
+    draws = torch.rand(x.shape[:2], dtype=x.dtype, device=x.device).neg_().add_(1.0)  # (0, 1]: 0 says absent
+    return largest_keys(x, draws.masked_fill_(dropped, 0.0), num)
 
 
 def largest_keys(vectors: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -279,8 +279,17 @@ def merge_statistics(first: CodebookStatistics, second: CodebookStatistics) -> C
     if num := keys.shape[-1]:
         candidates, keys = largest_keys(torch.cat([candidates, second.candidates], dim=1), torch.cat([keys, second.keys], dim=1), num)
     summed = {name: getattr(first, name) + getattr(second, name) for name in SUMMED}
-    vectors, moments = (torch.stack(pair) for pair in ((first.vectors, second.vectors), (first.moments, second.moments)))
-    return CodebookStatistics(**summed, candidates=candidates, keys=keys, moments=pool_moments(vectors, moments))
+    return CodebookStatistics(**summed, candidates=candidates, keys=keys, moments=_moments_of_both(first, second, summed["vectors"]))
+
+
+def _moments_of_both(first: CodebookStatistics, second: CodebookStatistics, vectors: Tensor) -> Tensor:
+    """`pool_moments` of two parts, which have so many vectors [H] together."""
+    moments = first.moments + second.moments
+    if moments.shape[-1]:
+        of_first, of_second = (own.moments[:, 0] / own.vectors.clamp(min=1).unsqueeze(-1) for own in (first, second))
+        weight = first.vectors * second.vectors / vectors.clamp(min=1)
+        moments[:, 1].addcmul_(weight.unsqueeze(-1), (of_first - of_second).square_())
+    return moments
 
 
 def ema_update(sum: Tensor, count: Tensor, statistics: CodebookStatistics, decay: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqkit.ops.codebook import polar
 from vqkit.ops.nearest_code import compiled
-from vqkit.ops.precision import widest
+from vqkit.ops.precision import is_traced, widest, without_autocast
 
 SMALLEST_RATIO = 0.01
 """Of the lengths of a vector and its code: above it the rotation is whole."""
@@ -181,12 +181,36 @@ def directional(x: Tensor, quantized: Tensor, *, sigma2: float = 1e-3, noise: Te
     if noise is not None and noise.shape != x.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}: must be {tuple(x.shape)}, that of x")
     dtype = widest(x)
-    vector = x.to(dtype)
-    error = quantized.to(dtype) - vector
-    if noise is None:
-        noise = torch.randn_like(error)
-    direction = polar(error.detach() + sigma2**0.5 * noise.to(dtype))[0]
-    return (vector + polar(error)[1] * direction).to(x.dtype)
+    noise = torch.randn_like(x, dtype=dtype) if noise is None else noise.to(dtype)
+    moved = _directed if is_traced() else _Directed.apply
+    return moved(x.to(dtype), quantized.to(dtype), noise, sigma2**0.5).to(x.dtype)
+
+
+def _directed(x: Tensor, quantized: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """In plain operations, for compilers and transforms."""
+    error = quantized - x
+    direction = polar(torch.add(error.detach(), noise, alpha=sigma))[0]
+    return torch.addcmul(x, polar(error)[1], direction)
+
+
+class _Directed(torch.autograd.Function):
+    """The output moves with x, and with the length of the error, which grows along the error itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        error = quantized - x
+        direction = polar(torch.add(error, noise, alpha=sigma))[0]
+        along, length = polar(error)
+        ctx.save_for_backward(x, quantized, direction, along)
+        return torch.addcmul(x, length, direction)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        x, quantized, direction, along = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            along = polar(quantized - x)[0]
+        of_quantized = (gradients[0] * direction).sum(-1, keepdim=True) * along
+        return gradients[0] - of_quantized, of_quantized, None, None
 
 
 def _check_alike(x: Tensor, quantized: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.assignment import Metric, assignment_cross_entropy, mean_assignment, mean_assignment_cross_entropy
-from vqkit.ops.codebook import directions
+from vqkit.ops.codebook import are_ordinary, directions, polar
 from vqkit.ops.estimators import scale_gradient
 from vqkit.ops.precision import as_dtype, widest, without_autocast
 
@@ -97,24 +97,45 @@ def orthogonality_loss(
     replacement by `noise` [..., C] uniform in [0, 1), from the global random generator where not given. No C x C matrix where K < C.
     Returns a scalar, float32 or wider.
     """
-    codes = directions(codebook.to(widest(codebook)))
-    chosen = torch.ones_like(codes[..., 0], dtype=torch.bool) if active is None else _spread("active", active, codes.shape[:-1])
-    if max_codes is not None:
-        chosen = _draw(chosen, max_codes, torch.rand_like(codes[..., 0]) if noise is None else noise)
-    codes = codes * chosen.unsqueeze(-1)
-    size, width = codes.shape[-2:]
+    codes = as_dtype(codebook, widest(codebook))
+    if max_codes is not None and active is None and max_codes < codes.shape[-2]:
+        _check_max_codes(max_codes)
+        drawn = (torch.rand_like(codes[..., 0]) if noise is None else noise).topk(max_codes, dim=-1).indices
+        codes = codes.gather(-2, drawn.unsqueeze(-1).expand(*drawn.shape, codes.shape[-1]))
+    elif active is not None or max_codes is not None:
+        chosen = torch.ones_like(codes[..., 0], dtype=torch.bool) if active is None else _spread("active", active, codes.shape[:-1])
+        if max_codes is not None:
+            chosen = _draw(chosen, max_codes, torch.rand_like(codes[..., 0]) if noise is None else noise)
+        return _orthogonality(directions(codes) * chosen.unsqueeze(-1), chosen)
+    codes, length = polar(codes)
+    if not are_ordinary(length):
+        return _orthogonality(codes, torch.ones_like(codes[..., 0], dtype=torch.bool))
+    heads, size = codes.shape[:-2].numel(), codes.shape[-2]
+    return _gram(codes).square().sum() / (heads * size**2) - 1.0 / size
+
+
+def _gram(codes: Tensor) -> Tensor:
+    """Either of two matrices of the same sum of squares."""
     with without_autocast(codes.device.type):
-        gram = codes.mT @ codes if width < size else codes @ codes.mT  # both have the same sum of squares
+        return codes.mT @ codes if codes.shape[-1] < codes.shape[-2] else codes @ codes.mT
+
+
+def _orthogonality(codes: Tensor, chosen: Tensor) -> Tensor:
+    """Of codes [..., C, K] of length 1 or 0, 0 where not chosen [..., C] bool."""
     with_itself = codes.square().sum(-1)
     zero = (chosen & (with_itself == 0)).sum(-1)
-    pairs = gram.square().sum((-2, -1)) - with_itself.square().sum(-1)
+    pairs = _gram(codes).square().sum((-2, -1)) - with_itself.square().sum(-1)
     return ((pairs + zero) / chosen.sum(-1).clamp(min=1).square()).mean()
+
+
+def _check_max_codes(num: int) -> None:
+    if num < 1:
+        raise ValueError(f"max_codes = {num}: must be at least 1")
 
 
 def _draw(chosen: Tensor, num: int, noise: Tensor) -> Tensor:
     """At most `num` of the chosen, those of the largest noise."""
-    if num < 1:
-        raise ValueError(f"max_codes = {num}: must be at least 1")
+    _check_max_codes(num)
     if num >= chosen.shape[-1]:
         return chosen
     place = noise.masked_fill(~chosen, -1.0).topk(num, dim=-1).indices
