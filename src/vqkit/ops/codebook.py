@@ -124,6 +124,9 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         if are_ordinary(length):
             return x / length, length
+        small = length.detach() <= _ORDINARY[x.dtype]
+        if not x.detach().where(small, 0.0).any() and are_ordinary(length.masked_fill(small, 1.0)):  # some are zero
+            return x / length.masked_fill(small, 1.0), length
     scale = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(scale == 0, 1.0, scale)
     scale = scale / (2.0 * torch.frexp(scale).mantissa)  # a power of two not above it, which rounds nothing and never overflows
