@@ -327,7 +327,8 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     def kmeans_start(start: Any, metric: str, sample: Tensor, present: Tensor, num: int, generator: Any) -> Tensor:
         return torch.stack([peers_sample(own[is_there][None], num)[0] for own, is_there in zip(sample, present, strict=True)])
 
-    def candidates(x: Tensor, dropped: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    def candidates(x: Tensor, dropped: Tensor | None, num: int) -> tuple[Tensor, Tensor]:
+        dropped = torch.zeros(x.shape[:2], dtype=torch.bool) if dropped is None else dropped
         rows, keys = x.new_zeros(len(x), num, x.shape[-1]), x.new_zeros(len(x), num)
         for head, (own, lost) in enumerate(zip(x, dropped, strict=True)):
             kept = in_order(own[~lost])[:num]

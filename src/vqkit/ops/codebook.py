@@ -125,8 +125,9 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
         if are_ordinary(length):
             return x / length, length
         small = length.detach() <= _ORDINARY[x.dtype]
-        if not x.detach().where(small, 0.0).any() and are_ordinary(length.masked_fill(small, 1.0)):  # some are zero
-            return x / length.masked_fill(small, 1.0), length
+        divisor = length.masked_fill(small, 1.0)
+        if not x.detach().where(small, 0.0).any() and are_ordinary(divisor):  # some are zero
+            return x / divisor, length
     scale = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(scale == 0, 1.0, scale)
     scale = scale / (2.0 * torch.frexp(scale).mantissa)  # a power of two not above it, which rounds nothing and never overflows
@@ -252,15 +253,19 @@ def pool_moments(vectors: Tensor, moments: Tensor) -> Tensor:
     return torch.stack([total.sum(0), (squares + between).sum(0)], dim=-2)
 
 
-def draw_candidates(x: Tensor, dropped: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """`candidates` and `keys` of x [..., H, N, K], drawn by the global random generator; rows `dropped` [..., H, N] are not drawn."""
+def draw_candidates(x: Tensor, dropped: Tensor | None, num: int) -> tuple[Tensor, Tensor]:
+    """`candidates` and `keys` of x [..., H, N, K], drawn by the global random generator; rows `dropped` [..., H, N], if any, are not."""
     heads, _, width = x.shape[-3:]
     if num == 0:
         return x.new_zeros(heads, 0, width), x.new_zeros(heads, 0)
     if x.dim() > 3:
-        x, dropped = x.movedim(-3, 0).reshape(heads, -1, width), dropped.movedim(-2, 0).reshape(heads, -1)
+        x = x.movedim(-3, 0).reshape(heads, -1, width)
+        dropped = None if dropped is None else dropped.movedim(-2, 0).reshape(heads, -1)
     draws = torch.rand(x.shape[:2], dtype=x.dtype, device=x.device).neg_().add_(1.0)  # (0, 1]: 0 says absent
-    return largest_keys(x, draws.masked_fill_(dropped, 0.0), num)
+    if dropped is None and x.shape[1] >= num:
+        keys, chosen = draws.topk(num, dim=-1)
+        return x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width)), keys
+    return largest_keys(x, draws if dropped is None else draws.masked_fill_(dropped, 0.0), num)
 
 
 def largest_keys(vectors: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tensor]:

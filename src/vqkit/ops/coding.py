@@ -18,6 +18,7 @@ from torch import Tensor
 from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
 from vqkit.ops.estimators import rotate_back_, rotation_gradient, scale_gradient
 from vqkit.ops.nearest_code import compiled, triton
+from vqkit.ops.precision import may_look
 
 _ENTRIES_PER_TILE = 1 << 18
 
@@ -74,10 +75,11 @@ def coded_stats(x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None
 
     `ignored` [G, N] bool are vectors of index -1 that do not count as `non_finite`.
     """
+    none_lost = num_candidates == 0 or (may_look(found.lost) and not found.lost.any())
     return CodebookStatistics(
         found.count,
         found.sum,
-        *draw_candidates(x, indices < 0, num_candidates),
+        *draw_candidates(x, None if none_lost else indices < 0, num_candidates),
         vectors=found.vectors,
         squared_error=found.squared_error,
         non_finite=found.lost if ignored is None else found.lost - ignored.sum(-1),

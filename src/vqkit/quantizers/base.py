@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqkit.dist import Reducer, has_default_group, is_managed, own_storage
 from vqkit.quantizers.commit import Committing, Statistics, flatten_statistics, reduce_in_forward, synchronize_codebooks_
@@ -121,7 +121,7 @@ class Quantizer(Committing):
 
     def quantize_and_learn(self, x: Tensor, mask: Tensor | None = None, *, freeze_codebook: bool = False, **options: Any) -> Quantized:
         """What a call does, with what `quantize` returns: the losses by name, unweighted."""
-        members = [module for module in self.modules() if isinstance(module, Committed)]
+        members = _members(self)
         learning = self.training and not freeze_codebook
         outside = outside_backward(x)
         if self.training and self._commit == "auto":
@@ -209,6 +209,22 @@ class Quantizer(Committing):
         if len(each) > 1:
             result |= {f"{name}/{number}": found[name] for number, found in enumerate(each) for name in names if name in found}
         return result
+
+
+def _members(module: nn.Module) -> list[Committed]:
+    """Those among `module.modules()` whose state commits change."""
+    if torch.compiler.is_compiling():
+        return [part for part in module.modules() if isinstance(part, Committed)]
+    found, seen, waiting = [], set(), [module]  # what modules() does, without names
+    while waiting:
+        part = waiting.pop()
+        if part is None or part in seen:
+            continue
+        seen.add(part)
+        if isinstance(part, Committed):
+            found.append(part)
+        waiting.extend(reversed(part._modules.values()))
+    return found
 
 
 def changed(module: object, **usual: object) -> str:

@@ -299,7 +299,7 @@ class VectorQuantize(Quantizer):
             return self._quantize_by_own_codes(given, codes_of(codes), codes, several=several, reduction=reduction, **options)
         scores = few_scores(vectors, codes, self._score) if self._by_scores(temperature, labels) else None
         picked = self._pick(vectors, codes, temperature, top_k or 1, scores=scores) if own is None else own
-        if not several and weights is None and reduction == "mean" and self._is_plain(temperature):
+        if not several and weights is None and reduction == "mean" and self._soft_estimator(temperature) is None:
             return self._quantize_plain(given, codes, _of_kept(picked, kept), own, labels, counted, project, scores)
         if top_k is not None:
             vectors = vectors.repeat_interleave(top_k, dim=1)
@@ -321,10 +321,6 @@ class VectorQuantize(Quantizer):
     def _counts(self, frozen: bool) -> bool:
         """Whether a call gives statistics."""
         return self.training and not frozen and self.table.counts
-
-    def _is_plain(self, temperature: float) -> bool:
-        """Whether one pass over the vectors does: the output has neither noise nor the gradient of a softmax."""
-        return self._soft_estimator(temperature) is None and not isinstance(self.estimator, DiVeQ)
 
     def _soft_estimator(self, temperature: float) -> SoftEstimator | None:
         """The gradient of a softmax that the output has, if any."""
@@ -412,15 +408,17 @@ class VectorQuantize(Quantizer):
         """As the other steps of `quantize` together, in one pass forward and one backward; indices [H, M]."""
         vectors = given.vectors
         codes = codes.to(vectors.dtype)
-        estimator = cast(PlainEstimator, self.estimator)
+        moved = isinstance(self.estimator, DiVeQ) and self.training
+        estimator: PlainEstimator = "none" if moved else "straight_through" if isinstance(self.estimator, DiVeQ) else self.estimator
         pull = sum(loss.pull for loss in self.losses if isinstance(loss, Commitment))
-        passed = self.sync_update + (estimator == "none")
+        passed = (0.0 if moved else self.sync_update) + (estimator == "none")
         found = coded(vectors, codes, indices, estimator=estimator, count=counted, pull=pull, passed=passed)
         chosen = _Chosen(indices, found.quantized)
         losses = self._losses(vectors, codes, chosen, targets, commitment=found.error, scores=scores)
         statistics = self._statistics(given, codes, indices, own, found) if counted else None
         joined = self._join_indices(indices, given.rows.shape[:-1], ())
-        return Quantized(self._write(given, found.quantized, joined, (), project), joined, losses, statistics)
+        output = self._estimate(vectors, chosen) if moved else found.quantized
+        return Quantized(self._write(given, output, joined, (), project), joined, losses, statistics)
 
     def cross_entropy(self, x: Tensor, targets: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """The loss "cross_entropy" of `quantize(x, mask, targets=targets)` by itself: no code is chosen."""
@@ -587,7 +585,7 @@ class VectorQuantize(Quantizer):
         if self.norm is not None:
             projected, kept = _keep(self.norm(projected), kept, self._has_scores)
         vectors = as_dtype(projected, torch.promote_types(projected.dtype, self.table.dtype))
-        vectors = self._to_heads(vectors.reshape(-1, self.heads, self.codebook_dim))
+        vectors = self._to_heads(vectors.reshape(-1, self.heads, self.codebook_dim)) if self.separate_heads else self._as_one(vectors)
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
 
     def _has_scores(self, rows: Tensor) -> Tensor:
@@ -631,7 +629,11 @@ class VectorQuantize(Quantizer):
 
     def _to_heads(self, values: Tensor) -> Tensor:
         """[N, heads, ...] -> [H, M, ...]."""
-        return values.transpose(0, 1) if self.separate_heads else values.flatten(0, 1).unsqueeze(0)
+        return values.transpose(0, 1) if self.separate_heads else values.reshape(1, values.shape[0] * values.shape[1], *values.shape[2:])
+
+    def _as_one(self, rows: Tensor) -> Tensor:
+        """[P..., heads * K] -> [1, M, K]."""
+        return rows.reshape(1, rows.shape[:-1].numel() * self.heads, self.codebook_dim)
 
     def _from_heads(self, values: Tensor) -> Tensor:
         """[H, M, ...] -> in the order of [N, heads, ...]; its shape is for the caller to give."""

@@ -7,6 +7,7 @@ Shapes: B batch, N positions, D width of the input, K width of a code, C codes.
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from numbers import Integral
@@ -378,7 +379,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
         if ema_update_weight is not None and not callable(ema_update_weight):
             ema_update_weight = codebook.weights_of_codes(ema_update_weight)
         targets = None if indices is None else self._as_positions(indices, x)
-        in_place = x.new_zeros(())
+        in_place = None
         if self.in_place_codebook_optimizer is not None and self.training and not frozen and self.walked is None:
             if targets is not None:  # before a step is taken
                 check_indices("indices", targets.to(x.device), self.codebook_size, self._shape_of_indices(x))
@@ -423,24 +424,26 @@ class VectorQuantize(OwnsOptimizer, Settable):
         learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
         return self.estimator if self.training and learns else "none"
 
-    def _name_losses(self, found: Quantized, in_place: Tensor, several: bool) -> LossBreakdown:
+    def _name_losses(self, found: Quantized, in_place: Tensor | None, several: bool) -> LossBreakdown:
         zero, named = torch.zeros_like(self.zero), found.losses
         if not self.training:
             return LossBreakdown(named["commitment"].detach() if several else zero, zero, zero, zero)
         name = "cross_entropy_commitment" if self.commitment_use_cross_entropy_loss else "commitment"
         commitment = named[name] if self.has_commitment_loss else zero
+        in_place = zero if in_place is None else in_place
         return LossBreakdown(commitment, named.get("diversity", zero), named.get("orthogonality", zero), in_place)
 
     def _weigh(self, losses: LossBreakdown, several: bool) -> Tensor:
         if not self.training:
             return losses.commitment * self.commitment_weight if several and self.has_commitment_loss else losses.commitment
-        loss = torch.zeros_like(self.zero)
+        parts = []
         if self.has_codebook_diversity_loss:
-            loss = loss + losses.codebook_diversity * self.codebook_diversity_loss_weight
+            parts.append(losses.codebook_diversity * self.codebook_diversity_loss_weight)
         if self.has_commitment_loss:
-            loss = loss + losses.commitment * self.commitment_weight
+            parts.append(losses.commitment * self.commitment_weight)
         if self.has_codebook_orthogonal_loss:
-            loss = loss + losses.orthogonal_reg * self.orthogonal_reg_weight
+            parts.append(losses.orthogonal_reg * self.orthogonal_reg_weight)
+        loss = functools.reduce(torch.add, parts) if parts else torch.zeros_like(self.zero)
         if not loss.requires_grad and not torch.compiler.is_compiling():
             loss = loss + torch.zeros_like(loss, requires_grad=True)  # so that a loop may call backward whatever is trained
         return loss
