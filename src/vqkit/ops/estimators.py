@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqkit.ops.codebook import polar
 from vqkit.ops.nearest_code import compiled
-from vqkit.ops.precision import is_traced, widest, without_autocast
+from vqkit.ops.precision import is_traced, widest
 
 SMALLEST_RATIO = 0.01
 """Of the lengths of a vector and its code: above it the rotation is whole."""

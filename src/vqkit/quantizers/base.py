@@ -215,7 +215,9 @@ def _members(module: nn.Module) -> list[Committed]:
     """Those among `module.modules()` whose state commits change."""
     if torch.compiler.is_compiling():
         return [part for part in module.modules() if isinstance(part, Committed)]
-    found, seen, waiting = [], set(), [module]  # what modules() does, without names
+    found: list[Committed] = []
+    seen: set[nn.Module] = set()
+    waiting: list[nn.Module | None] = [module]  # what modules() does, without names
     while waiting:
         part = waiting.pop()
         if part is None or part in seen:
