@@ -8,7 +8,6 @@ Shapes: H codebooks, C codes, K width, N vectors.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple, cast
@@ -332,7 +331,9 @@ class Codebook(_Codebook):
         moves = self.ema_update if call.ema_update is None else bool(call.ema_update)
         follow = moves and not self.manual_ema_update and not call.averages_alone
         count = moves or self.has_dead_code_replacement
-        return _rule_of(rule, call.uses, follow, count)
+        if (call.uses, follow, count) == (1, rule.follow, rule.count):
+            return rule
+        return dataclasses.replace(rule, decay=rule.decay**call.uses, follow=follow, count=count)
 
     @property
     def counts(self) -> bool:
@@ -654,9 +655,3 @@ def _write_(old: Tensor, new: Tensor, outside: Tensor | bool) -> None:
         old.data.copy_(new)
     else:
         old.copy_(torch.where(cast(Tensor, outside), new, old))
-
-
-@functools.lru_cache
-def _rule_of(rule: StoredEMA, uses: int, follow: bool, count: bool) -> StoredEMA:
-    """Of a call that stands for so many steps."""
-    return dataclasses.replace(rule, decay=rule.decay**uses, follow=follow, count=count)
