@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from facade import peer as _peer
-from facade.deviations import excused
+from facade.deviations import excused, of_residuals
 
 RTOL = 1e-5
 FLOOR = 1e-2
 """Differences are relative to the largest entry of a tensor, or to this where all are smaller."""
+RATE = 0.05
+"""Of the optimizer."""
 DECODERS = ("get_codes_from_indices", "get_output_from_indices", "indices_to_codes", "decode_bits")
 
 
@@ -71,6 +73,7 @@ def compare(
     seed: int = 0,
     prepare: Callable[[nn.Module], None] | None = None,
     optimize: bool = True,
+    rate: float = RATE,
 ) -> Comparison:
     """Class `name` of both, made with `kwargs`, called with `x` (a tensor, or a function of the step) and `calls`.
 
@@ -79,7 +82,7 @@ def compare(
     a case is none.
     """
     kinds = getattr(_peer.peer, name), getattr(_peer.facade, name)
-    options = {"steps": steps, "seed": seed, "prepare": prepare, "optimize": optimize}
+    options = {"steps": steps, "seed": seed, "prepare": prepare, "optimize": optimize, "rate": rate}
     return compare_kinds(name, kinds, kwargs, x, calls=calls, eval_calls=eval_calls, **options)
 
 
@@ -95,11 +98,12 @@ def compare_kinds(
     seed: int = 0,
     prepare: Callable[[nn.Module], None] | None = None,
     optimize: bool = True,
+    rate: float = RATE,
 ) -> Comparison:
     """As `compare`, of any two classes, the reference first."""
     calls = dict(calls or {})
     eval_calls = calls if eval_calls is None else dict(eval_calls)
-    facts = {"an optimizer": optimize, "sequences": (x(0) if callable(x) else x).dim() > 2}
+    facts = {"an optimizer": optimize, "sequences": (x(0) if callable(x) else x).dim() > 2, **of_residuals(kwargs, calls)}
     comparison = Comparison(name, dict(kwargs), calls, facts)
     sides = _Sides(comparison)
     reference = _seeded(seed, lambda: kinds[0](**copy.deepcopy(dict(kwargs))))
@@ -111,7 +115,7 @@ def compare_kinds(
     if prepare is not None:
         prepare(reference)
         prepare(made)
-    optimizers = [_sgd(module) if optimize else None for module in (reference, made)]
+    optimizers = [_sgd(module, rate) if optimize else None for module in (reference, made)]
     for step in range(steps):
         given = x(step) if callable(x) else x * (1 + 0.1 * step)
         weights_seed = 1000 * seed + step
@@ -145,9 +149,9 @@ def _seeded(seed: int, make: Callable[[], Any]) -> Any:
     return make()
 
 
-def _sgd(module: nn.Module) -> torch.optim.Optimizer | None:
+def _sgd(module: nn.Module, rate: float) -> torch.optim.Optimizer | None:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(parameters, lr=0.05) if parameters else None
+    return torch.optim.SGD(parameters, lr=rate) if parameters else None
 
 
 def _load(comparison: Comparison, reference: nn.Module, made: nn.Module) -> bool:

@@ -22,13 +22,14 @@ def covering_array(
     seed: int = 0,
     *,
     cost: Callable[[Row], int] | None = None,
+    wide: bool = True,
 ) -> list[Row]:
     """Rows {option: value} of `options` {option: values, the default first}; deterministic, and the first is that of the defaults.
 
     `valid` and `cost` see whole rows. A pair of values is possible where a valid row has it: looked for next to the defaults, by one or
     two more options set to other values, and then among 300 random rows. With `cost` it stands in a row of the least cost that was found
-    for it, the two options are of those that validity and cost hang on, and pairs of low cost have their rows first. Raises ValueError
-    where the defaults are not valid.
+    for it, the two options are of those that validity and cost hang on, and pairs of low cost have their rows first. Not `wide`: it is
+    looked for by one more option alone, unless there is no row then. Raises ValueError where the defaults are not valid.
     """
     names, values = list(options), [tuple(found) for found in options.values()]
 
@@ -60,7 +61,7 @@ def covering_array(
 
     later: list[tuple[int, _Pair, _Numbers]] = []
     for pair in _all_pairs(sizes):
-        if pair not in covered and (found := _cheapest(pair, sizes, deciding, price, generator)) is not None:
+        if pair not in covered and (found := _cheapest(pair, sizes, deciding, price, generator, wide)) is not None:
             if found[0] == 0:
                 add(found[1], pair, 0)
             else:
@@ -83,11 +84,14 @@ def _deciding(sizes: list[int], price: _Price, generator: random.Random) -> Sequ
 
 
 def _cheapest(
-    pair: _Pair, sizes: list[int], deciding: Sequence[int], price: _Price, generator: random.Random
+    pair: _Pair, sizes: list[int], deciding: Sequence[int], price: _Price, generator: random.Random, wide: bool
 ) -> tuple[int, _Numbers] | None:
     """The first row of the least price that has the pair, with its price."""
     best = None
-    for near in _rows_with(pair, sizes, deciding, generator):
+    near_enough = 1 + sum(sizes[k] - 1 for k in deciding)
+    for number, near in enumerate(_rows_with(pair, sizes, deciding, generator)):
+        if best is not None and not wide and number >= near_enough:
+            break
         own = price(near)
         if own is not None and (best is None or own < best[0]):
             best = own, near

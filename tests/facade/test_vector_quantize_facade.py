@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -13,14 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import vqkit.ops.codebook
-import vqkit.ops.coding
-import vqkit.ops.kmeans
-import vqkit.quantizers.vector_quantize as native
-from facade import deviations
+from facade import deviations, strict
 from facade.compare import compare
 from facade.covering import covering_array
-from facade.deviations import DEVIATIONS, facts
+from facade.deviations import DEVIATIONS
 from facade.peer import facade, facade_module, peer
 from thread_ranks import in_ranks
 
@@ -125,7 +120,7 @@ def is_image(row: dict[str, Any]) -> bool:
 
 NO_EMA = {"ema_update": False}
 LEARNED = {"learnable_codebook": True, **NO_EMA}
-REFUSED: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
+REFUSED: list[strict.Rule] = [
     ({"straight_through": True}, lambda row: ways(row) > 1),
     ({"use_cosine_sim": True, **LEARNED}, lambda row: row["use_cosine_sim"] and is_learnable(row)),
     ({"use_cosine_sim": True, "affine_param": True}, lambda row: row["use_cosine_sim"] and row["affine_param"]),
@@ -197,7 +192,7 @@ REFUSED: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
 
 
 def stands_together(row: dict[str, Any]) -> bool:
-    return not any(is_refused(row) for _, is_refused in REFUSED)
+    return strict.stands(REFUSED, row)
 
 
 def usual(**changes: Any) -> dict[str, Any]:
@@ -213,21 +208,8 @@ def test_what_no_row_holds_is_refused_there(changes: dict[str, Any], is_refused:
         there.VectorQuantize(**making(row))(x, **calls)
 
 
-LATER = {"decode.*", "state_back"}
-"""What is no part of a step."""
-EXCUSING = [row for row in DEVIATIONS if fnmatchcase("VectorQuantize", row.cls) and not {*row.parts} <= LATER]
-
-
-def excuses(row: dict[str, Any], optimize: bool) -> int:
-    """How many deviations of the table a row has."""
-    given = arguments(row)
-    known = {**given, **facts(given), "an optimizer": optimize}
-    return sum(deviation.holds(known) for deviation in EXCUSING)
-
-
 def cost(row: dict[str, Any]) -> int:
-    """0: nothing is excused; 1: nothing, if no optimizer steps; above that how much is."""
-    return 0 if excuses(row, True) == 0 else 1 + excuses(row, False)
+    return strict.cost("VectorQuantize", arguments(row))
 
 
 ROWS = covering_array(MAKING | CALLING, stands_together, cost=cost)
@@ -310,69 +292,6 @@ def calling(row: dict[str, Any], seed: int = 0) -> tuple[Tensor, dict[str, Any]]
     return x, calls
 
 
-# Draws that both can make alike: of what is drawn by content, not by place
-
-
-@pytest.fixture
-def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = -(-torch.rand(CODES, generator=torch.Generator().manual_seed(1)).clamp(1e-6).log()).log()
-
-    def in_order(rows: Tensor) -> Tensor:
-        """Rows [N, K] in an order of their own."""
-        return rows[rows.double().matmul(torch.linspace(1.0, 2.0, rows.shape[-1], dtype=torch.float64)).argsort()]
-
-    def peers_sample(samples: Tensor, num: int) -> Tensor:
-        return torch.stack([in_order(own)[((torch.arange(num) + 0.5) * len(own) / num).long()] for own in samples])
-
-    def kmeans_start(start: Any, metric: str, sample: Tensor, present: Tensor, num: int, generator: Any) -> Tensor:
-        return torch.stack([peers_sample(own[is_there][None], num)[0] for own, is_there in zip(sample, present, strict=True)])
-
-    def candidates(x: Tensor, dropped: Tensor | None, num: int) -> tuple[Tensor, Tensor]:
-        dropped = torch.zeros(x.shape[:2], dtype=torch.bool) if dropped is None else dropped
-        rows, keys = x.new_zeros(len(x), num, x.shape[-1]), x.new_zeros(len(x), num)
-        for head, (own, lost) in enumerate(zip(x, dropped, strict=True)):
-            kept = in_order(own[~lost])[:num]
-            rows[head, : len(kept)], keys[head, : len(kept)] = kept, 1.0
-        return rows, keys
-
-    def first_of_order(samples: Tensor, num: int) -> Tensor:
-        return torch.stack([in_order(own)[:num] for own in samples])
-
-    def sample_indices(x: Tensor, codes: Tensor, num: int = 1, *, temperature: float, metric: str) -> Tensor:
-        scores = (x @ codes.mT if metric == "product" else -torch.cdist(x, codes)) / temperature + every[: codes.shape[-2]]
-        return scores.topk(num, -1).indices
-
-    def draw(scores: Tensor, num: int, temperature: float) -> Tensor:
-        return (scores / temperature + every[: scores.shape[-1]]).topk(num, -1).indices
-
-    init = there.Codebook.__init__
-
-    def peers_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self.replace_sample_fn = there.batched_sample_vectors  # the number of dead codes decides nothing else
-        self.sample_fn = peers_sample
-
-    monkeypatch.setattr(there, "entropy", lambda shares: -torch.xlogy(shares, shares).sum(-1))  # without its floor, which is a deviation
-    monkeypatch.setattr(there, "gumbel_noise", lambda t: every[: t.shape[-1]].expand(t.shape))
-    monkeypatch.setattr(there, "batched_sample_vectors", first_of_order)
-    monkeypatch.setattr(there.Codebook, "__init__", peers_init)
-    monkeypatch.setattr(native, "sample_indices", sample_indices)
-    monkeypatch.setattr(native, "draw", draw)
-    monkeypatch.setattr(native, "orthogonality_loss", _first_codes(native.orthogonality_loss))
-    monkeypatch.setattr(vqkit.ops.kmeans, "_start", kmeans_start)
-    for module in (vqkit.ops.codebook, vqkit.ops.coding):
-        monkeypatch.setattr(module, "draw_candidates", candidates)
-    monkeypatch.setattr(torch, "randn_like", lambda t, **_: torch.linspace(-1.0, 1.5, t.shape[-1]).to(t).expand(t.shape))
-    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
-
-
-def _first_codes(loss: Any) -> Any:
-    def of_the_first(codes: Tensor, active: Tensor | None = None, *, max_codes: int | None = None, noise: Any = None) -> Tensor:
-        return loss(codes, active, max_codes=max_codes, noise=torch.linspace(0.9, 0.1, codes.shape[-2]).expand(codes.shape[:-1]))
-
-    return of_the_first
-
-
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
 def test_every_pair_of_options_is_the_peers(row: dict[str, Any], same_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = calling(row)[1]
@@ -411,6 +330,11 @@ DEVIATING: dict[str, dict[str, Any]] = {
     "orthogonal_reg_weight & codes that move in the call": {"orthogonal_reg_weight": 0.5},
     "learned codes & moving averages & an optimizer": {**LEARNED, "call_ema_update": True},
     "orthogonal_reg_weight & use_cosine_sim & an optimizer": {**ORTHOGONAL, "use_cosine_sim": True, "topk": 3},
+    "orthogonal_reg_weight & use_cosine_sim & not route_gradients_to_input": {
+        **ORTHOGONAL,
+        "use_cosine_sim": True,
+        "route_gradients_to_input": False,
+    },
     "orthogonal_reg_weight & use_cosine_sim & in_place_codebook_optimizer": {
         **ORTHOGONAL,
         "use_cosine_sim": True,
@@ -443,12 +367,12 @@ DEVIATING: dict[str, dict[str, Any]] = {
 
 
 def test_each_deviation_has_its_case() -> None:
-    assert {row.option for row in DEVIATIONS if row.parts and fnmatchcase("VectorQuantize", row.cls)} == DEVIATING.keys()
+    assert {row.option for row in DEVIATIONS if row.parts and row.of("VectorQuantize")} == DEVIATING.keys()
 
 
 @pytest.mark.parametrize("option", DEVIATING)
 def test_what_deviates_stands_in_the_table(option: str, same_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    (own,) = (row for row in DEVIATIONS if row.cls == "VectorQuantize" and row.option == option)
+    (own,) = (row for row in DEVIATIONS if row.of("VectorQuantize") and row.option == option)
     row = usual(**DEVIATING[option])
     assert stands_together(row)
     x, calls = calling(row)

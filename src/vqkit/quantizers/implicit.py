@@ -23,6 +23,7 @@ from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import mean_commitment_loss, orthogonality_loss
 from vqkit.ops.precision import finite_rows, known_finite, without_autocast
+from vqkit.ops.scores import draw
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.config import (
@@ -182,7 +183,7 @@ class ImplicitVQ(Quantizer):
         given = self._read(x, mask, partial)
         own, labels = (self._flat_indices(*named, given.positions) for named in (("indices", indices), ("targets", targets)))
         self.table.start_(given.vectors.unsqueeze(0), given.kept)
-        codes = self._codes(given, constant=freeze_codebook)
+        codes = self._codes(given, constant=freeze_codebook, step=self.training and not freeze_codebook)
         found, chosen, soft = self._choose(given, codes, own, temperature)
         losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, given, codes, found, chosen, soft) for loss in self.losses}
         if labels is not None:
@@ -196,13 +197,18 @@ class ImplicitVQ(Quantizer):
             output = where_kept(found >= 0, output)
         return Quantized(output.reshape(x.shape).to(x.dtype), found.reshape(given.positions), losses, statistics)
 
-    def nearest(self, x: Tensor, num: int, *, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The nearest codes of x [N, D], given its partial reconstruction [N, D]: indices [N, P] and codes [N, P, D]; P = min(num, C)."""
-        wide = x.to(torch.promote_types(x.dtype, self.table.dtype))
-        return self._nearest(wide, torch.zeros_like(wide) if partial is None else partial.to(wide.dtype), num)
+    def nearest(self, x: Tensor, num: int, *, partial: Tensor | None = None, temperature: float | None = 0.0) -> tuple[Tensor, Tensor]:
+        """The nearest codes of x [N, D], given its partial reconstruction [N, D]: indices [N, P] and codes [N, P, D]; P = min(num, C).
 
-    def _nearest(self, x: Tensor, partial: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        return nearest_implicit(self.network, x, partial, self.table.codes().squeeze(0).to(x.dtype), num)
+        With `Gumbel` at a `temperature` above 0 (None: its own) so many different codes are drawn instead.
+        """
+        wide = x.to(torch.promote_types(x.dtype, self.table.dtype))
+        partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype)
+        if isinstance(self.assignment, Gumbel):
+            temperature = self.assignment.temperature if temperature is None else temperature
+        else:
+            temperature = 0.0
+        return nearest_implicit(self.network, wide, partial, self.table.codes().squeeze(0).to(wide.dtype), num, temperature)
 
     def encode(self, x: Tensor, mask: Tensor | None = None, *, partial: Tensor | None = None) -> Tensor:
         """x [B, ..., D], `partial` of its shape -> indices [B, ...]."""
@@ -272,10 +278,12 @@ class ImplicitVQ(Quantizer):
         indices = indices.where(given.kept, -1)
         return indices, codes.of(indices, given.partial), False
 
-    def _codes(self, given: _Given, *, constant: bool = False) -> _Codes:
+    def _codes(self, given: _Given, *, constant: bool = False, step: bool = False) -> _Codes:
+        """Those that the vectors see; in a `step` of the codebook affine ones go by the moments of these vectors."""
         # Training without a graph is the first pass of a checkpoint, which goes the way of the second.
         constant = constant or not (self.training or torch.is_grad_enabled())
-        return _Codes(self.network, self.table.codes().squeeze(0).to(given.vectors.dtype), constant=constant)
+        base = self.table.codes_for(given.vectors.unsqueeze(0), given.kept.unsqueeze(0)) if step else self.table.codes()
+        return _Codes(self.network, base.squeeze(0).to(given.vectors.dtype), constant=constant)
 
     def _take_nearest(self, given: _Given, codes: _Codes) -> tuple[Tensor, Tensor]:
         """The index [N] and the code [N, D] of each vector."""
@@ -517,27 +525,31 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_implicit(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int = 1) -> tuple[Tensor, Tensor]:
+def nearest_implicit(
+    network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int = 1, temperature: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The `num` nearest of the codes that each vector has for itself: indices [N, P] int64, nearest first, and these codes [N, P, D].
 
-    x, partial [N, D], codebook [C, D], all of the dtype of the arithmetic; P = min(num, C). Vectors that are not finite get index -1
-    and code 0.
+    At a `temperature` above 0 they are drawn, different ones of each vector, by softmax(-distance / temperature). x, partial [N, D],
+    codebook [C, D], all of the dtype of the arithmetic; P = min(num, C). Vectors that are not finite get index -1 and code 0.
     """
     num = min(num, len(codebook))
     step = _chunk(network, codebook)
-    found = [_nearest(network, *part, codebook, num) for part in zip(x.split(step), partial.split(step), strict=True)]
+    found = [_nearest(network, *part, codebook, num, temperature) for part in zip(x.split(step), partial.split(step), strict=True)]
     if len(found) == 1:
         return found[0]
     indices, codes = (torch.cat(parts) for parts in zip(*found, strict=True))
     return indices, codes
 
 
-def _nearest(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def _nearest(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int, temperature: float) -> tuple[Tensor, Tensor]:
     table = network(codebook, partial.unsqueeze(1))  # [N, C, D]
     error = (x.unsqueeze(1) - table).square().sum(-1)
     error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    # A stable sort takes the lowest index among equals.
-    indices = error.argmin(-1, keepdim=True) if num == 1 else error.argsort(dim=-1, stable=True)[:, :num]
+    if temperature > 0:
+        indices = draw(-error.sqrt(), num, temperature)
+    else:  # a stable sort takes the lowest index among equals
+        indices = error.argmin(-1, keepdim=True) if num == 1 else error.argsort(dim=-1, stable=True)[:, :num]
     codes = table.gather(1, indices.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
     valid = error.gather(1, indices) < torch.inf
     return torch.where(valid, indices, -1), codes.where(valid.unsqueeze(-1), 0.0)

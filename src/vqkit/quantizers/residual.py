@@ -192,7 +192,8 @@ class Residual(Quantizer):
         Only the first `depth` layers take part, if given (the others are not run: no loss, no step), else all but those that quantize
         dropout cuts off. `beam_size` stands for that of the configuration. `indices` [P..., Q, ...] are taken instead of the nearest
         codes; for `targets` of that shape the cross-entropy is among the losses. Other options go to every layer, and all must know
-        them: of `VectorQuantize`, `temperature` and `weights` [P...]. The losses of layer i are named "NAME/i".
+        them: of `VectorQuantize`, `temperature` and `weights` [P...]. Where the layers draw, a beam search draws the codes that each of
+        its paths may go on with. The losses of layer i are named "NAME/i".
         """
         rows = width_last(x, self.dim, self.layout)
         positions = rows.shape[:-1]
@@ -243,7 +244,8 @@ class Residual(Quantizer):
         """The path, and the sum of its codes with the gradient that they have."""
         self._start_shared(vectors, counted, options)
         if indices is None and beam_size > 1 and all(codebook.initialized for codebook in self.codebooks()):
-            indices = self._search(vectors, _or_all(finite, vectors), used, beam_size)
+            indices = self._search(vectors, _or_all(finite, vectors), used, beam_size, options)
+            options = {name: value for name, value in options.items() if name != "temperature"}
         given, aims = (_split(path, vectors.shape[:-1]) for path in (indices, targets))
         path = self._walk(vectors, finite is None, counted, used, given, aims, freeze_codebook, options)
         return path, self._estimate(vectors, finite, path)
@@ -424,13 +426,19 @@ class Residual(Quantizer):
             return indices
         return torch.cat([indices, indices.new_full((*indices.shape[:axis], missing, *self.code_shape[1:]), -1)], dim=axis)
 
-    def _search(self, vectors: Tensor, finite: Tensor, used: Tensor | int | None, size: int) -> Tensor:
-        """The indices of the best paths, [P..., Q, ...]; those of vectors that are not finite mean nothing."""
+    def _search(
+        self, vectors: Tensor, finite: Tensor, used: Tensor | int | None, size: int, options: dict[str, Any] | None = None
+    ) -> Tensor:
+        """The indices of the best paths, [P..., Q, ...]; those of vectors that are not finite mean nothing.
+
+        With `options`, those of a call, the codes that go on a path are drawn where the layers draw.
+        """
         layers = list(self._each())
 
         def propose(layer: int, residual: Tensor, partial: Tensor, num: int) -> tuple[Tensor, Tensor]:
             part: Any = layers[layer]
-            return part.nearest(residual, num, **conditions(part, partial))
+            drawn = {} if options is None else _drawn_at(part, options.get("temperature"))
+            return part.nearest(residual, num, **conditions(part, partial), **drawn)
 
         weights = None if self.beam is None else self.beam.weights
         flat = vectors.detach().where(finite.unsqueeze(-1), 0.0).reshape(finite.numel(), self.inner_dim)
@@ -656,6 +664,12 @@ def scramble(value: Any) -> Any:
 # Paths
 
 
+def _drawn_at(layer: Any, temperature: float | None) -> dict[str, float | None]:
+    """What `nearest` of a layer that draws in training is told."""
+    draws = layer.training and isinstance(getattr(layer, "assignment", None), Gumbel)
+    return {"temperature": temperature} if draws else {}
+
+
 def has_code(indices: Tensor, num_positions: int) -> Tensor:
     """Whether any index of a position is not -1: indices [P..., ...] with so many axes of positions -> [P...] bool."""
     known = indices >= 0
@@ -663,11 +677,11 @@ def has_code(indices: Tensor, num_positions: int) -> Tensor:
 
 
 def _gives_codes(layer: Any) -> bool:
-    """Whether the output of `layer` is known to be a code, with the gradient of the code and no other."""
+    """Whether the output of `layer` is known to be a code, with the gradient of the code, or 1 + sync_update of it, and no other."""
     if not isinstance(layer, VectorQuantize | ImplicitVQ):
         return False
     soft = not isinstance(layer.assignment, str) and layer.assignment.estimator is not None
-    return layer.estimator == "none" and not soft and layer.sync_update == 0
+    return layer.estimator == "none" and not soft
 
 
 def _split(path: Tensor | None, positions: torch.Size) -> Sequence[Tensor] | None:

@@ -445,9 +445,10 @@ class VectorQuantize(Quantizer):
         return width_back(self._look_up(indices), self.layout)
 
     @torch.no_grad()
-    def nearest(self, x: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    def nearest(self, x: Tensor, num: int, *, temperature: float | None = 0.0) -> tuple[Tensor, Tensor]:
         """The `num` nearest codes of vectors x [N, D], or all if there are fewer: indices [N, k] int64, nearest first, and what they
-        decode to, [N, k, D] of the dtype of x; -1 and zeros for a vector that is not finite. Draws nothing, in training neither.
+        decode to, [N, k, D] of the dtype of x; -1 and zeros for a vector that is not finite. With `Gumbel` at a `temperature` above 0
+        (None: its own) so many different codes are drawn instead, else nothing is, in training neither.
 
         Raises ValueError for more than one head, another shape than [N, D] and num below 1.
         """
@@ -461,7 +462,8 @@ class VectorQuantize(Quantizer):
         self._refuse_nonfinite(given)
         codes = self.table.codes()
         shape = (len(x), min(num, self.codebook_size))
-        indices = self._pick(given.vectors, codes, num=shape[1])
+        drawn_at = self._temperature(None) if temperature is None else temperature
+        indices = self._pick(given.vectors, codes, drawn_at, shape[1])
         indices = indices if given.kept is None else indices.where(given.kept.repeat_interleave(shape[1]), -1)
         found = gather_codes(codes, indices).reshape(*shape, self.codebook_dim)
         indices = indices.reshape(shape)

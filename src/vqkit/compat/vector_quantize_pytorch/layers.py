@@ -50,6 +50,10 @@ class Part:
             condition["temperature"] = self.temperature(temperature)
         return cast(Any, super()).quantize(x, mask, freeze_codebook=frozen, indices=indices, targets=targets, **condition)
 
+    def nearest(self, x: Tensor, num: int, *, temperature: float | None = 0.0, **condition: Any) -> tuple[Tensor, Tensor]:
+        """As of the class behind."""
+        return cast(Any, super()).nearest(x, num, temperature=self.temperature(temperature) or 0.0, **condition)
+
     def temperature(self, given: float | None) -> float | None:
         """That of a call, else of the codebook of the layer; None where nothing is drawn."""
         assignment = cast(Any, self).assignment

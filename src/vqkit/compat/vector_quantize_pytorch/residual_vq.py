@@ -22,7 +22,7 @@ from vqkit.compat.vector_quantize_pytorch.functions import default as default
 from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
 from vqkit.compat.vector_quantize_pytorch.functions import is_distributed as is_distributed
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
-from vqkit.compat.vector_quantize_pytorch.layers import are_of, check_layers, part_of, set_parts, weigh
+from vqkit.compat.vector_quantize_pytorch.layers import Part, are_of, check_layers, part_of, set_parts, weigh
 from vqkit.compat.vector_quantize_pytorch.rows import hide
 from vqkit.compat.vector_quantize_pytorch.settings import Settable, keep_synchronized
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
@@ -30,7 +30,7 @@ from vqkit.dist import default_reducer
 from vqkit.ops.precision import without_autocast
 from vqkit.quantizers.base import Quantized, Statistics
 from vqkit.quantizers.commit import flatten_statistics
-from vqkit.quantizers.config import BeamSearch, DiVeQ
+from vqkit.quantizers.config import BeamSearch, Commitment, DiVeQ
 from vqkit.quantizers.implicit import ImplicitVQ
 from vqkit.quantizers.layout import check_indices, check_tensor, width_last
 from vqkit.quantizers.residual import Residual, check_path
@@ -38,6 +38,9 @@ from vqkit.quantizers.residual import Residual, check_path
 _DIVEQ_VARIANCE = 5e-3
 """Of the noise around the sum of the codes; the peer has no argument for it here."""
 _NO_OPTIMIZER = "must be None with implicit_neural_codebook = True, whose codes learn with the networks"
+
+_ERRORS = (Commitment(),)
+"""What a beam search gives in eval mode, too."""
 
 # Functions of the peer's module
 
@@ -242,6 +245,7 @@ class ResidualVQ(Settable):
         self.implicit_neural_codebook, self.diveq, self.shared_codebook = implicit_neural_codebook, diveq, shared_codebook
         self.num_quantizers, self.codebook_sizes = len(sizes), sizes
         self.uniform_codebook_size = len(set(sizes)) == 1
+        self._steps_shared = shared_codebook and not vq_kwargs.get("manual_in_place_optimizer_update")
         of_layers = _layer_arguments(vq_kwargs, shared_codebook, implicit_neural_codebook, diveq)
         of_layers |= {
             "dim": self.codebook_dim,
@@ -396,9 +400,9 @@ class ResidualVQ(Settable):
         options["beam_size"] = size
         if size > 1:
             self._weigh_beams()
-        elif sample_codebook_temp is not None:
+        if sample_codebook_temp is not None:
             options["temperature"] = sample_codebook_temp
-        self._set_layers(x, layers)
+        self._set_layers(x, layers, size)
         if native.training and not frozen and any(layer.in_place_codebook_optimizer is not None for layer in layers):
             self._pull_(x, mask, layers[: options.get("depth")], sample_codebook_temp)
         try:
@@ -406,11 +410,10 @@ class ResidualVQ(Settable):
         finally:
             if self.shared_codebook:
                 layers[0]._codebook.call = None
-        if self.shared_codebook and self.training and not frozen:
-            layers[0].update_in_place_optimizer()
         if indices is not None:
             return found.quantized, torch.stack([found.losses[f"cross_entropy/{i}"] for i in range(len(layers))]).sum()
-        result = (found.quantized, found.indices, self._weigh(found, layers))
+        losses = self._weigh(found, layers) if native.training else self._weigh_in_eval(found, layers)
+        result = (found.quantized, found.indices, losses)
         return (*result, self._codes_of_call(found)) if return_all_codes else result
 
     def check_targets(self, indices: Tensor | list[Tensor], x: Tensor) -> Tensor:
@@ -454,10 +457,13 @@ class ResidualVQ(Settable):
             self.native.beam = _beam(weights, self._weighs)
             hide(self, _beam_weights=(weights, weights._version))
 
-    def _set_layers(self, x: Tensor, layers: list[VectorQuantize]) -> None:
-        """Their modes, their estimators where a gradient has any place to go, and their losses; in eval mode nothing is made of either."""
+    def _set_layers(self, x: Tensor, layers: list[VectorQuantize], beam_size: int) -> None:
+        """Their modes, their estimators where a gradient has any place to go, and their losses: in eval mode the errors of a beam alone."""
         learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
         set_parts(self.native, layers, self._parts, learns)
+        if beam_size > 1 and not self.native.training:
+            for part in self._parts:
+                part.losses = _ERRORS
         if self.diveq:
             self.native.estimator = DiVeQ(_DIVEQ_VARIANCE) if self.training else "layers"
 
@@ -474,27 +480,42 @@ class ResidualVQ(Settable):
                 part.pull_(residual, mask, temperature=part.temperature(temperature))
                 if not layer.manual_in_place_optimizer_update:
                     layer.update_in_place_optimizer()
-            residual = residual - part.decode(part.encode(residual, mask)).to(residual.dtype)
+            losses, part.losses = part.losses, ()
+            found = super(Part, part).quantize(residual, mask, freeze_codebook=True, temperature=part.temperature(temperature))
+            part.losses = losses
+            residual = residual - found.quantized.to(residual.dtype)
+        if self._steps_shared:
+            layers[0].update_in_place_optimizer()
 
     def _weigh(self, found: Quantized, layers: list[VectorQuantize]) -> Tensor:
-        """[Q] the losses of the layers."""
+        """[Q] the losses of the layers, float32 or wider."""
         number, zero = len(layers), layers[0].zero
-        if not self.native.training:
-            return zero.new_zeros(number, dtype=torch.float32)
         rows = [zero] * number
+        dtype = torch.promote_types(found.quantized.dtype, torch.float32)
         for name, loss in found.losses.items():
             layer, weight = weigh(name, layers)
             own = loss if weight == 1.0 else weight * loss
             rows[layer] = own if rows[layer] is zero else rows[layer] + own
-        losses = torch.stack([row.to(torch.float32) for row in rows])
+        losses = torch.stack([row.to(dtype) for row in rows])
         if not losses.requires_grad and not torch.compiler.is_compiling():
             losses = losses + torch.zeros_like(losses, requires_grad=True)  # so that a loop may call backward whatever is trained
         return losses
 
+    def _weigh_in_eval(self, found: Quantized, layers: list[VectorQuantize]) -> Tensor:
+        """[Q]: of a beam search the errors of the layers, else 0."""
+        zero = layers[0].zero
+        losses = zero.new_zeros(len(layers), dtype=torch.promote_types(zero.dtype, torch.float32))
+        if not found.losses:
+            return losses
+        weights = [layer.commitment_weight if layer.has_commitment_loss else 1.0 for layer in layers]
+        each = torch.stack([weight * found.losses[f"commitment/{number}"] for number, weight in enumerate(weights)])
+        return each.to(torch.promote_types(found.quantized.dtype, losses.dtype))
+
     def _codes_of_call(self, found: Quantized) -> Tensor:
         """The code of each layer as the call that chose them read it."""
         if not self.native.training:  # what the layers give is then the code itself
-            return torch.stack([output.to(torch.float32) for output in found.outputs])
+            dtype = self._first._codebook.embed.dtype
+            return torch.stack([output.to(dtype) for output in found.outputs])
         tables = dict.fromkeys(layer._codebook for layer in self._each())
         for table in tables:
             table.recalls = True
@@ -548,6 +569,15 @@ def _layer_arguments(given: dict[str, Any], shared: bool, implicit: bool, diveq:
     return found
 
 
+def _refuse_one_bridge(groups: int, given: dict[str, Any]) -> None:
+    """Raise ValueError where a group's own optimizer would step the bridge that the output of another has been computed with."""
+    names = ("vq_bridge", "in_place_codebook_optimizer", "shared_codebook")
+    if groups > 1 and all(given.get(name) for name in names) and not given.get("manual_in_place_optimizer_update"):
+        raise ValueError(
+            "in_place_codebook_optimizer is given: must be None with vq_bridge and shared_codebook in several groups, which have one bridge"
+        )
+
+
 @in_these_words(handed_to=ResidualVQ)
 class GroupedResidualVQ(Groups):
     """`groups` times a `ResidualVQ` of width dim / groups, with the peer's arguments: `kwargs` are those of ResidualVQ.
@@ -556,6 +586,7 @@ class GroupedResidualVQ(Groups):
     """
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
+        _refuse_one_bridge(groups, kwargs)
         super().__init__(dim, groups, accept_image_fmap, lambda width: ResidualVQ(dim=width, accept_image_fmap=accept_image_fmap, **kwargs))
 
     @property
