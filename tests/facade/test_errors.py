@@ -151,7 +151,7 @@ OTHERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "GroupedResidualVQ": {"dim": (*COUNT, 7), "groups": (*COUNT, 3), "indices": bad_indices(2, 2, 12, 2)},
     "RandomProjectionQuantizer": {"indices": bad_indices(2, 12, 2)},
     "LFQ": {"codebook_size": (*COUNT, 15)},
-    "LatentQuantize": {"codebook_dim": ("x", 1.5, [2], PAIR, None, 0, -2, 3)},
+    "LatentQuantize": {"codebook_dim": ("x", 1.5, [2], PAIR, None, 0, -2, 1, 3)},
     "HierarchicalVQ": {"codebook_size": (*WHOLE, 0, (16, 8)), "orthogonal_reg_max_codes": ("x", 1.5, [2], PAIR, 0, -1)},
     "EvoLFQ": {"x": (None, "x")},  # the rest is what the encoder of the user says
 }
@@ -331,6 +331,99 @@ def test_indices_that_are_none_are_named(kind: str) -> None:
             check_raises("indices", value, lambda method=method, extra=extra, value=value: method(**extra, indices=value), module)
 
 
+# What does not go together, and what the peer refuses
+
+IMAGE, VOLUME = vectors(2, 8, 3, 4), vectors(2, 8, 2, 3, 4)
+ONES = torch.ones(2, 12, dtype=torch.int64)
+MASK = torch.ones(2, 12, dtype=torch.bool)
+OWN = {"learnable_codebook": True, "ema_update": False, "rotation_trick": False}
+CLASHES: list[tuple[str, dict[str, Any], dict[str, Any] | None, str]] = [
+    ("VectorQuantize", {"straight_through": True, "rotation_trick": True}, None, "straight_through rotation_trick"),
+    ("VectorQuantize", {"use_cosine_sim": True, **OWN}, None, "use_cosine_sim learnable_codebook"),
+    ("VectorQuantize", {**OWN, "straight_through": True}, None, "straight_through learnable_codebook"),
+    ("VectorQuantize", {"learnable_codebook": True, "ema_update": True}, None, "ema_update learnable_codebook"),
+    ("VectorQuantize", {"vq_bridge": nn.Linear(8, 8), "learnable_codebook": False}, None, "learnable_codebook vq_bridge"),
+    ("VectorQuantize", {"vq_bridge": nn.Linear(8, 8), "ema_update": True}, None, "ema_update vq_bridge"),
+    ("VectorQuantize", {"sync_update_v": 0.5}, None, "sync_update_v learnable_codebook"),
+    ("VectorQuantize", {"affine_param": True, "use_cosine_sim": True}, None, "affine_param use_cosine_sim"),
+    ("VectorQuantize", {"in_place_codebook_optimizer": sgd}, None, "in_place_codebook_optimizer learnable_codebook"),
+    ("VectorQuantize", {"accept_image_fmap": True}, {"x": IMAGE, "mask": MASK}, "mask accept_image_fmap"),
+    ("VectorQuantize", {"accept_3d_fmap": True}, {"x": VOLUME, "mask": MASK}, "mask accept_3d_fmap"),
+    ("VectorQuantize", {"accept_image_fmap": True}, {}, "x accept_image_fmap"),
+    ("VectorQuantize", {}, {"mask": MASK, "lens": torch.tensor([3, 4])}, "mask lens"),
+    ("VectorQuantize", {}, {"x": vectors(2, 8), "mask": MASK[:, 0]}, "mask"),
+    ("VectorQuantize", {"heads": 2}, {"topk": 2}, "topk heads"),
+    ("VectorQuantize", {"commitment_use_cross_entropy_loss": True}, {"topk": 2}, "topk commitment_use_cross_entropy_loss"),
+    ("VectorQuantize", {**OWN, "in_place_codebook_optimizer": sgd}, {"topk": 2}, "topk in_place_codebook_optimizer"),
+    (
+        "VectorQuantize",
+        {"heads": 2, "separate_codebook_per_head": True, "orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True},
+        {},
+        "orthogonal_reg_active_codes_only separate_codebook_per_head",
+    ),
+    ("ResidualVQ", {"heads": 2}, None, "heads"),
+    ("ResidualVQ", {"num_quantizers": None}, None, "num_quantizers codebook_size"),
+    ("ResidualVQ", {"codebook_size": (16, 8, 4)}, None, "num_quantizers codebook_size"),
+    ("ResidualVQ", {"codebook_size": (16, 8), "shared_codebook": True}, None, "codebook_size shared_codebook"),
+    ("ResidualVQ", {"eval_beam_size": 2}, None, "eval_beam_size beam_size"),
+    ("ResidualVQ", {"beam_size": 2, "beam_score_quantizer_weights": [1.0]}, None, "beam_score_quantizer_weights"),
+    ("ResidualVQ", {"accept_image_fmap": True}, {"x": IMAGE, "indices": ONES}, "indices accept_image_fmap"),
+    ("ResidualVQ", {}, {"indices": torch.full((2, 12, 2), -1)}, "indices"),
+    ("GroupedResidualVQ", {"groups": 3}, None, "groups dim"),
+    ("GroupedResidualVQ", {}, {"x": vectors(2, 12, 6)}, "x"),
+    ("GroupedResidualVQ", {}, {"indices": torch.ones(3, 2, 12, 2, dtype=torch.int64)}, "indices"),
+    ("RandomProjectionQuantizer", {"heads": 2}, None, "heads"),
+    ("FSQ", {"levels": [2, 3]}, None, "levels preserve_symmetry"),
+    ("FSQ", {"noise_dropout": 0.5}, None, "noise_dropout preserve_symmetry"),
+    ("FSQ", {"num_codebooks": 2, "keep_num_codebooks_dim": False}, None, "num_codebooks keep_num_codebooks_dim"),
+    ("LFQ", {"codebook_size": None, "dim": None}, None, "codebook_size dim"),
+    ("LFQ", {"soft_clamp_input_value": 0.5}, None, "soft_clamp_input_value codebook_scale"),
+    ("LFQ", {"num_codebooks": 2, "keep_num_codebooks_dim": False}, None, "num_codebooks keep_num_codebooks_dim"),
+    ("ResidualFSQ", {"soft_clamp_input_value": 2.0}, None, "soft_clamp_input_value bound_hard_clamp"),
+    ("ResidualFSQ", {"quantize_dropout": True, "quantize_dropout_cutoff_index": -1}, None, "quantize_dropout_cutoff_index"),
+    ("ResidualFSQ", {"num_codebooks": 2}, None, "num_codebooks"),
+    ("GroupedResidualFSQ", {"groups": 3}, None, "groups dim"),
+    ("GroupedResidualFSQ", {}, {"x": vectors(2, 12, 6)}, "x"),
+    ("ResidualLFQ", {"quantize_dropout_cutoff_index": -1}, None, "quantize_dropout_cutoff_index"),
+    ("ResidualLFQ", {"num_codebooks": 2}, None, "num_codebooks"),
+    ("GroupedResidualLFQ", {"groups": 3}, None, "groups dim"),
+    ("GroupedResidualLFQ", {}, {"x": vectors(2, 12, 6)}, "x"),
+    ("ResidualSimVQ", {"heads": 2}, None, "heads"),
+    ("ResidualSimVQ", {"quantize_dropout_cutoff_index": -1}, None, "quantize_dropout_cutoff_index"),
+    ("LatentQuantize", {"levels": 5}, None, "codebook_dim levels"),
+    ("LatentQuantize", {"codebook_dim": 3}, None, "codebook_dim levels"),
+    ("HierarchicalVQ", {"accept_image_fmap": True, "accept_3d_fmap": True}, None, "accept_image_fmap accept_3d_fmap"),
+    ("HierarchicalVQ", {"codebook_size": (16, 16, 16), "shared_codebook": False}, None, "codebook_size"),
+    ("HierarchicalVQ", {"codebook_size": (16, 8)}, None, "codebook_size shared_codebook"),
+    ("HierarchicalVQ", {"scales": (2, 1)}, None, "scales"),
+    ("HierarchicalVQ", {"accept_image_fmap": True, "scales": (1, (2, 2, 2))}, None, "scales"),
+    ("HierarchicalVQ", {}, {"x": IMAGE}, "x"),
+    ("HierarchicalVQ", {}, {"mask": MASK, "lens": torch.tensor([3, 4])}, "mask lens"),
+    ("HierarchicalVQ", {"accept_image_fmap": True}, {"x": IMAGE, "lens": torch.tensor([3, 4])}, "lens"),
+    ("EvoLFQ", {"pop_size": 4, "elitism_count": 4}, None, "pop_size elitism_count"),
+    ("EvoLFQ", {"dim": None}, None, "dim codebook_size lfq"),
+]
+"""Class, arguments, those of a call if it is the call, and the names that have to be told."""
+
+
+@pytest.mark.parametrize(("kind", "options", "calls", "names"), CLASHES, ids=str)
+def test_what_does_not_go_together_is_told_by_all_its_names(
+    kind: str, options: dict[str, Any], calls: dict[str, Any] | None, names: str
+) -> None:
+    def make(package: Any) -> Any:
+        return getattr(package, kind)(**copy.deepcopy({**SMALL[kind], **options}))
+
+    def call(module: Any) -> Exception | None:
+        given = {"x": INPUTS.get(kind, vectors()), **(calls or {})}
+        return error_of(lambda: module(given.pop("x"), **given))
+
+    error = error_of(lambda: make(facade)) if calls is None else call(make(facade))
+    assert error_of(lambda: make(peer)) or call(make(peer)), "the library takes it"
+    assert isinstance(error, (ValueError, TypeError)), repr(error)
+    for name in names.split():
+        assert re.search(rf"\b{name}\b", str(error)), f"{name}: {error}"
+
+
 # What the peer takes
 
 
@@ -478,9 +571,12 @@ def test_what_a_function_of_the_user_raises_is_left_alone() -> None:
 
 
 def test_what_is_set_is_named() -> None:
-    codebook = facade.VectorQuantize(8, 16)._codebook
-    for value in (1.5, "x"):
-        check_raises("decay", value, lambda value=value: setattr(codebook, "decay", value), codebook)
+    vq = facade.VectorQuantize(8, 16, learnable_codebook=True, ema_update=False)
+    for module, name in ((vq._codebook, "decay"), (vq, "sync_update_v"), (vq, "directional_reparam_variance")):
+        before = getattr(module, name)
+        for value in (-1.5, "x"):
+            check_raises(name, value, lambda module=module, name=name, value=value: setattr(module, name, value), vq)
+        assert getattr(module, name) == before
 
 
 def test_calls_are_one_graph() -> None:

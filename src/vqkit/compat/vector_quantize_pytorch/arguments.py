@@ -119,6 +119,7 @@ class _Kind(NamedTuple):
     fits: Callable[[Any], bool]
     what: str
     several: str = ""
+    types: tuple[type, ...] = ()  # of which all is right
 
 
 def _is_truth(value: Any) -> bool:
@@ -128,14 +129,14 @@ def _is_truth(value: Any) -> bool:
 
 _KINDS: dict[Any, _Kind] = {
     Any: _Kind(lambda value: True, "anything", "things"),
-    types.NoneType: _Kind(lambda value: value is None, "None"),
-    bool: _Kind(_is_truth, "True or False"),
+    types.NoneType: _Kind(lambda value: value is None, "None", types=(types.NoneType,)),
+    bool: _Kind(_is_truth, "True or False", types=(bool,)),
     int: _Kind(lambda value: isinstance(value, Integral) and not isinstance(value, bool), "an integer", "integers"),
     float: _Kind(lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number", "numbers"),
     str: _Kind(lambda value: isinstance(value, str), "a string", "strings"),
     dict: _Kind(lambda value: isinstance(value, Mapping), "a dictionary"),
     Callable: _Kind(callable, "a function"),
-    Tensor: _Kind(lambda value: isinstance(value, Tensor), "a torch.Tensor", "tensors"),
+    Tensor: _Kind(lambda value: isinstance(value, Tensor), "a torch.Tensor", "tensors", (Tensor,)),
     nn.Module: _Kind(lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
 }
 
@@ -145,7 +146,8 @@ def _kind(annotation: Any) -> _Kind:
     if origin in (typing.Union, types.UnionType):
         kinds = [_kind(part) for part in parts]
         what = " or ".join(kind.what for kind in kinds)
-        return _Kind(lambda value: any(kind.fits(value) for kind in kinds), what, " or ".join(kind.several or kind.what for kind in kinds))
+        several, right = " or ".join(kind.several or kind.what for kind in kinds), tuple(t for kind in kinds for t in kind.types)
+        return _Kind(lambda value: any(kind.fits(value) for kind in kinds), what, several, right)
     if origin in (list, tuple, Sequence):
         return _sequence(tuple if origin is tuple else Sequence, _kind(parts[0]))
     known = _KINDS.get(origin or annotation)
@@ -171,13 +173,13 @@ def _shown(value: Any) -> str:
 class _Parameters:
     """Those of a function with `self`, and what may stand for each."""
 
-    def __init__(self, function: Callable[..., Any], known: Sequence[str] = ()) -> None:
+    def __init__(self, function: Callable[..., Any], handed_on: Sequence[str] = ()) -> None:
         self.function, self.name = function, function.__qualname__.removesuffix(".__init__")
         every = [*inspect.signature(function).parameters.values()][1:]
         self.names = [p.name for p in every if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         self.in_order = [p.name for p in every if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        self.open = any(p.kind is p.VAR_KEYWORD for p in every) and len(known) <= len(self.names)
-        self.known = {*self.names, *known}
+        self.known = tuple(dict.fromkeys((*self.names, *handed_on)))
+        self.open = any(p.kind is p.VAR_KEYWORD for p in every) and not handed_on
         self.defaults = {p.name: p.default for p in every}
 
     @functools.cached_property
@@ -189,10 +191,16 @@ class _Parameters:
         """What is given, by name."""
         return itertools.chain(zip(self.in_order, args, strict=False), options.items())
 
+    @functools.cached_property
+    def _right(self) -> dict[str, tuple[type, ...]]:
+        return {name: kind.types for name, kind in self.kinds.items()}
+
     def check(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         """Raise TypeError for a name that there is not and for a value of another kind, ValueError for one out of range."""
-        kinds = self.kinds
+        right, kinds = self._right, self.kinds
         for name, value in self.named(args, options):
+            if isinstance(value, right.get(name, ())):
+                continue
             if name in kinds:
                 self._check(name, value, kinds[name])
             elif name not in self.known and not self.open:
@@ -271,40 +279,38 @@ def _check_devices(module: nn.Module, given: Iterable[tuple[str, Any]], error: E
 # The classes
 
 
-def in_these_words(*, handed_to: type | None = None) -> Callable[[Class], Class]:
+def in_these_words(*, handed_to: Any = None) -> Callable[[Class], Class]:
     """Let constructor and methods of a class check what they are given, and raise by its names; `handed_to` takes what else there is."""
-    more = () if handed_to is None else tuple(_arguments_of(handed_to))
 
     def wrap(cls: Class) -> Class:
-        cast(Any, cls)._handed_on = more
-        known = _arguments_of(cls)
+        made = _Parameters(cls.__init__, () if handed_to is None else handed_to._arguments.known)
+        cast(Any, cls)._arguments = made
         for name, value in [*vars(cls).items()]:
             if name == "__init__":
-                cls.__init__ = _constructor(value, known)
+                cls.__init__ = _constructor(value, made)
             elif name in METHODS:
-                setattr(cls, name, _method(value, known))
+                setattr(cls, name, _method(value, made.known))
             elif isinstance(value, property) and value.fset is not None:
-                setattr(cls, name, value.setter(_setter(value.fset, known)))
+                setattr(cls, name, value.setter(_setter(value.fset, made.known)))
         return cls
 
     return wrap
 
 
-def _arguments_of(cls: Any) -> list[str]:
-    """All names that a constructor takes, those that it hands on among them."""
-    return [*[*inspect.signature(cls.__init__).parameters][1:], *getattr(cls, "_handed_on", ())]
+def check_setting(cls: Any, name: str, value: Any) -> None:
+    """Raise TypeError or ValueError for what an argument of the constructor cannot be, of one that is set as an attribute."""
+    if name in cls._arguments.names:
+        cls._arguments.check((), {name: value})
 
 
-def _constructor(construct: Callable[..., None], known: Sequence[str]) -> Callable[..., None]:
-    parameters = _Parameters(construct, known)
-
+def _constructor(construct: Callable[..., None], parameters: _Parameters) -> Callable[..., None]:
     @functools.wraps(construct)
     def constructed(self: Any, *args: Any, **options: Any) -> None:
         parameters.check(args, options)
         try:
             construct(self, *args, **options)
         except Exception as error:
-            _reword(error, known)
+            _reword(error, parameters.known)
             raise
 
     return constructed

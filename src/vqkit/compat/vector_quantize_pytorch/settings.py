@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vqkit.compat.vector_quantize_pytorch.arguments import check_setting
+
 
 class Settable(nn.Module):
     """A module whose native part, `native`, is what `_build` makes of its attributes."""
@@ -41,6 +43,7 @@ class Settable(nn.Module):
         if not isinstance(value, nn.Module) and _same(before, value):
             super().__setattr__(name, value)
             return
+        check_setting(type(self), name, value)
         self._check_setting(name, value)
         super().__setattr__(name, value)
         try:

@@ -67,14 +67,10 @@ def _refuse(given: Mapping[str, Any], directional: bool, bridged: bool) -> None:
         ),
         (cosine and learnable, "learnable_codebook = True: must be False with use_cosine_sim"),
         (learnable and given["straight_through"], "straight_through = True: must be False with learnable_codebook"),
-        (ema and learnable, "ema_update = True: must be False with learnable_codebook, which the optimizer steps"),
         (bridged and bool(ema), "ema_update = True: must be False with vq_bridge, which stands between the averages and the codes"),
+        (ema and learnable, "ema_update = True: must be False with learnable_codebook, which the optimizer steps"),
         (bridged and not learnable, "learnable_codebook = False: must be True with vq_bridge"),
         (given["affine_param"] and cosine, "affine_param = True: must be False with use_cosine_sim, codes of length 1 have no scale"),
-        (
-            not 0.0 <= given["sync_update_v"] <= 1.0,
-            f"sync_update_v = {given['sync_update_v']}: must be from 0 to 1",
-        ),
         (
             given["sync_update_v"] > 0 and not learnable,
             f"sync_update_v = {given['sync_update_v']}: must be 0 unless learnable_codebook is True",
