@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vqkit.ops.grids import average, interpolate
+from vqkit.ops import grids
+from vqkit.ops.grids import average, interpolate, neighbourhoods
 
 SHAPES = [((7,), (3,)), ((8,), (8,)), ((5, 8), (2, 3)), ((4, 4), (1, 1)), ((3, 4, 5), (2, 2, 5)), ((2, 2), (3, 5))]
 
@@ -37,3 +39,26 @@ def test_values_between_cells_are_those_of_torch(positions, grid):
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(expected)
     torch.testing.assert_close(*(torch.autograd.grad((each * upstream).sum(), x)[0] for each in (found, expected)))
+
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@pytest.mark.parametrize(("positions", "grid"), SHAPES)
+def test_neighbourhoods_are_what_a_convolution_sees(positions, grid):
+    x, axes = torch.randn(2, 3, *grid, dtype=torch.float64), len(grid)
+    weight = torch.randn(4, 3, *(3,) * axes, dtype=torch.float64)
+    columns = (x.flatten(2) @ neighbourhoods(grid, positions, x)).view(2, -1, neighbourhoods(grid, positions, x).shape[1] // 3**axes)
+    found = (weight.flatten(1) @ columns).unflatten(-1, positions)
+    torch.testing.assert_close(found, CONVOLVE[axes](interpolate(x, positions), weight, padding=1))
+
+
+def test_constants_of_a_traced_program_are_not_kept():
+    def kept():
+        return grids._kept_neighbours.cache_info().currsize + grids._kept_neighbourhoods.cache_info().currsize
+
+    before = kept()
+    with FakeTensorMode():
+        interpolate(torch.randn(1, 1, 13), (17,))
+        neighbourhoods((13,), (17,), torch.randn(1))
+    assert kept() == before

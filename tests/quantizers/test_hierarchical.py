@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqkit.quantizers import LFQ, Grouped, Hierarchical, HierarchicalVQ, KMeans, NestedDropout, Residual, VectorQuantize
-from vqkit.quantizers.hierarchical import nested_depth
+from vqkit.quantizers import LFQ, Grouped, Hierarchical, HierarchicalVQ, KMeans, NestedDropout, Residual, VectorQuantize, hierarchical
+from vqkit.quantizers.hierarchical import Mixer, nested_depth
 
 GRIDS = [(1, 1), (2, 3), (4, 6)]
 
@@ -178,3 +178,16 @@ def two():
 def test_what_does_not_fit_is_named(attempt, error, message):
     with pytest.raises(error, match=message):
         attempt()
+
+
+@pytest.mark.parametrize(("grid", "positions"), [((3,), (7,)), ((2, 3), (4, 6)), ((2, 1, 4), (2, 3, 4))])
+def test_few_positions_are_mixed_by_products_as_by_a_convolution(grid, positions, monkeypatch):
+    mixer, x = Mixer(5, len(grid), 0.3).double(), torch.randn(2, 5, *grid, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 5, *positions, dtype=torch.float64)
+    leaves = (x, *mixer.parameters())
+    few = mixer(x, positions)
+    few_slopes = torch.autograd.grad((few * weights).sum(), leaves)
+    monkeypatch.setattr(hierarchical, "_SMALL", 0)
+    many = mixer(x, positions)
+    torch.testing.assert_close(few, many)
+    torch.testing.assert_close(few_slopes, torch.autograd.grad((many * weights).sum(), leaves))

@@ -6,6 +6,7 @@ Shapes: B batch, D width, P... positions (1 to 3 axes), G... cells of a grid.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,6 +47,29 @@ def interpolate(x: Tensor, positions: Sequence[int]) -> Tensor:
         lower, upper = x.index_select(axis, low), x.index_select(axis, high)
         x = lower + share.view(-1, *(1 for _ in x.shape[axis + 1 :])) * (upper - lower)
     return x
+
+
+def neighbourhoods(grid: Sequence[int], positions: Sequence[int], like: Tensor) -> Tensor:
+    """[G, 3^n P]: what each of the G cells of a grid of n axes gives, by `interpolate`, to the 3^n neighbours of each of P positions.
+
+    The neighbours come first, in the order of a convolution of 3 x ... x 3; those beyond the edge are 0.
+    """
+    make = _kept_neighbourhoods if may_keep(like) else _make_neighbourhoods
+    return make(tuple(grid), tuple(positions), like.dtype, like.device)
+
+
+def _make_neighbourhoods(grid: tuple[int, ...], positions: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    cells = torch.eye(math.prod(grid), dtype=dtype, device=device)
+    windows = F.pad(interpolate(cells.view(-1, 1, *grid), positions), (1, 1) * len(grid))
+    for axis, length in enumerate(positions, 2):
+        windows = windows.unfold(axis, length, 1)
+    return windows.reshape(len(cells), -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_neighbourhoods(grid: tuple[int, ...], positions: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _make_neighbourhoods(grid, positions, dtype, device)
 
 
 def _make_neighbours(size: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

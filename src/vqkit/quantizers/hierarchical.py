@@ -8,6 +8,7 @@ Shapes: B batch, P... positions of the input (1 to 3 axes), D width, L levels, S
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqkit.dist import Reducer
-from vqkit.ops.grids import average, interpolate
-from vqkit.ops.precision import as_dtype, finite_rows, known_finite, may_look, widest, without_autocast
+from vqkit.ops.grids import average, interpolate, neighbourhoods
+from vqkit.ops.precision import as_dtype, finite_rows, known_finite, may_keep, may_look, widest, without_autocast
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.committed import WIDE, Committed, Counting
 from vqkit.quantizers.config import Commit, NestedDropout, check_choice, check_count, check_kind, check_number
@@ -62,12 +63,25 @@ class Mixer(nn.Module):
         self.axes, self.share = axes, share
         self.conv: Any = _CONVOLUTION[axes](dim, dim, 3, padding=1, device=device, dtype=torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, D, P...] -> [B, D, P...]."""
-        dtype = torch.promote_types(x.dtype, self.conv.weight.dtype)
-        x = x.to(dtype)
+    def forward(self, x: Tensor, positions: Sequence[int] | None = None) -> Tensor:
+        """[B, D, P...] -> [B, D, P...]; or cells [B, D, G...], which are first spread over `positions`."""
+        positions = x.shape[2:] if positions is None else positions
+        weight, bias = self.conv.weight, self.conv.bias
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        x, weight, bias = as_dtype(x, dtype), as_dtype(weight, dtype), as_dtype(bias, dtype)
         with without_autocast(x.device.type):
-            return x.lerp(_CONVOLVE[self.axes](x, self.conv.weight.to(dtype), self.conv.bias.to(dtype), padding=1), self.share)
+            if _is_small(x, weight, positions):
+                return self._by_products(x, weight, bias, positions)
+            x = interpolate(x, positions)
+            return x.lerp(_CONVOLVE[self.axes](x, weight, bias, padding=1), self.share)
+
+    def _by_products(self, x: Tensor, weight: Tensor, bias: Tensor, positions: Sequence[int]) -> Tensor:
+        """Spreading, convolution and share as two matrix products: a convolution of a few positions costs a multiple of its arithmetic."""
+        columns = (x.flatten(2) @ neighbourhoods(x.shape[2:], positions, x)).view(len(x), weight[0].numel(), math.prod(positions))
+        kernel = torch.add(_centre(weight, 1.0 - self.share), weight.flatten(1), alpha=self.share)
+        # A product of a matrix and a batch takes another way where nothing has a gradient, and rounds otherwise.
+        mixed = torch.baddbmm((bias * self.share).unsqueeze(-1), kernel.expand(len(x), -1, -1), columns)
+        return mixed.unflatten(-1, tuple(positions))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def wide(tensor: Tensor) -> Tensor:
@@ -77,6 +91,32 @@ class Mixer(nn.Module):
             return torch.empty_like(tensor, device=moved.device) if tensor.is_meta or moved.is_meta else tensor.to(moved.device)
 
         return super()._apply(wide, recurse)
+
+
+_SMALL = 2**15
+"""Of the matrices and of the neighbourhoods that a convolution by products makes, none has more numbers."""
+
+
+def _is_small(x: Tensor, weight: Tensor, positions: Sequence[int]) -> bool:
+    """Cells x [B, D, G...], weight [D, D, 3, ...]."""
+    windows = math.prod(weight.shape[2:]) * math.prod(positions)
+    return weight.numel() <= _SMALL and windows * max(math.prod(x.shape[:2]), math.prod(x.shape[2:])) <= _SMALL
+
+
+def _centre(weight: Tensor, value: float) -> Tensor:
+    """[D, D 3^n], the kernel of a convolution that multiplies by `value`."""
+    make = _kept_centre if may_keep(weight.detach()) else _make_centre
+    return make(len(weight), math.prod(weight.shape[2:]), value, weight.dtype, weight.device)
+
+
+def _make_centre(dim: int, around: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return F.pad(value * torch.eye(dim, dtype=dtype, device=device).unsqueeze(-1), (around // 2, around // 2)).flatten(1)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_centre(*key: Any) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _make_centre(*key)
 
 
 class Hierarchical(Quantizer):
@@ -155,10 +195,12 @@ class Hierarchical(Quantizer):
     def _each(self) -> Iterator[Any]:
         return (self.levels[number] for number in self._order)
 
-    def _mixer(self, level: int) -> Callable[[Tensor], Tensor]:
+    def _mix(self, level: int, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Cells [B, D, G...] of a level, spread over positions and mixed."""
         if not len(self.mixers):
-            return lambda x: x
-        return self.mixers[round(level / max(self.num_levels - 1, 1) * (len(self.mixers) - 1))]
+            return interpolate(x, positions)
+        mixer = self.mixers[round(level / max(self.num_levels - 1, 1) * (len(self.mixers) - 1))]
+        return mixer(x, positions) if isinstance(mixer, Mixer) else mixer(interpolate(x, positions))
 
     # What every quantizer says of itself
 
@@ -392,7 +434,7 @@ class Hierarchical(Quantizer):
         """Codes [B, *grid, D] of indices [B, *grid] -> [B, D, *positions]; zeros where an item has no index."""
         whole = may_look(indices) and indices.numel() > 0 and int(indices.min()) >= 0
         x = (codes if whole else codes.where((indices >= 0).unsqueeze(-1), 0.0)).movedim(-1, 1)
-        spread = self._mixer(number)(interpolate(as_dtype(x, widest(x)), positions))
+        spread = self._mix(number, as_dtype(x, widest(x)), positions)
         if whole:
             return spread
         return spread * (indices >= 0).flatten(1).any(1).reshape(-1, *(1 for _ in x.shape[1:]))
