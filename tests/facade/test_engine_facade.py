@@ -155,3 +155,13 @@ def test_evaluation_exports(name: str) -> None:
     module.eval()
     program = torch.export.export(module, (x,))
     torch.testing.assert_close(leaves(program.module()(x)), leaves(module(x)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, which calls it deprecated
+@pytest.mark.parametrize("name", [name for name in CASES if name != "FSP"])  # whose extras no traced program can return
+def test_evaluation_is_traced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VQKIT_COMPILED", "1")  # where it leaves torch, a tracer sees nothing
+    module = make(name)
+    step(module, vectors(name))
+    program = torch.jit.trace(module.eval(), vectors(name), check_trace=False, strict=False)
+    torch.testing.assert_close(leaves(program(vectors(name, 1))), leaves(module(vectors(name, 1))))

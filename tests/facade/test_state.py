@@ -70,6 +70,11 @@ def step(module: nn.Module, x: Tensor, call: Callable[..., Any] | None = None) -
 # Reading
 
 
+def test_a_codebook_looks_like_the_peers() -> None:
+    for kwargs in ({}, {"vq_bridge": nn.Tanh(), **LEARNED}):
+        assert [repr(vq) for vq in both("VectorQuantize", **kwargs)] == [repr(peer.VectorQuantize(DIM, CODES, **kwargs))] * 2
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_buffers_are_the_peers_after_every_step(name: str) -> None:
     kind, kwargs = CASES[name]
@@ -366,7 +371,7 @@ def test_expiry_is_as_set_later(start: float) -> None:
         vq(vectors(1))
         return (codebook.embed != codes).any(-1)
 
-    codebook.reset_cluster_size, codebook.threshold_ema_dead_code, codebook.has_dead_code_replacement = 3.0, 50.0, True
+    codebook.has_dead_code_replacement, codebook.threshold_ema_dead_code, codebook.reset_cluster_size = True, 50.0, 3.0
     moved = replaced()
     assert moved.sum() == CODES and (codebook.cluster_size == 3).all()  # which is dead again
     assert replaced().any()

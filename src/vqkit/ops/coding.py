@@ -18,7 +18,7 @@ from torch import Tensor
 from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
 from vqkit.ops.estimators import rotate_back_, rotation_gradient, scale_gradient
 from vqkit.ops.nearest_code import compiled, triton
-from vqkit.ops.precision import may_look
+from vqkit.ops.precision import is_recorded, may_look
 
 _ENTRIES_PER_TILE = 1 << 18
 
@@ -58,7 +58,7 @@ def coded(
     learns = codebook.requires_grad and (pull > 0 or passed > 0)
     codebook = codebook if learns else codebook.detach()
     given = (x, codebook, indices, estimator, count, pull, passed)
-    if torch.compiler.is_compiling():
+    if is_recorded():
         quantized, error, *others = _code(*given)
         found = Coded(quantized, error, *(tensor.detach() for tensor in others))
     else:

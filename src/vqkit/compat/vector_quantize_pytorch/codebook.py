@@ -168,6 +168,10 @@ class Codebook(_Codebook):
             rows = self.sum.new_zeros(self.heads, number, self.dim)
             self.pending = self.pending._replace(candidates=rows, keys=rows[..., 0].clone())
 
+    def extra_repr(self) -> str:
+        """As the peer's."""
+        return ""
+
     # The state
 
     def reset_parameters(self) -> None:
@@ -181,8 +185,8 @@ class Codebook(_Codebook):
 
     def _rename(self) -> None:
         """Parameters, buffers and parts under the peer's names and in its order, and beside them what is no part of the state."""
-        parts, parameters, found = self._modules, cast(dict[str, Any], self._parameters), cast(dict[str, Any], {**self._buffers})
-        parts["vq_bridge"] = parts.pop("transform", None)
+        parameters, found = cast(dict[str, Any], self._parameters), cast(dict[str, Any], {**self._buffers})
+        self.vq_bridge = self._modules.pop("transform", None)
         if "weight" in parameters:
             parameters["embed"] = parameters.pop("weight")
         self._buffers.clear()

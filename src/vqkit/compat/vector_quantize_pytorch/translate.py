@@ -89,6 +89,10 @@ def update_rule(
     return StoredEMA(decay=decay, eps=eps, follow=follow, count=bool(ema_update or expires), learn=bool(learnable_codebook))
 
 
+_NEXT_TO_NOTHING = 1e-20
+"""What a code counts that shall count nothing."""
+
+
 class Expiry(DeadCodes):
     """As the peer's: a new code may count less than the threshold, and is then replaced again, unless it is chosen meanwhile."""
 
@@ -107,7 +111,7 @@ def codebook_options(settings: Mapping[str, Any], *, kmeans_init: bool, vq_bridg
         "metric": "cosine" if settings["use_cosine_sim"] else "euclidean",
         "update": update_rule(**{name: settings[name] for name in names}, expires=expires),
         "init": KMeans(iterations=settings["kmeans_iters"], start="random") if kmeans_init else "uniform",
-        "dead_codes": Expiry(settings["threshold_ema_dead_code"], settings["reset_cluster_size"]) if expires else None,
+        "dead_codes": Expiry(settings["threshold_ema_dead_code"], settings["reset_cluster_size"] or _NEXT_TO_NOTHING) if expires else None,
         "transform": vq_bridge,
         "affine": Affine(settings["affine_param_batch_decay"], settings["affine_param_codebook_decay"], current=True)
         if settings["affine_param"]

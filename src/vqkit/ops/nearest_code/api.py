@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.nearest_code import blocked, compiled, reference, triton
-from vqkit.ops.precision import widest
+from vqkit.ops.precision import is_recorded, widest
 
 Impl = Literal["auto", "reference", "blocked", "compiled", "triton"]
 Metric = Literal["euclidean", "cosine"]
@@ -94,7 +94,7 @@ def nearest_codes(
     if not 1 <= k <= codebook.shape[-2]:
         raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
     vectors, codes, restore = by_codebook(*_of_one_dtype(x, codebook))
-    run = _operator_k if torch.compiler.is_compiling() else _compute_k
+    run = _operator_k if is_recorded() else _compute_k
     return NearestCode(*(restore(tensor) for tensor in run(vectors, codes, k, metric, impl)))
 
 
@@ -111,7 +111,7 @@ def _of_one_dtype(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nearest_index(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
     vectors, codes, restore = by_codebook(x, codebook)
-    run = _operator if torch.compiler.is_compiling() else _compute  # one opaque node under compile: its loops depend on values
+    run = _operator if is_recorded() else _compute  # one opaque node: its loops depend on values
     return restore(run(vectors, codes, metric, impl))
 
 
