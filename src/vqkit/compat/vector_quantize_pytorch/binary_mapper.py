@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.functions import default, exists
 from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.ops.bits import bits_entropy
 from vqkit.ops.precision import finite_rows, known_finite
 from vqkit.ops.scalar import split_digits
@@ -35,11 +35,13 @@ def binary_entropy(logits: Tensor) -> Tensor:
 
 
 @in_these_words()
-class BinaryMapper(Module):
+class BinaryMapper(Settable):
     """As the peer's: logits [..., bits] -> (one-hot [..., C], loss), with `return_indices` (one-hot, indices int64 [...], loss).
 
     The gradient is that of the chances of all codes at the temperature of the draw. Raises ValueError and TypeError for what does not fit.
     """
+
+    fixed = frozenset(("bits", "num_codes", "power_two", "codes"))
 
     codes: Tensor
     zero: Tensor

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.rows import hide, index_dtype, linear, project_out, projected
+from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.ops import perturbation
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.perturbation import Distribution, cdf, quantile
@@ -23,6 +23,7 @@ from vqkit.ops.scalar import per_scalar
 from vqkit.quantizers import fsp
 from vqkit.quantizers.committed import WIDE
 from vqkit.quantizers.layout import check_tensor, where_kept
+from vqkit.quantizers.scalar import check_levels
 
 
 def tanh_act(z: Tensor) -> Tensor:
@@ -158,11 +159,14 @@ class VectorNorm(nn.Module):
 
 
 @in_these_words()
-class FSP(Module):
+class FSP(Settable):
     """As the peer's: z [..., dim] or, with `channel_first`, [B, dim, ...] -> (quantized, indices int32 [P...], loss, what else is known).
 
     Rounding is in float32 or wider. Raises ValueError and TypeError for what does not fit.
     """
+
+    made_of = frozenset(("act_func", "inv_act_func", "quantize_rate", "need_inv_act"))
+    fixed = frozenset(("codebook_dim", "codebook_size", "has_projections"))
 
     _levels: Tensor
     native: fsp.FSP
@@ -180,25 +184,36 @@ class FSP(Module):
     ) -> None:
         super().__init__()
         self.act_func, self.inv_act_func = build_cdf_act(act_name)
-        native = fsp.FSP(
-            levels,
-            cdf=cast(Distribution, act_name),
-            output="latent" if need_inv_act else "uniform",
-            quantize_rate=quantize_rate,
-            moments=None,
-        )
-        self.codebook_dim = len(levels)
+        self.quantize_rate, self.need_inv_act = quantize_rate, need_inv_act
+        levels = check_levels(levels)
+        self.codebook_dim, self.codebook_size = len(levels), math.prod(levels)
         self.dim = self.codebook_dim if dim is None else dim
         self.channel_first, self.act_name = channel_first, act_name
-        self.codebook_size, self.quantize_rate, self.need_inv_act = native.codebook_size, quantize_rate, need_inv_act
         dtype = index_dtype(self.codebook_size)
-        places = [math.prod(native.levels[:number]) for number in range(self.codebook_dim)]
-        self.register_buffer("_levels", torch.tensor(native.levels, dtype=torch.int32), persistent=False)
+        places = [math.prod(levels[:number]) for number in range(self.codebook_dim)]
+        self.register_buffer("_levels", torch.tensor(levels, dtype=torch.int32), persistent=False)
         self.register_buffer("_basis", torch.tensor(places, dtype=dtype), persistent=False)
         self.has_projections = self.dim != self.codebook_dim
         self.project_in = linear(self.dim, self.codebook_dim, self.has_projections, projection_has_bias)
         self.project_out = linear(self.codebook_dim, self.dim, self.has_projections, projection_has_bias)
         self.vector_norm = VectorNorm.build(vector_norm)
+        hide(self, _sizes=levels)
+        self._build()
+
+    _sizes: tuple[int, ...]
+
+    def _build(self) -> None:
+        pairs = {pair[0]: (name, pair[1]) for name, pair in _ACTIVATIONS.items()}
+        name, inverse = pairs.get(self.act_func, ("", None))
+        if not name or (self.need_inv_act and self.inv_act_func is not inverse):
+            raise ValueError("act_func and inv_act_func: must be what build_cdf_act gives for one name")
+        native = fsp.FSP(
+            self._sizes,
+            cdf=cast(Distribution, name),
+            output="latent" if self.need_inv_act else "uniform",
+            quantize_rate=self.quantize_rate,
+            moments=None,
+        )
         hide(self, native=native)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.rows import (
@@ -26,6 +25,7 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
     with_codebooks,
     without_codebooks,
 )
+from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.scalar import Bound, join_digits, level_codes, level_digits, round_to_levels
 from vqkit.quantizers import fsq
@@ -45,11 +45,14 @@ def floor_ste(z: Tensor) -> Tensor:
 
 
 @in_these_words()
-class FSQ(Module):
+class FSQ(Settable):
     """As the peer's: x [B, N, dim], images and more [B, dim, ...] -> (quantized of that shape, indices int32 [P...] or [P..., c], or None).
 
     `scale` multiplies the codes. Rounding is in float32 or wider. Raises ValueError and TypeError for what does not fit.
     """
+
+    made_of = frozenset(("scale", "preserve_symmetry", "noise_dropout", "bound_hard_clamp", "orthogonal_rotation"))
+    fixed = frozenset(("codebook_dim", "num_codebooks", "effective_codebook_dim", "has_projections", "codebook_size", "implicit_codebook"))
 
     _levels: Tensor
     native: fsq.FSQ
@@ -73,10 +76,6 @@ class FSQ(Module):
     ) -> None:
         super().__init__()
         levels = check_levels(levels)
-        if 2 in levels and not preserve_symmetry:
-            raise ValueError(f"levels = {levels}: must be above 2 unless preserve_symmetry is True")
-        if noise_dropout > 0 and not preserve_symmetry:
-            raise ValueError(f"noise_dropout = {noise_dropout}: must be 0 unless preserve_symmetry is True")
         self.keep_num_codebooks_dim = keep_codebooks(keep_num_codebooks_dim, num_codebooks)
         self.scale, self.preserve_symmetry, self.noise_dropout = scale, preserve_symmetry, noise_dropout
         self.bound_hard_clamp, self.orthogonal_rotation = bound_hard_clamp, orthogonal_rotation
@@ -86,7 +85,6 @@ class FSQ(Module):
         self.channel_first, self.return_indices = channel_first, return_indices
         self.allowed_dtypes, self.force_quantization_f32 = allowed_dtypes, force_quantization_f32
         self.codebook_size = math.prod(levels)
-        native = self.make_native(levels, 1.0 if scale is None else scale)
         dtype = index_dtype(self.codebook_size)
         places = [math.prod(levels[:number]) for number in range(len(levels))]
         self.register_buffer("_levels", torch.tensor(levels, dtype=torch.int32), persistent=False)
@@ -94,9 +92,23 @@ class FSQ(Module):
         self.has_projections = self.dim != self.effective_codebook_dim
         self.project_in = linear(self.dim, self.effective_codebook_dim, self.has_projections, projection_has_bias)
         self.project_out = linear(self.effective_codebook_dim, self.dim, self.has_projections, projection_has_bias)
+        hide(self, _sizes=levels)
+        self._build()
         if orthogonal_rotation:
-            self.register_buffer("orthogonal_rot", native.counts.rotation)
-        hide(self, native=native)
+            self.register_buffer("orthogonal_rot", self.native.counts.rotation)
+
+    _sizes: tuple[int, ...]
+
+    def _build(self) -> None:
+        if 2 in self._sizes and not self.preserve_symmetry:
+            raise ValueError(f"levels = {self._sizes}: must be above 2 unless preserve_symmetry is True")
+        if self.noise_dropout > 0 and not self.preserve_symmetry:
+            raise ValueError(f"noise_dropout = {self.noise_dropout}: must be 0 unless preserve_symmetry is True")
+        hide(self, native=self.make_native(self._sizes, 1.0 if self.scale is None else self.scale))
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        if name == "orthogonal_rotation" and value and "orthogonal_rot" not in self._buffers:
+            raise ValueError(f"orthogonal_rotation = {value}: must stay False where none was drawn; make another one")
 
     def make_native(self, levels: Sequence[int], scale: float | Sequence[float]) -> fsq.FSQ:
         """The native quantizer of these choices."""

@@ -27,12 +27,15 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
     rows_of,
     without_codebooks,
 )
+from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.ops.estimators import scale_gradient, straight_through
 from vqkit.ops.losses import mean_commitment_loss
 from vqkit.quantizers import latent
 from vqkit.quantizers.committed import WIDE, in_backward
 from vqkit.quantizers.config import check_number
 from vqkit.quantizers.layout import where_kept
+
+_WEIGHTS = ("commitment_loss_weight", "quantization_loss_weight")
 
 
 class _BadLevels(ValueError, RuntimeError):
@@ -58,7 +61,7 @@ class _Fixed(Module):
 
 
 @in_these_words()
-class LatentQuantize(OwnsOptimizer):
+class LatentQuantize(OwnsOptimizer, Settable):
     """As the peer's: z [B, dim, ...] -> (quantized, indices int32 [P...] or [P..., c], loss).
 
     The values of the levels learn: `quantization_loss_weight` pulls them to the scalars, `commitment_loss_weight` these to their values,
@@ -66,6 +69,8 @@ class LatentQuantize(OwnsOptimizer):
     training forward steps them by the first of the two losses before it quantizes. The loss is 0 in eval mode.
     Raises ValueError and TypeError for what does not fit.
     """
+
+    fixed = frozenset(("codebook_dim", "num_codebooks", "effective_codebook_dim", "has_projections", "codebook_size", "implicit_codebook"))
 
     _levels: Tensor
     native: latent.LatentQuantize
@@ -92,9 +97,10 @@ class LatentQuantize(OwnsOptimizer):
         self.codebook_dim = len(sizes)
         self.effective_codebook_dim = self.codebook_dim * num_codebooks
         self.keep_num_codebooks_dim = bool(keep_num_codebooks_dim) or num_codebooks > 1
-        self._weights = (float(commitment_loss_weight or 0.0), float(quantization_loss_weight or 0.0))
-        for name, weight in zip(("commitment_loss_weight", "quantization_loss_weight"), self._weights, strict=True):
+        weights = (float(commitment_loss_weight or 0.0), float(quantization_loss_weight or 0.0))
+        for name, weight in zip(_WEIGHTS, weights, strict=True):
             self.register_buffer(name, torch.tensor(weight), persistent=False)
+        hide(self, _numbers=weights, _seen=self._stamps())
         places = [math.prod(sizes[:number]) for number in range(len(sizes))]
         self.codebook_size = math.prod(sizes)
         self.register_buffer("_levels", torch.tensor(sizes, dtype=torch.int32), persistent=False)
@@ -110,6 +116,23 @@ class LatentQuantize(OwnsOptimizer):
         if in_place_codebook_optimizer is not None:
             self.in_place_codebook_optimizer = in_place_codebook_optimizer(self.values_per_latent)
         hide(self, native=native)
+
+    _numbers: tuple[float, float]
+    _seen: tuple[Any, ...]
+
+    def _stamps(self) -> tuple[Any, ...]:
+        found: Any = [self._buffers[name] for name in _WEIGHTS]
+        return (found[0], found[1], found[0]._version, found[1]._version)
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Of the two losses, as the buffers are now; they are looked at where they are others, or were written to."""
+        if not torch.compiler.is_compiling():
+            stamps, seen = self._stamps(), self._seen
+            if not (stamps[0] is seen[0] and stamps[1] is seen[1] and stamps[2:] == seen[2:]):
+                numbers = (float(stamps[0]), float(stamps[1]))
+                hide(self, _numbers=numbers, _seen=stamps)
+        return self._numbers
 
     def _settle(self) -> latent.LatentQuantize:
         """The native quantizer with the values of now."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from math import ceil, log2
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
     with_codebooks,
     without_codebooks,
 )
+from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.dist import default_reducer
 from vqkit.ops.codebook import directions
 from vqkit.quantizers import lfq
@@ -91,12 +92,35 @@ class CosineSimLinear(Module):
 
 
 @in_these_words()
-class LFQ(Module):
+class LFQ(Settable):
     """As the peer's: x [B, N, dim], images and more [B, dim, ...] -> `Return` (quantized, indices int64 [P...] or [P..., c], loss).
 
     `mask` [B] or [P...] bool says which vectors the losses see; all are quantized. The losses of entropy are those over all processes, and
     0 in eval mode. Raises ValueError and TypeError for what does not fit.
     """
+
+    made_of = frozenset(
+        (
+            "activation",
+            "frac_per_sample_entropy",
+            "commitment_loss_weight",
+            "soft_clamp_input_value",
+            "orthogonal_rotation",
+        )
+    )
+    fixed = frozenset(
+        (
+            "codebook_size",
+            "codebook_dim",
+            "num_codebooks",
+            "has_projections",
+            "spherical",
+            "codebook_scale",
+            "codebook",
+            "maybe_l2norm",
+            "mask",
+        )
+    )
 
     mask: Tensor
     zero: Tensor
@@ -138,8 +162,6 @@ class LFQ(Module):
         self.has_projections = self.dim != inner if has_projections is None else has_projections
         if self.dim != inner and not self.has_projections:
             raise ValueError(f"has_projections = {has_projections}: must be None or True, as dim = {self.dim} is not {inner}")
-        if soft_clamp_input_value is not None and soft_clamp_input_value < codebook_scale:
-            raise ValueError(f"soft_clamp_input_value = {soft_clamp_input_value}: must be at least codebook_scale = {codebook_scale}")
         if self.has_projections and cosine_sim_project_in:
             scale = codebook_scale if cosine_sim_project_in_scale is None else cosine_sim_project_in_scale
             self.project_in: nn.Module = CosineSimLinear(self.dim, inner, scale)
@@ -153,29 +175,39 @@ class LFQ(Module):
         self.soft_clamp_input_value, self.entropy_loss_offset = soft_clamp_input_value, entropy_loss_offset
         self.experimental_softplus_entropy_loss = experimental_softplus_entropy_loss
         self.force_quantization_f32 = force_quantization_f32
-        native = lfq.LFQ(
-            inner,
-            self.codebook_size,
-            heads=num_codebooks,
-            scale=codebook_scale,
-            spherical=bool(spherical),
-            soft_clamp=soft_clamp_input_value,
-            first_bit="highest",
-            rotation=bool(orthogonal_rotation),
-            activation=None if isinstance(straight_through_activation, nn.Identity) else straight_through_activation,
-            losses=_losses(commitment=commitment_loss_weight > 0),
-            diversity_over="ranks",
-            probability_floor=_FLOOR,
-            loss_share=frac_per_sample_entropy,
-        )
-        if orthogonal_rotation:
-            self.register_buffer("orthogonal_rot", native.counts.rotation)
         self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        self._build()
+        if orthogonal_rotation:
+            self.register_buffer("orthogonal_rot", self.native.counts.rotation)
+
+    def _build(self) -> None:
+        clamp = self.soft_clamp_input_value
+        if clamp is not None and clamp < self.codebook_scale:
+            raise ValueError(f"soft_clamp_input_value = {clamp}: must be at least codebook_scale = {self.codebook_scale}")
+        native = lfq.LFQ(
+            self.codebook_dim * self.num_codebooks,
+            self.codebook_size,
+            heads=self.num_codebooks,
+            scale=self.codebook_scale,
+            spherical=bool(self.spherical),
+            soft_clamp=clamp,
+            first_bit="highest",
+            rotation=bool(self.orthogonal_rotation),
+            activation=None if isinstance(self.activation, nn.Identity) else self.activation,
+            losses=_losses(commitment=self.commitment_loss_weight > 0),
+            diversity_over="ranks",
+            probability_floor=_FLOOR,
+            loss_share=self.frac_per_sample_entropy,
+        )
         quiet, unweighed = copy.copy(native), copy.copy(native)
         quiet.losses, quiet.training = (), False
         unweighed.losses = native.losses[:-2]
         hide(self, native=native, quiet=quiet, unweighed=unweighed)
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        if name == "orthogonal_rotation" and value and "orthogonal_rot" not in self._buffers:
+            raise ValueError(f"orthogonal_rotation = {value}: must stay False where none was drawn; make another one")
 
     def settle(self, *, entropies: bool = True) -> lfq.LFQ:
         """The native quantizer for the mode of now, with the rotation of now: in eval mode it has no losses, and no `entropies` if told."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch.arguments import check_setting
@@ -47,7 +48,8 @@ class Settable(nn.Module):
         self._check_setting(name, value)
         super().__setattr__(name, value)
         try:
-            self._build()
+            with torch.random.fork_rng(devices=[]):  # what is drawn for it is replaced by what is registered
+                self._build()
         except Exception:
             super().__setattr__(name, before)
             raise

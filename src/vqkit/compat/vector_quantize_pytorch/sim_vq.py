@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
-from vqkit.compat.vector_quantize_pytorch.rows import Linked, hide
+from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import rotation_trick, straight_through
 from vqkit.quantizers import sim_vq
@@ -38,16 +39,17 @@ class _OfTable(Module):
 
 
 @in_these_words()
-class SimVQ(Linked):
+class SimVQ(Settable):
     """As the peer's: x [B, ..., dim] or, with `channel_first`, [B, dim, ...] -> (quantized, indices int64 [P...], loss).
 
     The codes are `codebook_transform` of a table that never changes. Raises ValueError and TypeError for what does not fit.
     """
 
-    linked: tuple[str, ...] = ("code_transform",)
+    made_of = frozenset(("code_transform", "channel_first", "rotation_trick", "input_to_quantize_commit_loss_weight"))
+    fixed = frozenset(("dim", "codebook_size"))
+
     frozen_codebook: Tensor
     native: sim_vq.SimVQ
-    _of_table: _OfTable
 
     def __init__(
         self,
@@ -72,26 +74,24 @@ class SimVQ(Linked):
         self.rotation_trick = rotation_trick
         self.input_to_quantize_commit_loss_weight = input_to_quantize_commit_loss_weight
         self.commitment_weight = commitment_weight
+        self._build()
+
+    def _build(self) -> None:
+        share = self.input_to_quantize_commit_loss_weight
         # Where vectors are not pulled to their codes, the estimator stands outside: the loss then has the gradient of the codes alone.
-        both = input_to_quantize_commit_loss_weight > 0
-        estimator = "none" if not both else "rotation" if rotation_trick else "straight_through"
-        pull = 1.0 / input_to_quantize_commit_loss_weight if both else 1.0
-        transform = _OfTable(codebook_transform)
+        both = share > 0
         with torch.random.fork_rng(devices=[]):
             native = sim_vq.SimVQ(
-                dim,
-                codebook_size,
-                transform=transform,
-                estimator=estimator,
-                losses=(Commitment(pull=pull),),
-                layout="first" if channel_first else "last",
+                self.dim,
+                self.codebook_size,
+                transform=_OfTable(self.code_transform),
+                estimator="none" if not both else "rotation" if self.rotation_trick else "straight_through",
+                losses=(Commitment(pull=1.0 / share if both else 1.0),),
+                layout="first" if self.channel_first else "last",
                 input_gradient=both,
             )
         native.training = False  # what it counts nobody reads
-        hide(self, native=native, _of_table=transform)
-
-    def _link(self, native: sim_vq.SimVQ) -> None:
-        self._of_table.transform = self.code_transform
+        hide(self, native=native)
 
     @property
     def codebook(self) -> Tensor:
