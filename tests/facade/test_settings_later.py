@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import inspect
 import random
@@ -17,7 +18,20 @@ from torch import Tensor, nn
 from facade.compare import compare
 from facade.peer import facade, peer
 from facade.test_contract import SMALL
-from facade.test_no_dead_parameter import IMAGE, INPUTS, LEARNABLE, MASK, NO_ESTIMATOR, ORTHOGONAL, WIDTH, differ, leaves, sgd, vectors
+from facade.test_no_dead_parameter import (
+    IMAGE,
+    INPUTS,
+    LEARNABLE,
+    MASK,
+    NO_ESTIMATOR,
+    ORTHOGONAL,
+    WIDTH,
+    differ,
+    leaves,
+    search,
+    sgd,
+    vectors,
+)
 
 KINDS = [*SMALL]
 APART = {"shared_codebook": False, "kmeans_init": False, "threshold_ema_dead_code": 0}
@@ -217,7 +231,7 @@ LATER: dict[str, dict[str, list[Later]]] = {
         "act_name": [Later("sigmoid")],
         "quantize_rate": [Later(1.0), Later(0.0, {"quantize_rate": 1.0})],
         "need_inv_act": [Later(True, {"quantize_rate": 1.0})],
-        "vector_norm": [Later(nn.Identity())],
+        "vector_norm": [Later(lambda module: act(module, "VectorNorm").build("kurt"))],
         "act_func": [Later(lambda module: act(module, "sigmoid_act"), {"quantize_rate": 1.0})],
         "inv_act_func": [Later(lambda module: act(module, "sigmoid_inv_act"), {"quantize_rate": 1.0, "need_inv_act": True})],
         "project_in": [Later(linear(2, 4), {"dim": 4, "quantize_rate": 1.0}, vectors(2, 12, 4))],
@@ -249,7 +263,7 @@ LATER: dict[str, dict[str, list[Later]]] = {
     "EvoLFQ": {
         "encoder": [Later(linear(4, WIDTH))],
         "decoder": [Later(linear(WIDTH, 4))],
-        "lfq": [Later(lambda module: type(module.lfq)(dim=4, entropy_loss_weight=0.5))],
+        "lfq": [Later(lambda module: type(module.lfq)(dim=4, entropy_loss_weight=0.0, commitment_loss_weight=0.5))],
         "pop_size": [Later(8)],
         "tournament_size": [Later(3)],
         "elitism_count": [Later(2)],
@@ -268,7 +282,7 @@ LATER: dict[str, dict[str, list[Later]]] = {
         "dim": [Later(6)],
         "groups": [Later(1)],
         "accept_image_fmap": [Later(True, {}, vectors(2, WIDTH, WIDTH))],
-        "rvqs": [Later(backwards("rvqs"))],
+        "rvqs": [Later(backwards("rvqs"), {"codebook_size": 4})],
     },
     "ResidualFSQ": {
         "levels": [Later([4, 4])],
@@ -455,7 +469,7 @@ def alone(kind: str, name: str, later: Later, set_it: bool) -> dict[str, Tensor]
             if not mode:
                 found |= dict(leaves({**module.state_dict()}, "state"))
                 for method in ("get_output_from_indices", "indices_to_codes"):
-                    if hasattr(module, method) and isinstance(output, tuple) and isinstance(output[1], Tensor):
+                    with contextlib.suppress(Exception):  # what it cannot decode is no matter of calls
                         found |= dict(leaves(getattr(module, method)(output[1]), method))
     except Exception as error:
         return error
@@ -498,12 +512,21 @@ UNSEEN: dict[str, tuple[str, ...]] = {
     "ResidualVQ": ("codebook_dim", "accept_image_fmap", "codebook_sizes", "uniform_codebook_size"),
     "GroupedResidualVQ": ("dim", "groups", "accept_image_fmap"),
     "RandomProjectionQuantizer": ("num_codebooks",),
+    "FSQ": ("scale", "codebook_dim", "num_codebooks", "dim", "allowed_dtypes", "force_quantization_f32"),
+    "FSP": ("dim", "act_name"),
+    "LFQ": ("dim", "num_codebooks", "force_quantization_f32"),
+    "EvoLFQ": ("pop_size", "mutation_rate", "tournament_size", "elitism_count", "generations"),
+    "ResidualLFQ": ("has_projections",),
+    "GroupedResidualLFQ": ("dim", "groups", "accept_image_fmap"),
+    "ResidualFSQ": ("has_projections", "levels", "codebook_size"),
+    "GroupedResidualFSQ": ("dim", "groups", "accept_image_fmap", "codebook_size"),
+    "LatentQuantize": ("dim", "in_place_codebook_optimizer", "codebook_dim", "num_codebooks"),
+    "BinaryMapper": ("bits", "num_codes"),
     "HierarchicalVQ": (
         "dim",
         "spatial_dims",
         "scales",
         "level_shapes",
-        "num_levels",
         "codebook_sizes",
         "flatten_spatial",
         "unflatten_spatial",
@@ -676,3 +699,188 @@ def test_a_module_of_a_user_may_have_attributes_of_its_own() -> None:
     assert vq.native is native
     assert {*dict(vq.named_parameters())} == {"extra.weight", "extra.bias"}
     vq(vectors())
+
+
+# Hooks, and layers of users
+
+
+def heard(module: Any, name: str = "") -> list[Any]:
+    """What a hook on a part of the module, "" for itself, sees of its inputs and outputs."""
+    seen: list[Any] = []
+    module.get_submodule(name).register_forward_hook(lambda _, given, output: seen.append((given, output)))
+    return seen
+
+
+def alike_to(there: Any, here: Any) -> None:
+    there, here = dict(leaves(there, "")), dict(leaves(here, ""))
+    assert there.keys() == here.keys()
+    for key, value in there.items():
+        torch.testing.assert_close(here[key], value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+HOOKED: dict[str, tuple[str, dict[str, Any], list[str], Tensor, dict[str, Any]]] = {
+    "residual": ("ResidualVQ", RESIDUAL, ["layers.0", "layers.2"], vectors(), {}),
+    "residual, masked": ("ResidualVQ", RESIDUAL, ["layers.1"], vectors(), {"mask": MASK}),
+    "residual, dropout": (
+        "ResidualVQ",
+        {**RESIDUAL, "quantize_dropout": True},
+        ["layers.1"],
+        vectors(),
+        {"rand_quantize_dropout_fixed_seed": 5},
+    ),
+    "residual, of images": ("ResidualVQ", {**RESIDUAL, "accept_image_fmap": True}, ["layers.1"], vectors(2, WIDTH, WIDTH, WIDTH), {}),
+    "residual, codebooks": ("ResidualVQ", RESIDUAL, ["layers.0._codebook", "layers.3._codebook"], vectors(), {}),
+    "groups": ("GroupedResidualVQ", {**RESIDUAL, "groups": 2}, ["rvqs.0", "rvqs.1.layers.2"], vectors(), {}),
+    "levels": ("HierarchicalVQ", BASE["HierarchicalVQ"], ["vqs.0", "vqs.1"], vectors(2, WIDTH, 12), {}),
+    "one": ("VectorQuantize", SMALL["VectorQuantize"], ["_codebook"], vectors(), {}),
+    "one, projected": ("VectorQuantize", {**SMALL["VectorQuantize"], **HEADS}, ["_codebook", "project_in"], vectors(), {}),
+    "one, cosines": ("VectorQuantize", {**SMALL["VectorQuantize"], "use_cosine_sim": True}, ["_codebook"], vectors(), {}),
+    "one, masked": ("VectorQuantize", SMALL["VectorQuantize"], ["_codebook"], vectors(), {"mask": MASK}),
+    "one, with k": ("VectorQuantize", SMALL["VectorQuantize"], ["_codebook"], vectors(), {"topk": 2}),
+    "one, separate": (
+        "VectorQuantize",
+        {**SMALL["VectorQuantize"], **HEADS, "separate_codebook_per_head": True},
+        ["_codebook"],
+        vectors(),
+        {},
+    ),
+    "one, of images": ("VectorQuantize", {**SMALL["VectorQuantize"], "accept_image_fmap": True}, ["_codebook"], IMAGE, {}),
+    "a random projection": ("RandomProjectionQuantizer", SMALL["RandomProjectionQuantizer"], ["vq", "vq._codebook"], vectors(), {}),
+    "scalars": ("EvoLFQ", SMALL["EvoLFQ"], ["lfq"], vectors(), {}),
+    "maps": ("ResidualSimVQ", SMALL["ResidualSimVQ"], ["layers.1"], vectors(), {}),
+}
+
+
+@pytest.mark.parametrize("case", HOOKED)
+def test_hooks_see_what_they_see_there(case: str) -> None:
+    kind, kwargs, names, x, calls = HOOKED[case]
+    torch.manual_seed(0)
+    pair = [getattr(side, kind)(**copy.deepcopy(kwargs)) for side in (peer, facade)]
+    pair[1].load_state_dict(pair[0].state_dict())
+    plain = copy.deepcopy(pair[1])
+    seen = [[heard(module, name) for name in names] for module in pair]
+    for training in (True, False):
+        outputs = []
+        for module in (*pair, plain):
+            module.train(training)
+            torch.manual_seed(1)
+            outputs.append(module(x.clone(), **calls))
+        alike_to(outputs[0], outputs[1])
+        alike_to(outputs[2], outputs[1])
+    alike_to({**plain.state_dict()}, {**pair[1].state_dict()})
+    for there, here in zip(*seen, strict=True):
+        assert len(here) == len(there) > 0
+        for a, b in zip(there, here, strict=True):
+            alike_to(*((seen[1][1:2] if case == "residual, masked" else seen) for seen in (a, b)))  # masked places are zeros here
+
+
+def test_a_hook_may_change_what_a_layer_gets_and_gives() -> None:
+    def prepare(module: Any) -> None:
+        module.layers[1].register_forward_pre_hook(lambda _, given: (given[0] * 0.5,))
+        module.layers[2].register_forward_hook(lambda _, given, output: (output[0] * 0.5, output[1], output[2] * 2))
+
+    both("ResidualVQ", prepare)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_called() -> None:
+    def halved(module: Any) -> None:
+        layer = module.layers[1]
+
+        class Halved(type(layer)):
+            def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                quantized, indices, loss = super().forward(2 * x, *args, **kwargs)
+                return quantized / 2, indices, loss
+
+        layer.__class__ = Halved
+
+    both("ResidualVQ", halved)
+
+
+def test_hooks_on_layers_of_a_shared_codebook_change_nothing() -> None:
+    plain = facade.ResidualVQ(**RESIDUAL, shared_codebook=True)
+    watched = copy.deepcopy(plain)
+    seen = heard(watched, "layers.3")
+    for module in (plain, watched):
+        for _ in range(2):
+            module(vectors())
+    alike_to({**plain.state_dict()}, {**watched.state_dict()})
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    "kind, kwargs, name, words",
+    [
+        ("ResidualVQ", {**RESIDUAL, "beam_size": 2}, "layers.1", "beam_size"),
+        ("ResidualVQ", {**RESIDUAL, "implicit_neural_codebook": True}, "layers.1", "implicit_neural_codebook"),
+        ("VectorQuantize", {**SMALL["VectorQuantize"], "stochastic_sample_codes": True}, "_codebook", "stochastic_sample_codes"),
+        ("ResidualLFQ", SMALL["ResidualLFQ"], "layers.1", "hooks"),
+        ("ResidualFSQ", SMALL["ResidualFSQ"], "layers.1", "hooks"),
+    ],
+)
+def test_hooks_that_nobody_would_run_are_refused(kind: str, kwargs: dict[str, Any], name: str, words: str) -> None:
+    module = getattr(facade, kind)(**kwargs)
+    heard(module, name)
+    with pytest.raises(ValueError, match=words):
+        module(vectors())
+
+
+def test_what_a_hook_makes_of_a_codebook_is_refused() -> None:
+    vq = facade.VectorQuantize(**SMALL["VectorQuantize"])
+    vq._codebook.register_forward_hook(lambda _, given, output: (output[0] * 2, *output[1:]))
+    with pytest.raises(ValueError, match="hook on _codebook"):
+        vq(vectors())
+
+
+# What no call of the peer tells
+
+
+@pytest.mark.parametrize(
+    "name, value", [("pop_size", 9), ("mutation_rate", 0.5), ("tournament_size", 4), ("elitism_count", 3), ("generations", 2)]
+)
+def test_a_search_goes_by_what_is_set_later(name: str, value: Any) -> None:
+    found = []
+    for given, later in (({name: value}, {}), ({}, {name: value}), ({}, {})):
+        torch.manual_seed(0)
+        module = facade.EvoLFQ(**SMALL["EvoLFQ"], **given)
+        for setting in later.items():
+            setattr(module, *setting)
+        found.append(dict(leaves(search(module, vectors()), "")))
+    assert not differ(found[0], found[1])
+    assert differ(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", ["commitment_loss_weight", "quantization_loss_weight"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_of_latents_are_those_of_now(name: str, in_place: bool) -> None:
+    losses = []
+    for given, later in ((0.5, None), (0.1, 0.5), (0.0, 0.5)):
+        torch.manual_seed(0)
+        module = facade.LatentQuantize([5, 3], dim=WIDTH, **{name: given})
+        if later is not None:
+            module(IMAGE)
+            getattr(module, name).fill_(later) if in_place else setattr(module, name, torch.tensor(later))
+        losses.append(module(IMAGE)[2])
+    assert losses[0] == losses[1] == losses[2] > 0
+
+
+def test_layers_of_scalars_weigh_their_losses_each_by_itself() -> None:
+    def prepare(module: Any) -> None:
+        module.layers[1].entropy_loss_weight = 0.5
+        module.layers[1].commitment_loss_weight = 0.5
+
+    both("ResidualLFQ", prepare, SMALL["ResidualLFQ"])
+    both("ResidualLFQ", lambda module: module.__dict__.update(train=lambda mode=True: half_train(module, mode)), SMALL["ResidualLFQ"])
+
+
+def half_train(module: Any, mode: bool) -> Any:
+    type(module).train(module, mode)
+    module.layers[0].eval()
+    return module
+
+
+def test_beams_compete_by_the_weights_of_now() -> None:
+    def prepare(module: Any) -> None:
+        module.beam_score_weights.copy_(torch.tensor([1.0, 5.0, 0.001]))
+
+    kwargs = {**SMALL["ResidualVQ"], **BEAM}
+    both("ResidualVQ", prepare, kwargs)

@@ -70,4 +70,4 @@ def layers_taking_part(seed: int, cutoff_index: int, multiple_of: int, num_quant
 def all_layers(codes: Tensor, num_quantizers: int) -> Tensor:
     """[L, ...] -> [q, ...], zeros for the layers that are missing."""
     missing = num_quantizers - len(codes)
-    return codes if missing == 0 else torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])])
+    return codes if missing <= 0 else torch.cat([codes, codes.new_zeros(missing, *codes.shape[1:])])

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
+from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.quantizers.layout import check_tensor
 
 
 @in_these_words()
-class Groups(nn.Module):
+class Groups(Settable):
     """`groups` residual quantizers `rvqs`, made for the width dim / groups each. Raises ValueError where that is no width."""
+
+    fixed = frozenset(("dim", "groups", "accept_image_fmap"))
 
     def __init__(self, dim: int, groups: int, accept_image_fmap: bool, make: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -25,6 +29,7 @@ class Groups(nn.Module):
             raise ValueError(f"groups = {groups}: must be at least 1 and divide dim = {dim}")
         self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
         self.rvqs: Any = nn.ModuleList([make(dim // groups) for _ in range(groups)])
+        hide(self, native=None)
 
     @property
     def codebooks(self) -> Tensor:

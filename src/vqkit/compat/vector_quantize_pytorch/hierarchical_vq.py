@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import get_maybe_sync_seed
 from vqkit.compat.vector_quantize_pytorch.functions import default, exists
-from vqkit.compat.vector_quantize_pytorch.layers import are_of, check_layers, part_of, set_parts, weigh
+from vqkit.compat.vector_quantize_pytorch.layers import check_layers, part_of, set_parts, weigh
 from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, keep_synchronized
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, keep_synchronized
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 from vqkit.ops.grids import average, interpolate
 from vqkit.quantizers.config import check_count

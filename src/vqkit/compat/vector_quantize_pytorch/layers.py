@@ -112,15 +112,6 @@ def check_layers(name: str, layers: Iterable[nn.Module]) -> list[VectorQuantize]
     return cast(list[VectorQuantize], found)
 
 
-def are_of(layers: Iterable[nn.Module], natives: Sequence[Any]) -> bool:
-    """Whether these are the layers with the native quantizers of which parts were made: others, if anything was set on a layer."""
-    number = 0
-    for number, layer in enumerate(layers, 1):
-        if number > len(natives) or layer.__dict__.get("native") is not natives[number - 1]:
-            return False
-    return number == len(natives)
-
-
 def set_parts(native: Any, layers: Iterable[VectorQuantize], parts: Iterable[Any], learns: bool) -> None:
     """Modes, estimators where a gradient has any place to go, and losses, as the layers have them; in eval mode there are none."""
     compiling, trains = torch.compiler.is_compiling(), False

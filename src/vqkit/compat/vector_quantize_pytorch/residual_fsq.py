@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import (
@@ -25,6 +24,7 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
 from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out, projected, rows_of
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, refuse_watched
 from vqkit.quantizers.layout import check_tensor
 from vqkit.quantizers.residual import Residual
 
@@ -32,15 +32,21 @@ __all__ = ["FSQ", "GroupedResidualFSQ", "ResidualFSQ", "get_maybe_sync_seed", "i
 
 
 @in_these_words(handed_to=FSQ)
-class ResidualFSQ(Module):
+class ResidualFSQ(Settable):
     """As the peer's: x [B, N, dim], or with `is_channel_first` [B, dim, ...] -> (quantized, indices [B, N, q] or [B, q, ...]).
 
     With `return_all_codes` the codes of all layers [q, P..., d] follow. Indices are int32, or int64 where layers were dropped (-1).
     """
 
+    made_of = frozenset(("layers",))
+    fixed = frozenset(("scales", "soft_clamp_input_value"))
+
     native: Residual
     parts: Any
     seeds: Seeds
+    _natives: list[Any]
+    _sizes: tuple[int, ...]
+    _clamp: Any
 
     def __init__(
         self,
@@ -76,14 +82,26 @@ class ResidualFSQ(Module):
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
         limit = _limit(levels, soft_clamp_input_value, bound_hard_clamp)
         self.register_buffer("soft_clamp_input_value", limit, persistent=False)
-        own = 1.0 if first.scale is None else first.scale
-        made: Any = self.layers
-        parts = [layer.make_native(levels, [own * n**-number for n in map(float, levels)]) for number, layer in enumerate(made)]
-        clamp = None if limit is None else limit.tolist()
-        hide(self, parts=parts, native=Residual(parts, estimator="layers", soft_clamp=clamp), seeds=Seeds())
+        hide(self, _sizes=tuple(levels), _clamp=None if limit is None else limit.tolist(), seeds=Seeds())
+        self._build()
+
+    def _build(self) -> None:
+        layers = [*self.layers]
+        refuse_watched(layers, FSQ)
+        parts = []
+        for number, layer in enumerate(layers):
+            own = 1.0 if layer.scale is None else layer.scale
+            parts.append(layer.make_native(self._sizes, [own * n**-number for n in map(float, self._sizes)]))
+        native = Residual(parts, estimator="layers", soft_clamp=self._clamp)
+        hide(self, parts=parts, native=native, _natives=[layer.native for layer in layers])
 
     def _settle(self) -> Residual:
-        for layer, part in zip(self.layers, self.parts, strict=True):
+        """The native quantizer, of the layers and their modes of now."""
+        layers = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
+        if not are_of(layers, self._natives):
+            self._build()
+        refuse_watched(layers, FSQ)
+        for layer, part in zip(layers, self.parts, strict=True):
             layer.settle(part)
         return self.native
 
@@ -109,19 +127,21 @@ class ResidualFSQ(Module):
 
     def forward(self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | None = None) -> tuple[Tensor, ...]:
         rows = rows_of(x, self.dim, self.is_channel_first)
-        depth = self.num_quantizers
+        native, number = self._settle(), len(self.layers)
+        depth = number
         if self.training and self.quantize_dropout:
             seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
-            depth = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, depth)
+            drawn = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, self.num_quantizers)
+            depth = min(drawn, number)
         vectors, finite = projected(self.project_in, rows)
-        found = self._settle().quantize_vectors(vectors, finite, freeze_codebook=True, depth=depth)
+        found = native.quantize_vectors(vectors, finite, freeze_codebook=True, depth=depth)
         output = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
-        indices = found.indices if depth < self.num_quantizers else found.indices.to(torch.int32)
+        indices = found.indices if depth < number else found.indices.to(torch.int32)
         if self.is_channel_first:
             output, indices = output.movedim(-1, 1), indices.movedim(-1, 1)
         if not return_all_codes:
             return output, indices
-        moved = self.training and self.parts[0].noise_dropout > 0.0  # then outputs are no codes
+        moved = any(part.training and part.noise_dropout > 0.0 for part in self.parts)  # then outputs are no codes
         return output, indices, self.get_codes_from_indices(indices) if moved else self._codes_of_layers(found.outputs)
 
     def _codes_of_layers(self, outputs: Sequence[Tensor]) -> Tensor:

@@ -5,13 +5,13 @@ Shapes: P... positions of the input, d scalars, q layers, G groups.
 
 from __future__ import annotations
 
+import copy
 from math import log2
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import (
@@ -26,21 +26,28 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import INV_TEMPERATURE, LFQ, check_loss_mask, loss_mask
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out, projected, rows_of
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, refuse_watched
+from vqkit.quantizers import lfq
+from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.residual import Residual
 
 __all__ = ["LFQ", "GroupedResidualLFQ", "ResidualLFQ", "get_maybe_sync_seed", "is_distributed", "round_up_multiple"]
 
 
 @in_these_words(handed_to=LFQ)
-class ResidualLFQ(Module):
+class ResidualLFQ(Settable):
     """As the peer's: x [B, N, dim], images and more [B, dim, ...] -> (quantized, indices [P..., q], losses [q]).
 
     With `return_all_codes` the codes of all layers [q, P..., d] follow. Indices of -1: dropped. `mask` is that of `LFQ`.
     """
 
+    made_of = frozenset(("layers",))
+
     native: Residual
     quiet: Residual
     seeds: Seeds
+    _natives: list[Any]
+    _mixed: dict[tuple[bool, ...], Residual]
 
     def __init__(
         self,
@@ -72,13 +79,31 @@ class ResidualLFQ(Module):
         )
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
-        natives = {name: Residual([getattr(layer, name) for layer in self.layers], estimator="layers") for name in ("native", "quiet")}
-        hide(self, seeds=Seeds(), **natives)
+        hide(self, seeds=Seeds())
+        self._build()
+
+    def _build(self) -> None:
+        layers = [*self.layers]
+        refuse_watched(layers, LFQ)
+        natives = {name: Residual([getattr(layer, name) for layer in layers], estimator="layers") for name in ("native", "quiet")}
+        hide(self, _natives=[layer.native for layer in layers], _mixed={}, **natives)
 
     def _settle(self) -> Residual:
-        for layer in self.layers:
+        """The native quantizer, of the layers and their modes of now."""
+        layers = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
+        if not are_of(layers, self._natives):
+            self._build()
+        refuse_watched(layers, LFQ)
+        alike = True
+        for layer in layers:
             layer.settle()
-        return self.native if self.training else self.quiet
+            alike = alike and layer.training is self.training
+        if alike:
+            return self.native if self.training else self.quiet
+        modes = tuple(layer.training for layer in layers)
+        if modes not in self._mixed:
+            self._mixed[modes] = Residual([layer.native if layer.training else _quiet(layer) for layer in layers], estimator="layers")
+        return self._mixed[modes]
 
     @property
     def codebooks(self) -> Tensor:
@@ -104,17 +129,19 @@ class ResidualLFQ(Module):
     ) -> tuple[Tensor, ...]:
         image = x.dim() >= 4
         rows = rows_of(x, self.dim, image)
-        depth = self.num_quantizers
+        native, depth = self._settle(), len(self.layers)
         if self.training and self.quantize_dropout:
             seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
-            depth = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, depth)
+            drawn = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, self.num_quantizers)
+            depth = min(drawn, depth)
         options: dict[str, Any] = {"depth": depth}
         if mask is not None:
             check_loss_mask(mask, rows.shape[:-1])
-        if self.training:
+        learns = native is not self.quiet
+        if learns:
             options |= {"temperature": 1.0 / INV_TEMPERATURE, "loss_mask": loss_mask(mask, rows.shape[:-1])}
         vectors, finite = projected(self.project_in, rows)
-        found = self._settle().quantize_vectors(vectors if self.training else vectors.detach(), finite, freeze_codebook=True, **options)
+        found = native.quantize_vectors(vectors if learns else vectors.detach(), finite, freeze_codebook=True, **options)
         output = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         output = output.movedim(-1, 1) if image else output
         result = (output, found.indices, self._losses(found.losses, depth))
@@ -122,12 +149,45 @@ class ResidualLFQ(Module):
 
     def _losses(self, losses: dict[str, Tensor], depth: int) -> Tensor:
         """[q], 0 for layers that took no part."""
-        first: Any = self.layers[0]
+        first, number = self.layers[0], len(self.layers)
         if not losses:
-            return first.zero.new_zeros(self.num_quantizers)
-        names = first.native.loss_weights
-        found = first.weigh({name: torch.stack([losses[f"{name}/{number}"] for number in range(depth)]) for name in names})
-        return found if depth == self.num_quantizers else F.pad(found, (0, self.num_quantizers - depth))
+            return first.zero.new_zeros(number)
+        if self._weighs_alike():
+            names = first.native.loss_weights
+            found = first.weigh({name: torch.stack([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
+            return found if depth == number else F.pad(found, (0, number - depth))
+        each = [{name.partition("/")[0]: loss for name, loss in losses.items() if name.endswith(f"/{layer}")} for layer in range(number)]
+        return torch.stack([layer.weigh(own) for layer, own in zip(self.layers, each, strict=True)])
+
+    def _weighs_alike(self) -> bool:
+        """Whether all layers weigh their losses alike, and all are in training."""
+        first, *others = ((layer.training, *(getattr(layer, name) for name in _WEIGHTS)) for layer in self.layers)
+        return first[0] and all(weights == first for weights in others)
+
+
+class _Quiet(lfq.LFQ):
+    """Of a layer in eval mode among others in training: no gradient passes it."""
+
+    def quantize_vectors(self, vectors: Tensor, *args: Any, **options: Any) -> Quantized:
+        return super().quantize_vectors(vectors.detach(), *args, **options)
+
+    def _quantize(self, x: Tensor, *args: Any, **options: Any) -> Quantized:
+        return super()._quantize(x.detach(), *args, **options)
+
+
+def _quiet(layer: LFQ) -> lfq.LFQ:
+    found = copy.copy(layer.quiet)
+    found.__class__ = _Quiet
+    return found
+
+
+_WEIGHTS = (
+    "entropy_loss_weight",
+    "diversity_gamma",
+    "commitment_loss_weight",
+    "experimental_softplus_entropy_loss",
+    "entropy_loss_offset",
+)
 
 
 def _refuse_layer_options(options: dict[str, Any]) -> None:

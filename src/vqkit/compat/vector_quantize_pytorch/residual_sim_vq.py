@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import ModuleList
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.depth import (
@@ -22,6 +22,7 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
     round_up_multiple,
 )
 from vqkit.compat.vector_quantize_pytorch.rows import hide
+from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.compat.vector_quantize_pytorch.sim_vq import SimVQ
 from vqkit.quantizers.layout import check_tensor
 
@@ -29,11 +30,13 @@ __all__ = ["ResidualSimVQ", "SimVQ", "get_maybe_sync_seed", "is_distributed", "r
 
 
 @in_these_words(handed_to=SimVQ)
-class ResidualSimVQ(Module):
+class ResidualSimVQ(Settable):
     """As the peer's: x [B, ..., dim] or, with `channel_first`, [B, dim, ...] -> (quantized, indices [P..., q], losses [q]).
 
     With `return_all_codes` the codes of all layers, each in the layout of the input, follow: [q, ...]. Indices of -1: dropped.
     """
+
+    fixed = frozenset(("channel_first",))
 
     seeds: Seeds
 
@@ -60,7 +63,7 @@ class ResidualSimVQ(Module):
         self.layers: Any = ModuleList([SimVQ(dim=dim, codebook_size=codebook_size, **options) for _ in range(num_quantizers)])
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
-        hide(self, seeds=Seeds())
+        hide(self, seeds=Seeds(), native=None)
 
     @property
     def codebook_size(self) -> int:
@@ -81,10 +84,10 @@ class ResidualSimVQ(Module):
         """Indices of a call, all or those of the first layers -> the codes of all layers [q, ...], zeros for -1 and what is missing."""
         check_tensor("indices", indices)
         number = indices.shape[-1] if indices.dim() > 1 else 0
-        if not 1 <= number <= self.num_quantizers:
-            raise ValueError(f"indices has shape {tuple(indices.shape)}: must be [batch, ..., 1 to {self.num_quantizers}]")
+        if not 1 <= number <= len(self.layers):
+            raise ValueError(f"indices has shape {tuple(indices.shape)}: must be [batch, ..., 1 to {len(self.layers)}]")
         codes = [layer.indices_to_codes(own) for layer, own in zip(self.layers, indices.unbind(-1), strict=False)]
-        codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - number)
+        codes += [torch.zeros_like(codes[0])] * max(self.num_quantizers - number, 0)
         return torch.stack(codes)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
@@ -92,10 +95,11 @@ class ResidualSimVQ(Module):
         return self.get_codes_from_indices(indices).sum(0)
 
     def forward(self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | None = None) -> tuple[Tensor, ...]:
-        depth = self.num_quantizers
+        depth = len(self.layers)
         if self.training and self.quantize_dropout:
             seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
-            depth = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, depth)
+            drawn = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, self.num_quantizers)
+            depth = min(drawn, depth)
         residual = x
         outputs, indices, losses = [], [], []
         for layer in self.layers[:depth]:
@@ -105,7 +109,7 @@ class ResidualSimVQ(Module):
             outputs.append(quantized)
             indices.append(own)
             losses.append(loss)
-        left_out = self.num_quantizers - depth
+        left_out = len(self.layers) - depth
         indices += [torch.full_like(indices[0], -1)] * left_out
         losses += [torch.zeros_like(losses[0])] * left_out
         result = (functools.reduce(torch.add, outputs), torch.stack(indices, dim=-1), torch.stack(losses))

@@ -22,9 +22,9 @@ from vqkit.compat.vector_quantize_pytorch.functions import default as default
 from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
 from vqkit.compat.vector_quantize_pytorch.functions import is_distributed as is_distributed
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
-from vqkit.compat.vector_quantize_pytorch.layers import Part, are_of, check_layers, part_of, set_parts, weigh
+from vqkit.compat.vector_quantize_pytorch.layers import Part, check_layers, part_of, set_parts, weigh
 from vqkit.compat.vector_quantize_pytorch.rows import hide
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, keep_synchronized
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, keep_synchronized
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 from vqkit.dist import default_reducer
 from vqkit.ops.precision import without_autocast

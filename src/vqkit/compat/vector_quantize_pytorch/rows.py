@@ -89,27 +89,6 @@ def keep_codebooks(keep: bool | None, num_codebooks: int) -> bool:
     return keep
 
 
-class Linked(nn.Module):
-    """A facade whose native part computes with modules that are registered in the facade: also with those that are set later."""
-
-    linked: tuple[str, ...] = ("project_in", "project_out")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        later = name in self.linked and "native" in self.__dict__
-        if later:
-            self._check_linked(name, value)
-        super().__setattr__(name, value)
-        if later:
-            self._link(self.native)
-
-    def _check_linked(self, name: str, value: Any) -> None:
-        """Raises for what cannot take that place."""
-
-    def _link(self, native: Any) -> None:
-        """Let `native` compute with the modules of now."""
-        raise NotImplementedError
-
-
 def hide(module: nn.Module, **parts: Any) -> None:
     """Make native parts attributes of `module` that are none of its modules: what they need of state is that of `module`."""
     module.__dict__.update(parts)

@@ -6,6 +6,7 @@ projections, what an optimizer knows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Settable(nn.Module):
     """What the tensors of the module were made of, and cannot become anything else."""
 
     native: Any
+    """Of anything, once the module is made; None where it has no such part."""
 
     def _build(self) -> None:
         """Make the native part of the attributes of now, which changes nothing where it raises."""
@@ -60,6 +62,24 @@ def is_watched(module: nn.Module, kind: type[nn.Module]) -> bool:
     own = module.__dict__  # without a search, as this is asked of every layer in every call
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own or type(module).forward is not kind.forward
+
+
+def are_of(layers: Iterable[nn.Module], natives: Sequence[Any]) -> bool:
+    """Whether these are the layers with the native quantizers of which parts were made: others, if anything was set on a layer."""
+    number = 0
+    for number, layer in enumerate(layers, 1):
+        if number > len(natives) or layer.__dict__.get("native") is not natives[number - 1]:
+            return False
+    return number == len(natives)
+
+
+def refuse_watched(layers: Iterable[nn.Module], kind: type[nn.Module]) -> None:
+    """Raise ValueError for layers that would have to be called as modules."""
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, kind):
+            raise TypeError(f"layers[{number}] is a {type(layer).__name__}: must be a {kind.__name__}")
+        if is_watched(layer, kind):
+            raise ValueError(f"layers[{number}] has hooks, or a forward of its own: must have neither, as no layer is called")
 
 
 def keep_synchronized(before: Any, native: Any) -> None:

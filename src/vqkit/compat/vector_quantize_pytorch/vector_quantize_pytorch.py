@@ -61,7 +61,7 @@ from vqkit.compat.vector_quantize_pytorch.settings import Settable, is_watched, 
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
-from vqkit.quantizers.config import Estimator, Loss
+from vqkit.quantizers.config import Estimator, Gumbel, Loss
 from vqkit.quantizers.layout import check_indices, check_tensor
 from vqkit.quantizers.vector_quantize import VectorQuantize as _VectorQuantize
 
@@ -390,6 +390,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
             options |= {"top_k": topk, "reduction": "none" if indices is None else "mean"}
         if targets is not None:
             options |= {"targets": targets, "project": False}
+        show = self._watch(x, mask, lens, frozen, sample_codebook_temp, topk, codebook_transform_fn)
         says = ema_update is not None or ema_update_weight is not None or accum_ema_update
         if says:
             codebook.call = Call(ema_update, ema_update_weight, accum_ema_update)
@@ -399,6 +400,8 @@ class VectorQuantize(OwnsOptimizer, Settable):
         finally:
             if says:
                 codebook.call = None
+        if show is not None:
+            show()
         if self.walked is not None:
             self.walked.append(found)
         if targets is not None:
@@ -410,6 +413,55 @@ class VectorQuantize(OwnsOptimizer, Settable):
         if topk is not None and losses.commitment.dim():
             losses = losses._replace(commitment=losses.commitment.reshape(len(x), -1, topk))
         return (found.quantized, found.indices, loss, losses) if return_loss_breakdown else (found.quantized, found.indices, loss)
+
+    def _watch(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        lens: Tensor | None,
+        frozen: bool,
+        temperature: float | None,
+        topk: int | None,
+        transform: Callable | None,
+    ) -> Callable[[], None] | None:
+        """Where the codebook has hooks: what lets them see, behind the step of this call, what a call of the codebook takes and gives."""
+        codebook = cast(Codebook, self._modules["_codebook"])
+        if not is_watched(codebook, Codebook):
+            return None
+        if type(codebook).forward is not Codebook.forward or "forward" in vars(codebook):
+            raise ValueError("_codebook has a forward of its own: must have none, as it is not called; hooks may look at what it would see")
+        if self.training and isinstance(self.native.assignment, Gumbel):
+            raise ValueError("_codebook has hooks: must have none with stochastic_sample_codes in training, as codes are drawn elsewhere")
+        rows = x.movedim(1, -1) if self.native.layout == "first" else x
+        rows = self.project_in(rows.unsqueeze(1) if x.dim() == 2 else rows.flatten(1, -2)).detach()
+        rows = codebook.transform_input(self.maybe_split_heads_from_input(rows))
+        mask = mask if lens is None else functions.lens_to_mask(lens, x.shape[1])
+        given = {
+            "sample_codebook_temp": temperature,
+            "mask": mask,
+            "freeze_codebook": frozen,
+            "codebook_transform_fn": transform,
+            "topk": topk,
+        }
+
+        @torch.no_grad()
+        def look() -> Any:
+            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+                return Codebook.forward(codebook, rows, **given, update_usage=False)
+
+        seen = [look()] if codebook.initialized else []
+
+        def show() -> None:
+            output = seen[0] if seen else look()
+            hide(codebook, forward=lambda *_, **__: output)
+            try:
+                result = codebook(rows, **given)
+            finally:
+                del vars(codebook)["forward"]
+            if result is not output:
+                raise ValueError("a hook on _codebook returns something: must return None, as what it gives cannot be changed from there")
+
+        return show
 
     def _set_native(self, x: Tensor, topk: int | None, *, by_targets: bool) -> None:
         """Let the quantizer do what this call returns, and no more: in eval mode a loss is but that of several codes."""
