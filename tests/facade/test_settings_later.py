@@ -154,7 +154,7 @@ LATER: dict[str, dict[str, list[Later]]] = {
             Later(True, {"rotation_trick": False}),
             Later(False, {"directional_reparam": True, "threshold_ema_dead_code": 1e-6}),
         ],
-        "directional_reparam_variance": [Later(1e-9, {"directional_reparam": True, "threshold_ema_dead_code": 1e-6})],
+        "directional_reparam_variance": [Later(1e-14, {"directional_reparam": True, "threshold_ema_dead_code": 1e-6})],
         "sync_update_v": [Later(0.5, {**LEARNABLE, **NO_ESTIMATOR}), Later(0.0, {**LEARNABLE, **NO_ESTIMATOR, "sync_update_v": 0.5})],
         "route_gradients_to_input": [Later(False), Later(False, {"straight_through": True, "rotation_trick": False, "ema_update": False})],
         "_codebook": [Later(lambda module: swapped(module))],

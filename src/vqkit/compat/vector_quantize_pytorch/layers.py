@@ -77,7 +77,9 @@ class Part:
         statistics = found[-1].statistics if found else None
         if targets is not None:
             return Quantized(output[0], found[-1].indices if found else targets, {"cross_entropy": output[1]}, statistics)
-        return Quantized(output[0].movedim(1, -1) if first else output[0], output[1], {WEIGHED: output[2]}, statistics)
+        return Quantized(
+            output[0].movedim(1, -1) if first else output[0], output[1], {WEIGHED: output[2]} if layer.training else {}, statistics
+        )
 
 
 class _Plain(Part, _VectorQuantize):
