@@ -166,9 +166,8 @@ def _parameters(function: Callable[..., Any]) -> list[dict[str, Any]]:
 
 def enlarged(case: Case) -> Case:
     """The same at sizes of real use: wider, with more codes and more vectors."""
-    if case.kind == "ResidualVQ" and case.kwargs["accept_image_fmap"]:  # there a side of the image is the width, or it raises
-        kwargs, _ = _with_codes(case.kind, copy.deepcopy(case.kwargs))
-        return Case(case.kind, case.name, "real", {**kwargs, "dim": 32}, torch.randn(1, 32, 32, 32), case.calls, case.eval_calls)
+    if case.kind in ("ResidualVQ", "GroupedResidualVQ") and case.x.ndim > 2 and not _is_sequence(case):
+        return _enlarged_image(case)
     kwargs, widths = _enlarged_arguments(case.kind, copy.deepcopy(case.kwargs))
     x, repeats = case.x, _repeats(case.x, widths)
     if widths is not None and widths[0] != widths[1]:
@@ -186,6 +185,24 @@ def enlarged(case: Case) -> Case:
             positions = x.numel() // (batch * WIDTH)
             given["codebook_transform_fn"] = _moved(batch * repeats * parts, positions, kwargs["codebook_dim"] or WIDTH)
     return Case(case.kind, case.name, "real", kwargs, _repeated("x", x, batch, repeats), calls, eval_calls)
+
+
+def _is_sequence(case: Case) -> bool:
+    """Whether an input of residual quantizers is [batch, positions, width]."""
+    return case.x.ndim == 3 and case.kwargs["channel_last"]
+
+
+def _enlarged_image(case: Case) -> Case:
+    """Of images, volumes and sequences with the width first each side is the width of a group there, or it raises."""
+    kwargs, _ = _with_codes(case.kind, copy.deepcopy(case.kwargs))
+    width, side = case.kwargs["dim"], 10 if case.x.ndim == 5 else 32
+    wide = side * case.kwargs.get("groups", 1)
+    x = torch.randn(32 if case.x.ndim == 3 else 1, *(wide if n == width else side for n in case.x.shape[1:]))
+    calls, eval_calls = (
+        {name: torch.rand(len(x), side) > 0.3 if name == "mask" else value for name, value in given.items()}
+        for given in (case.calls, case.eval_calls)
+    )
+    return Case(case.kind, case.name, "real", {**kwargs, "dim": wide}, x, calls, eval_calls)
 
 
 def _moved(batch: int, positions: int, width: int) -> Callable[[Tensor], Tensor]:
@@ -212,7 +229,8 @@ def _repeated(name: str, value: Any, batch: int, repeats: int) -> Any:
     if name == "ema_update_weight" and isinstance(value, Tensor):
         return torch.linspace(0.1, 1.0, CODES).expand(*value.shape[:-1], -1)
     if isinstance(value, Tensor) and value.ndim and len(value) == batch:
-        return value.repeat(repeats, *(1,) * (value.ndim - 1))
+        axis = 1 if batch == 1 and value.ndim > 1 else 0  # one sequence becomes a longer one
+        return value.repeat(*(repeats if i == axis else 1 for i in range(value.ndim)))
     return value
 
 
