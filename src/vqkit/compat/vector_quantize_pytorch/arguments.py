@@ -195,11 +195,16 @@ class _Parameters:
     def _right(self) -> dict[str, tuple[type, ...]]:
         return {name: kind.types for name, kind in self.kinds.items()}
 
+    @functools.cached_property
+    def _ranges(self) -> dict[str, Range]:
+        """Of what may be a number that is not whole."""
+        return {name: RANGES.get(name, Range()) for name, kind in self.kinds.items() if kind.fits(0.5)}
+
     def check(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         """Raise TypeError for a name that there is not and for a value of another kind, ValueError for one out of range."""
-        right, kinds = self._right, self.kinds
+        right, kinds, ranges = self._right, self.kinds, self._ranges
         for name, value in self.named(args, options):
-            if isinstance(value, right.get(name, ())):
+            if isinstance(value, right.get(name, ())) or (type(value) is float and name in ranges and ranges[name].holds(value)):
                 continue
             if name in kinds:
                 self._check(name, value, kinds[name])
