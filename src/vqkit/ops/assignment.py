@@ -157,10 +157,11 @@ def mean_assignment_cross_entropy(
     if is_traced():
         loss = _cross_entropy_opaque(scored.vectors, scored.codes, target, temperature, metric)
         return loss.sum() / (target >= 0).sum().clamp(min=1)
-    given = (scored.vectors, scored.codes)
     if not torch.is_grad_enabled():
-        given = tuple(tensor.detach() for tensor in given)  # which the function cannot see
-    return _MeanCrossEntropy.apply(*given, target, temperature, metric)
+        counted = target >= 0
+        loss = _cross_entropy(scored.vectors, scored.codes, target, temperature, metric)
+        return loss.sum() / counted.sum().clamp_(min=1)
+    return _MeanCrossEntropy.apply(scored.vectors, scored.codes, target, temperature, metric)
 
 
 def _score_targets(x: Tensor, codebook: Tensor, indices: Tensor, temperature: float, metric: Metric) -> tuple[_Scored, Tensor]:
@@ -372,15 +373,15 @@ def _cross_entropy_and_gradients(
     """As `_cross_entropy`; adds to `of_x` and `of_codes`, where given, the gradients of the sum of share [G, N] times that."""
     loss = x.new_empty(x.shape[:-1])
     chosen = target.clamp(min=0).unsqueeze(-1)
-    minus_one = x.new_full((), -1.0).expand(chosen.shape)
     with full_precision(x.device.type):
         scores = _Scores(x, codes, temperature, metric)
         weight = None if share is None else share.div(scores.unit).unsqueeze(-1)
+        minus_one = None if share is None else x.new_full((), -1.0).expand(chosen.shape)
         for at, tile, logits in scores.tiles():
             probability = logits.softmax(-1)
             log_sum = logits.amax(-1) - probability.amax(-1).log_()  # of the exponentials, without another pass of them
             loss[at] = log_sum - logits.gather(-1, chosen[at]).squeeze(-1)
-            if weight is not None:
+            if weight is not None and minus_one is not None:
                 of_tile = probability.scatter_add_(-1, chosen[at], minus_one[at]).mul_(weight[at])
                 scores.add_gradients_(of_tile, tile, at, of_x, of_codes)
     return loss.masked_fill_(target < 0, 0.0)
