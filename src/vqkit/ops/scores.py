@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from vqkit.ops.assignment import Metric, SoftEstimator, draw_by_logits, through_softmax
 from vqkit.ops.codebook import are_ordinary, directions
-from vqkit.ops.precision import as_dtype, full_precision, is_traced, may_look, widest
+from vqkit.ops.nearest_code import nearest_codes, nearest_index
+from vqkit.ops.precision import as_dtype, full_precision, is_traced, known_finite, may_look, widest
 
 _FEW_DIFFERENCES = 1 << 17
 _ENTRIES_AT_ONCE = {"cpu": 1 << 18}  # of codes
@@ -119,6 +120,21 @@ class OwnCodes:
     def scores(self, x: Tensor) -> Tensor:
         """[L, C] of finite vectors x [L, K], for cosines of length 1 or 0. Differentiable in vectors and codes."""
         return _scores(x.unsqueeze(1), self.codes, self.metric).squeeze(1)
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor, num: int, scores: Tensor | None = None) -> Tensor:
+        """As `nearest_index`, or several as by `nearest_codes`: [L, num] for x [L, K]; `scores` [L, C], if at hand."""
+        x, codes = x.unsqueeze(1), self.codes
+        if self.metric == "cosine" or (num > 1 and codes.numel() > _FEW_DIFFERENCES):
+            metric = "cosine" if self.metric == "cosine" else "euclidean"
+            return nearest_codes(x, codes, num, metric=metric).indices.squeeze(1) if num > 1 else nearest_index(x, codes, metric=metric)
+        if scores is None or self.metric != "euclidean":
+            scores = _scores(x, codes, "euclidean").squeeze(1)
+        if num == 1:
+            indices = scores.argmax(-1, keepdim=True)  # the first of equal ones
+        else:
+            indices = scores.sort(dim=-1, descending=True, stable=True).indices[:, :num]
+        return indices if known_finite(scores) else indices.where(scores.gather(-1, indices).isfinite(), -1)
 
     def take(self, indices: Tensor) -> Tensor:
         """The codes [L, n, K] of indices [L, n], for cosines of length 1; 0 for index -1."""

@@ -302,8 +302,8 @@ class VectorQuantize(Quantizer):
         if not several and weights is None and reduction == "mean" and self._soft_estimator(temperature) is None:
             return self._quantize_plain(given, codes, _of_kept(picked, kept), own, labels, counted, project, scores)
         if top_k is not None:
-            vectors = vectors.repeat_interleave(top_k, dim=1)
-            kept = None if kept is None else kept.repeat_interleave(top_k, dim=1)
+            vectors = _each(vectors, top_k)
+            kept = None if kept is None else _each(kept, top_k)
         chosen = self._take(vectors, codes, _of_kept(picked, kept), temperature)._replace(each=top_k or 1)
         losses = self._losses(vectors, codes, chosen, labels, reduction, scores=scores)
         if reduction == "none":
@@ -372,8 +372,8 @@ class VectorQuantize(Quantizer):
         self, own: OwnCodes, vectors: Tensor, kept: Tensor | None, scores: Tensor | None, temperature: float, num: int
     ) -> _Chosen:
         """Of vectors [L, K], in the order of their codes, and kept [H, M]: indices [L, num] and codes [L, num, K]."""
-        metric: Metric = "cosine" if own.metric == "cosine" else "euclidean"
-        indices = self._pick(vectors.unsqueeze(1), own.codes.detach(), temperature, num, metric, scores)
+        drawn = scores is not None and temperature > 0 and isinstance(self.assignment, Gumbel)
+        indices = draw(scores, num, temperature) if drawn else own.nearest(vectors, num, scores)
         indices = indices if kept is None else indices.where(own.arrange(kept).unsqueeze(-1), -1)
         codes, estimator = own.take(indices), self._soft_estimator(temperature)
         if scores is None or estimator is None:
@@ -675,23 +675,15 @@ class VectorQuantize(Quantizer):
         """Of vectors and codes as they are read: for cosine they have length 1."""
         return "product" if self.metric == "cosine" else "euclidean"
 
-    def _pick(
-        self,
-        vectors: Tensor,
-        codes: Tensor,
-        temperature: float = 0.0,
-        num: int = 1,
-        metric: Metric = "euclidean",
-        scores: Tensor | None = None,
-    ) -> Tensor:
-        """The code of each vector, [H, M], or several of each side by side, [H, M * num]; `metric` says how near, if nothing is drawn."""
+    def _pick(self, vectors: Tensor, codes: Tensor, temperature: float = 0.0, num: int = 1, scores: Tensor | None = None) -> Tensor:
+        """The code of each vector, [H, M], or several of each side by side, [H, M * num]."""
         if temperature > 0 and isinstance(self.assignment, Gumbel):
             if scores is not None:
                 return draw(scores, num, temperature).flatten(1)
             return sample_indices(vectors, codes, num, temperature=temperature, metric=self._score).flatten(1)
         if num > 1:
-            return nearest_codes(vectors, codes, num, metric=metric).indices.flatten(1)
-        return nearest_index(vectors, codes, metric=metric)
+            return nearest_codes(vectors, codes, num).indices.flatten(1)
+        return nearest_index(vectors, codes)
 
     def _take(self, vectors: Tensor, codes: Tensor, indices: Tensor, temperature: float) -> _Chosen:
         """The codes of indices [H, M], with the gradient of a softmax where the assignment brings one."""
@@ -882,7 +874,10 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
 
 def _each(values: Tensor, num: int) -> Tensor:
     """Values of the vectors [H, M, ...] once for each of `num` codes, side by side: [H, M * num, ...]."""
-    return values if num == 1 else values.repeat_interleave(num, dim=1)
+    if num == 1:
+        return values
+    tail = values.shape[2:]
+    return values.unsqueeze(2).expand(-1, -1, num, *tail).reshape(len(values), values.shape[1] * num, *tail)
 
 
 def _of_kept(indices: Tensor, kept: Tensor | None) -> Tensor:

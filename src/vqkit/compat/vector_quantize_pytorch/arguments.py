@@ -141,6 +141,9 @@ _KINDS: dict[Any, _Kind] = {
 }
 
 
+_OF_ONE_KIND = (Tensor, bool, types.FunctionType)
+
+
 def _kind(annotation: Any) -> _Kind:
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -181,6 +184,7 @@ class _Parameters:
         self.known = tuple(dict.fromkeys((*self.names, *handed_on)))
         self.open = any(p.kind is p.VAR_KEYWORD for p in every) and not handed_on
         self.defaults = {p.name: p.default for p in every}
+        self.fitting: set[tuple[str, type]] = set()  # names with types of which one value fits as well as another, as was found
 
     @functools.cached_property
     def kinds(self) -> dict[str, _Kind]:
@@ -213,7 +217,7 @@ class _Parameters:
                 raise TypeError(f"{self.name} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
     def _check(self, name: str, value: Any, kind: _Kind) -> None:
-        if value is self.defaults[name]:
+        if value is self.defaults[name] or (name, type(value)) in self.fitting:
             return
         if not kind.fits(value):
             raise TypeError(f"{name} = {_shown(value)}: must be {kind.what}")
@@ -221,6 +225,8 @@ class _Parameters:
             for place, number in _numbers(value):
                 if not (allowed := RANGES.get(name, Range())).holds(number):
                     raise ValueError(f"{name}{place} = {number}: must be {allowed}")
+        if type(value) in _OF_ONE_KIND and name not in RANGES:
+            self.fitting.add((name, type(value)))
 
 
 def _numbers(value: Any) -> Iterator[tuple[str, Any]]:

@@ -288,11 +288,13 @@ class Codebook(_Codebook):
 
     def leave_(self) -> None:
         super().leave_()
-        self.recalls = False
+        if self.recalls:
+            self.recalls = False
 
     def _keep(self) -> None:
         outside = outside_backward(self.count)
-        self.recalls = outside is not True
+        if outside is not True:
+            self.recalls = True
         if outside is False:
             return
         state = self.committed_state()

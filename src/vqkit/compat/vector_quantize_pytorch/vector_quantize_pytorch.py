@@ -391,7 +391,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
         if targets is not None:
             options |= {"targets": targets, "project": False}
         show = self._watch(x, mask, lens, frozen, sample_codebook_temp, topk, codebook_transform_fn)
-        says = ema_update is not None or ema_update_weight is not None or accum_ema_update
+        says = self.training and (ema_update is not None or ema_update_weight is not None or accum_ema_update)
         if says:
             codebook.call = Call(ema_update, ema_update_weight, accum_ema_update)
         try:
