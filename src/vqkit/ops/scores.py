@@ -40,15 +40,15 @@ def _scores(x: Tensor, codes: Tensor, metric: Metric) -> Tensor:
     if metric == "euclidean":
         return -torch.cdist(x, codes, compute_mode="donot_use_mm_for_euclid_dist")
     with full_precision(x.device.type):
-        return _cosines(x, codes) if metric == "cosine" else x @ codes.mT
+        return _cosines(x, codes) if metric == "cosine" else torch.bmm(x, codes.mT)
 
 
 def _cosines(x: Tensor, codes: Tensor) -> Tensor:
     """Without making the directions of many codes: the products are divided by their lengths."""
     length = torch.linalg.vector_norm(codes, dim=-1)
     if are_ordinary(length):
-        return (x @ codes.mT) / length.unsqueeze(-2)
-    return x @ directions(codes).mT
+        return torch.bmm(x, codes.mT) / length.unsqueeze(-2)
+    return torch.bmm(x, directions(codes).mT)
 
 
 def draw(scores: Tensor, num: int, temperature: float) -> Tensor:

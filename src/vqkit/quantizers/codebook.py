@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vqkit.dist import LocalReducer, Reducer, default_reducer, is_managed, is_sharded
+from vqkit.dist import LocalReducer, Reducer, default_reducer, has_default_group, is_managed, is_sharded
 from vqkit.ops.codebook import (
     COUNT_FLOOR,
     CodebookStatistics,
@@ -213,10 +213,15 @@ class Codebook(Counting):
     @torch.no_grad()
     def _moments_of(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """The number [H] of the vectors of all ranks, their sum and that of their squared differences from the mean, [H, 2, K]."""
+        x, reducer = x.to(self.dtype), self._entered.reducer if self._entered else None
+        alone = reducer.world_size == 1 if reducer else not torch.compiler.is_compiling() and not has_default_group()
+        if kept is None and alone:
+            total = x.sum(1)
+            squares = (x - (total / max(1, x.shape[1])).unsqueeze(1)).square_().sum(1)
+            return x.new_full((len(x),), x.shape[1]), torch.stack([total, squares], dim=1)
         kept = x.new_ones(x.shape[:2], dtype=torch.bool) if kept is None else kept
-        x = x.to(self.dtype).where(kept.unsqueeze(-1), 0.0)
+        x = x.where(kept.unsqueeze(-1), 0.0)
         counted = torch.cat([kept.sum(-1, keepdim=True).to(x.dtype), x.sum(1)], dim=-1)
-        reducer = self._entered.reducer if self._entered else None
         vectors, total = sum_in_forward(counted, reducer).tensor_split([1], dim=-1)
         mean = (total / vectors.clamp(min=1)).unsqueeze(1)
         squares = sum_in_forward((x - mean).where(kept.unsqueeze(-1), 0.0).square().sum(1), reducer)

@@ -583,7 +583,8 @@ class VectorQuantize(Quantizer):
         projected, kept = _keep(rows, mask, finite_rows if self.project_in is not None else self._has_scores)
         if self.project_in is not None:
             has_meaning = finite_rows if self.norm is not None else self._has_scores
-            projected, kept = _keep(self.project_in(as_dtype(projected, _dtype_of(self.project_in))), kept, has_meaning)
+            rows_in = as_dtype(projected, _dtype_of(self.project_in)).contiguous()  # of strided rows a product takes several times as long
+            projected, kept = _keep(self.project_in(rows_in), kept, has_meaning)
         if self.norm is not None:
             projected, kept = _keep(self.norm(projected), kept, self._has_scores)
         vectors = as_dtype(projected, torch.promote_types(projected.dtype, self.table.dtype))
@@ -752,8 +753,9 @@ class VectorQuantize(Quantizer):
         """Of targets [H, M], of which several side by side are those of one vector of the scores [H, m, C]."""
         if scores is None:
             return cross_entropy_commitment(vectors, codes, targets, metric=self._score, reduction=reduction)
-        targets = targets.unflatten(1, (scores.shape[1], targets.shape[1] // max(1, scores.shape[1])))
-        scores = scores.unsqueeze(2).expand(-1, -1, targets.shape[2], -1)
+        if targets.shape[1] > scores.shape[1]:
+            targets = targets.unflatten(1, (scores.shape[1], targets.shape[1] // max(1, scores.shape[1])))
+            scores = scores.unsqueeze(2).expand(-1, -1, targets.shape[2], -1)
         return mean_cross_entropy(scores, targets) if reduction == "mean" else cross_entropy(scores, targets).flatten(1)
 
     def _statistics(

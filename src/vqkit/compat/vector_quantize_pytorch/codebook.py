@@ -46,6 +46,7 @@ class Call(NamedTuple):
     accumulate: bool = False  # the statistics wait for the next call that does not say so
     uses: int = 1  # how many steps in turn these statistics stand for, faded by `weight_of_use`
     averages_alone: bool = False  # the codes stay where they are
+    checked: bool = False  # the weights are what `weights_of_codes` gave
 
 
 class _Setting:
@@ -354,8 +355,8 @@ class Codebook(_Codebook):
 
     def _weigh_codes(self, statistics: CodebookStatistics) -> Tensor | None:
         weights = None if self.call is None else self.call.weights
-        if weights is None:
-            return None
+        if weights is None or (self.call is not None and self.call.checked):
+            return cast(Tensor | None, weights)
         return self.weights_of_codes(weights(statistics.sum, statistics.count) if callable(weights) else weights)
 
     def weights_of_codes(self, weights: Tensor | float) -> Tensor:
