@@ -109,7 +109,7 @@ _FSQ = "tests/facade/test_finite_scalar_quantization.py::"
 
 _SCALARS = (
     Deviation(
-        "FSQ",
+        "FSQ or *ResidualFSQ",
         "scale",
         f"{_FSQ}test_codes_are_scaled",
         "`scale` is ignored there; here it multiplies the codes",
@@ -172,14 +172,14 @@ _SCALARS = (
         ("output.2", "eval.2"),
     ),
     Deviation(
-        "ResidualFSQ",
+        "*ResidualFSQ",
         "orthogonal_rotation",
         f"{_FSQ}test_turned_layers_decode_to_what_they_gave",
         "decoding forgets the rotation of the layers there; here it gives what the call gave",
         ("decode.*", "output.2", "eval.2"),
     ),
     Deviation(
-        "ResidualFSQ",
+        "*ResidualFSQ",
         "orthogonal_rotation & levels=[8, 5, 3] or [4, 4, 2]",
         f"{_FSQ}test_turned_layers_are_each_as_fine_as_a_step_before_in_their_axes",
         "with unequal levels the scalars of a turned layer are scaled by the steps of other axes there; here by those of their own",
@@ -253,14 +253,14 @@ _SIGNS = (
         "the mean over processes is thrown away there, and the own one divided by their number; here it is that of all vectors",
     ),
     Deviation(
-        "ResidualLFQ",
+        "*ResidualLFQ",
         "spherical",
         f"{_LFQ}test_codes_that_were_moved_decode_to_what_they_gave",
         "decoding forgets the sphere there; here it gives what the call gave, and `codebooks` are the codes that are added up",
         ("decode.*", "output.3", "eval.3"),
     ),
     Deviation(
-        "ResidualLFQ",
+        "*ResidualLFQ",
         "orthogonal_rotation",
         f"{_LFQ}test_codes_that_were_moved_decode_to_what_they_gave",
         "decoding forgets the rotation there; here it gives what the call gave",

@@ -36,14 +36,18 @@ class Case:
     calls: dict[str, Any] = field(default_factory=dict)
     shares: tuple[tuple[int, int], ...] = ((12, 12), (5, 19), (24, 0))
     learns: bool = False
+    of_items: bool = False  # whether it is items that are shared out, not the vectors of one
 
     def make(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        sizes = {} if self.kind in ("LFQ",) else {"codebook_size": CODES}
+        sizes = {} if "LFQ" in self.kind or "FSQ" in self.kind else {"codebook_size": CODES}
         return getattr(facade, self.kind)(**{"dim": DIM, **sizes, **self.kwargs})
 
 
 EQUAL = ((12, 12), (8, 8), (16, 16))
+ITEMS = ((2, 2), (1, 3), (3, 0))
+LEVELS = {"scales": (1, 2, 4), "kmeans_init": False, "channel_first": False, "threshold_ema_dead_code": 0}
+ENTROPY = {"entropy_loss_weight": 0.05}  # more, and a layer after another, and rounding alone parts them in three steps
 _VQ = partial(Case, "VectorQuantize")
 _RVQ = partial(Case, "ResidualVQ")
 CASES: dict[str, Case] = {
@@ -63,6 +67,18 @@ CASES: dict[str, Case] = {
     "residual, drawn depth": _RVQ({"num_quantizers": 3, "quantize_dropout": True}),
     "residual, networks": _RVQ({"num_quantizers": 3, "implicit_neural_codebook": True}, shares=EQUAL, learns=True),
     "residual, k-means": _RVQ({"num_quantizers": 2, "kmeans_init": True, "codebook_size": 4}, shares=((24, 24), (48, 0))),
+    "groups": Case("GroupedResidualVQ", {"num_quantizers": 2, "groups": 2}),
+    "groups, dropped": Case("GroupedResidualVQ", {"num_quantizers": 3, "groups": 2, "quantize_dropout": True}),
+    "levels": Case("HierarchicalVQ", {**LEVELS, "shared_codebook": False}, shares=ITEMS, of_items=True),
+    "levels, shared": Case("HierarchicalVQ", LEVELS, shares=ITEMS, of_items=True),
+    "SimVQ": Case("SimVQ", shares=EQUAL, learns=True),
+    "SimVQ, residual": Case("ResidualSimVQ", {"num_quantizers": 2}, shares=EQUAL, learns=True),
+    "SimVQ, an empty process": Case("ResidualSimVQ", {"num_quantizers": 2}, learns=True),
+    "lookup-free, residual": Case("ResidualLFQ", {"num_quantizers": 2, "codebook_size": 16, **ENTROPY}, shares=EQUAL, learns=True),
+    "lookup-free, an empty process": Case("ResidualLFQ", {"num_quantizers": 2, "codebook_size": 16, **ENTROPY}, learns=True),
+    "scalars": Case("FSQ", {"levels": [5, 3]}, shares=EQUAL, learns=True),
+    "scalars, residual": Case("ResidualFSQ", {"levels": [5, 3], "num_quantizers": 2}, shares=EQUAL, learns=True),
+    "scalars, an empty process": Case("ResidualFSQ", {"levels": [5, 3], "num_quantizers": 2}, learns=True),
     "lookup-free": Case("LFQ", {"codebook_size": 16, "entropy_loss_weight": 0.5}, shares=EQUAL, learns=True),
 }
 SHARDED = ("averages", "projected", "learnable", "residual", "lookup-free")
@@ -79,16 +95,17 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, **calls: Any) -> tuple[Tensor, Tensor]:
         """The loss, and the unweighted mean of what the quantizer returns as one."""
-        quantized, _, loss = self.quantizer(x * self.scale, **calls)[:3]
+        quantized, *found = self.quantizer(x * self.scale, **calls)
+        loss = found[1] if len(found) > 1 else quantized.new_zeros(1)
         unused = sum(0.0 * parameter.sum() for parameter in self.parameters())
         total = quantized.sin().mean() if quantized.numel() else quantized.sum()
         return total + loss.sum() + unused, loss.detach().mean()
 
 
 def vectors(case: Case, step: int) -> Tensor:
-    """[1, N, D], those of all processes."""
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(1, sum(case.shares[step]), DIM, generator=generator)
+    """[1, N, D], those of all processes, or [B, 8, D], their items."""
+    generator, number = torch.Generator().manual_seed(step), sum(case.shares[step])
+    return torch.randn(*((number, 8) if case.of_items else (1, number)), DIM, generator=generator)
 
 
 def steps(case: Case, net: Net, call: Callable[..., Any], share: Callable[[Tensor, int], Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -121,9 +138,9 @@ def on_rank(rank: int, folder: str) -> None:
     wrapped += [(f"{name}, sharded", name, Net(CASES[name].make(seed=0)), fully_shard) for name in SHARDED]
     for key, name, net, wrap in wrapped:
         torch.manual_seed(10 + rank)
-        sizes = CASES[name].shares
+        sizes, axis = CASES[name].shares, 0 if CASES[name].of_items else 1
         try:
-            results[key] = [*steps(CASES[name], net, wrap(net), lambda x, step, sizes=sizes: x.split(sizes[step], 1)[rank])]
+            results[key] = [*steps(CASES[name], net, wrap(net), lambda x, step, sizes=sizes, axis=axis: x.split(sizes[step], axis)[rank])]
         except Exception:
             results[key] = traceback.format_exc()
     torch.save(results, Path(folder) / f"rank{rank}.pt")

@@ -42,17 +42,21 @@ RESIDUAL_OPTIONS = {
     "bound_hard_clamp": (True, False),
     "noise_dropout": (0.0, 0.5),
     "orthogonal_rotation": (False, True),
+    "scale": (None, 2.0),
+    "allowed_dtypes": ((torch.float32, torch.float64), (torch.float32,)),
+    "projection_has_bias": (True, False),
+    "force_quantization_f32": (True, False),
     "return_all_codes": (False, True),
     "rand_quantize_dropout_fixed_seed": (None, 1),
     "input": ((2, 5), (2, 3, 4), (2, 3)),
 }
 
+NOT_IN_GROUPS = ("rand_quantize_dropout_fixed_seed", "input", "is_channel_first", "dim")
 GROUPED_OPTIONS = {
     "groups": (1, 2),
     "accept_image_fmap": (False, True),
-    "quantize_dropout": (False, True),
-    "return_all_codes": (False, True),
     "dim": (6, 8),
+    **{name: values for name, values in RESIDUAL_OPTIONS.items() if name not in NOT_IN_GROUPS},
 }
 
 CALLS = ("return_all_codes", "rand_quantize_dropout_fixed_seed")
@@ -73,6 +77,11 @@ def valid_residual(row):
     return row["is_channel_first"] or len(row["input"]) == 2
 
 
+def valid_grouped(row):
+    first = row["accept_image_fmap"]
+    return valid_residual({**row, "is_channel_first": first, "input": (2, 3) if first and row["return_all_codes"] else (2, 5)})
+
+
 def place(x, width_at, noise=0.0):
     """In the layout of the input; where noise is drawn, which the peer does in the order of memory, that of vectors stays."""
     x = x.movedim(-1, 1) if width_at == 1 else x
@@ -81,7 +90,7 @@ def place(x, width_at, noise=0.0):
 
 @functools.cache
 def rows():
-    return covering_array(OPTIONS, valid), covering_array(RESIDUAL_OPTIONS, valid_residual), covering_array(GROUPED_OPTIONS)
+    return covering_array(OPTIONS, valid), covering_array(RESIDUAL_OPTIONS, valid_residual), covering_array(GROUPED_OPTIONS, valid_grouped)
 
 
 def draw(*shape, seed=0):
@@ -107,10 +116,10 @@ def test_every_pair_of_options_of_the_residual_form():
 def test_every_pair_of_options_of_the_grouped_form():
     for number, row in enumerate(rows()[2]):
         kwargs = {name: value for name, value in row.items() if name != "return_all_codes"}
-        kwargs |= {"levels": [5, 5, 3], "num_quantizers": 3, "is_channel_first": row["accept_image_fmap"]}
+        kwargs |= {"is_channel_first": row["accept_image_fmap"]}
         image = row["accept_image_fmap"]
         shape = ((3, 3) if row["return_all_codes"] else (3, 4)) if image else (5,)  # see `valid_residual`
-        x = place(draw(2, *shape, row["dim"], seed=number), 1 if image else -1)
+        x = place(draw(2, *shape, row["dim"], seed=200 + number), 1 if image else -1, row["noise_dropout"])
         compare("GroupedResidualFSQ", kwargs, x, calls={"return_all_codes": row["return_all_codes"]}, seed=number).check()
 
 

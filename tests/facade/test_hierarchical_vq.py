@@ -25,15 +25,21 @@ OPTIONS = {
     "share_quant_resi": (1, 0, 2),
     "nested_dropout": (0.0, 0.9),
     "nested_dropout_min_levels": (1, 2),
+    "stochastic_sample_codes": (False, True),
+    "sample_codebook_temp": (0.1, 1.0),
     "mask": (False, True),
+    "lens": (False, True),
+    "call_temperature": (None, 0.5),
     "return_cutoff": (False, True),
 }
-OF_CALL = ("axes", "mask", "return_cutoff")
+OF_CALL = ("axes", "mask", "lens", "call_temperature", "return_cutoff")
 SCALES = {1: (1, 3, 6), 2: (1, (2, 3), (4, 6)), 3: (1, (1, 2, 2), (2, 4, 2))}
 POSITIONS = {1: (9,), 2: (4, 6), 3: (2, 4, 3)}
 
 
 def valid(row):
+    if row["lens"] and (row["mask"] or row["axes"] > 1 or row["threshold_ema_dead_code"]):
+        return False
     if isinstance(row["codebook_size"], tuple) and row["shared_codebook"]:
         return False
     still = row["decay"] == 1.0 or not row["shared_codebook"]  # then levels are those of the peer, but what replaces codes is drawn
@@ -47,6 +53,10 @@ def setting(row):
     positions = POSITIONS[row["axes"]]
     x = 1.5 * torch.randn(4, *positions, DIM, generator=torch.Generator().manual_seed(1))
     calls = {"return_cutoff": True} if row["return_cutoff"] else {}
+    if row["lens"]:
+        calls["lens"] = torch.tensor([9, 4, 7, 9])
+    if row["call_temperature"]:
+        calls["sample_codebook_temp"] = row["call_temperature"]
     if row["mask"]:
         mask = torch.rand(4, *positions, generator=torch.Generator().manual_seed(2)) < 0.6
         mask[1] = True
@@ -55,11 +65,18 @@ def setting(row):
 
 
 @pytest.mark.parametrize("row", covering_array(OPTIONS, valid), ids=str)
-def test_a_pair_of_options_is_the_peers(row):
+def test_a_pair_of_options_is_the_peers(row, same_draws):
     kwargs, x, calls = setting(row)
     steps = 1 if row["shared_codebook"] and row["decay"] < 1.0 else 2  # the first level sees the same codes once
     for optimize in (True, False) if row["orthogonal_reg_weight"] else (True,):  # what an optimizer moves excuses nothing else
         compare("HierarchicalVQ", kwargs, x, calls=calls, steps=steps, optimize=optimize).check()
+
+
+def test_indices_are_taken_by_neither():
+    for package in (peer, facade):
+        made = package.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 2))
+        with pytest.raises((AssertionError, ValueError)):
+            made(torch.randn(2, DIM, 4), indices=torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_decoding_is_the_peers():

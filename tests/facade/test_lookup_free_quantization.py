@@ -44,18 +44,30 @@ OPTIONS = {
     "input": ((2, 5), (2, 3, 4)),
 }
 
+OF_LAYER = (
+    "entropy_loss_weight",
+    "commitment_loss_weight",
+    "diversity_gamma",
+    "straight_through_activation",
+    "frac_per_sample_entropy",
+    "projection_has_bias",
+    "cosine_sim_project_in",
+    "cosine_sim_project_in_scale",
+    "experimental_softplus_entropy_loss",
+    "entropy_loss_offset",
+    "force_quantization_f32",
+)
 RESIDUAL_OPTIONS = {
     "dim": (4, 7),
     "num_quantizers": (3, 1),
-    "codebook_size": (16,),
+    "codebook_size": (16, 8),
     "quantize_dropout": (False, True),
     "quantize_dropout_cutoff_index": (0, 1),
     "quantize_dropout_multiple_of": (1, 2),
     "soft_clamp_input_value": (None, 2.0),
     "spherical": (False, True),
     "orthogonal_rotation": (False, True),
-    "commitment_loss_weight": (0.0, 0.25),
-    "frac_per_sample_entropy": (1.0, 0.5),
+    **{name: OPTIONS[name] for name in OF_LAYER},
     "mask": (None, FIRST_ONLY),
     "return_all_codes": (False, True),
     "rand_quantize_dropout_fixed_seed": (None, 1),
@@ -63,10 +75,9 @@ RESIDUAL_OPTIONS = {
 
 GROUPED_OPTIONS = {
     "groups": (1, 2),
+    "accept_image_fmap": (False,),
+    **{name: values for name, values in RESIDUAL_OPTIONS.items() if name != "rand_quantize_dropout_fixed_seed"},
     "dim": (8, 12),
-    "quantize_dropout": (False, True),
-    "return_all_codes": (False, True),
-    "mask": (None, FIRST_ONLY),
 }
 
 CALLS = ("inv_temperature", "return_loss_breakdown", "mask")
@@ -137,7 +148,7 @@ def test_every_pair_of_options_of_lfq(exact):
 def test_every_pair_of_options_of_the_residual_form(exact):
     for number, row in enumerate(rows()[1]):
         kwargs, calls = split(row, RESIDUAL_CALLS)
-        x = draw(2, 5, row["dim"], seed=number)
+        x = draw(2, 5, row["dim"], seed=100 + number)
         with drawn_alike(row):
             compare("ResidualLFQ", kwargs, x, calls=calls, seed=number, prepare=exact).check()
 
@@ -145,8 +156,21 @@ def test_every_pair_of_options_of_the_residual_form(exact):
 def test_every_pair_of_options_of_the_grouped_form(exact):
     for number, row in enumerate(rows()[2]):
         kwargs, calls = split(row, ("return_all_codes", "mask"))
-        kwargs |= {"num_quantizers": 3, "codebook_size": 16}
-        compare("GroupedResidualLFQ", kwargs, draw(2, 5, row["dim"], seed=number), calls=calls, seed=number, prepare=exact).check()
+        with drawn_alike(row):
+            compare("GroupedResidualLFQ", kwargs, draw(2, 5, row["dim"], seed=number), calls=calls, seed=number, prepare=exact).check()
+
+
+def test_each_layer_weighs_its_own_losses(exact):
+    """Also where they are set later."""
+
+    def weigh(made):
+        exact(made)
+        for number, layer in enumerate(made.layers):
+            layer.entropy_loss_weight, layer.commitment_loss_weight = 0.1 * (number + 1), 0.5 * (number + 1)
+
+    compare(
+        "ResidualLFQ", {"dim": 4, "num_quantizers": 3, "codebook_size": 16, "commitment_loss_weight": 0.25}, draw(2, 5, 4), prepare=weigh
+    ).check()
 
 
 @pytest.mark.parametrize("bits", [4, 12])

@@ -41,6 +41,10 @@ RESIDUAL_OPTIONS = {
     "channel_first": (False, True),
     "rotation_trick": (True, False),
     "input_to_quantize_commit_loss_weight": (0.25, 0.0),
+    "codebook_transform": (None, "perceptron"),
+    "init_fn": (identity, doubled),
+    "commitment_weight": (1.0, 0.5),
+    "frozen_codebook_dim": (None, 4),
     "return_all_codes": (False, True),
     "rand_quantize_dropout_fixed_seed": (None, 1),
     "input": ((2, 5), (2, 3, 4)),
@@ -64,17 +68,23 @@ def draw(shape, first, seed=0):
     return x.movedim(-1, 1).contiguous() if first else x
 
 
+def transform(row):
+    if row["codebook_transform"] is None:
+        return None
+    return nn.Sequential(nn.Linear(row["frozen_codebook_dim"] or DIM, 8), nn.ReLU(), nn.Linear(8, DIM))
+
+
 def test_every_pair_of_options_of_sim_vq():
     for number, row in enumerate(rows()[0]):
         kwargs = {name: value for name, value in row.items() if name != "input"} | {"dim": DIM, "codebook_size": CODES}
-        if row["codebook_transform"]:
-            kwargs["codebook_transform"] = nn.Sequential(nn.Linear(row["frozen_codebook_dim"] or DIM, 8), nn.ReLU(), nn.Linear(8, DIM))
+        kwargs["codebook_transform"] = transform(row)
         compare("SimVQ", kwargs, draw(row["input"], row["channel_first"], number), seed=number).check()
 
 
 def test_every_pair_of_options_of_the_residual_form():
     for number, row in enumerate(rows()[1]):
         kwargs = {name: value for name, value in row.items() if name not in ("input", *CALLS)} | {"dim": DIM, "codebook_size": CODES}
+        kwargs["codebook_transform"] = transform(row)
         x = draw(row["input"], row["channel_first"], number)
         compare("ResidualSimVQ", kwargs, x, calls={name: row[name] for name in CALLS}, seed=number).check()
 
