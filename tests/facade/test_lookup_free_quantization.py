@@ -166,7 +166,7 @@ def test_each_layer_weighs_its_own_losses(exact):
     def weigh(made):
         exact(made)
         for number, layer in enumerate(made.layers):
-            layer.entropy_loss_weight, layer.commitment_loss_weight = 0.1 * (number + 1), 0.5 * (number + 1)
+            layer.entropy_loss_weight, layer.commitment_loss_weight = 0.01 * (number + 1), 0.5 * (number + 1)
 
     compare(
         "ResidualLFQ", {"dim": 4, "num_quantizers": 3, "codebook_size": 16, "commitment_loss_weight": 0.25}, draw(2, 5, 4), prepare=weigh
