@@ -268,7 +268,8 @@ class HierarchicalVQ(Settable):
                 _, weight = weigh(name, each)
                 alike[weight] = alike[weight] + value if weight in alike else value
             loss = sum((weight / self.num_levels * value for weight, value in alike.items()), loss)
-        output = (found.quantized, native.split(found.indices), loss)
+        grids = tuple(grid.contiguous() for grid in native.split(found.indices))  # which callers view as rows
+        output = (found.quantized, grids, loss)
         return (*output, cutoff) if return_cutoff else output
 
     def get_output_from_indices(self, indices: Sequence[Tensor], full_shape: int | Sequence[int] | None = None) -> Tensor:

@@ -413,7 +413,7 @@ class ResidualVQ(Settable):
         if indices is not None:
             return found.quantized, torch.stack([found.losses[f"cross_entropy/{i}"] for i in range(len(layers))]).sum()
         losses = self._weigh(found, layers) if native.training else self._weigh_in_eval(found, layers)
-        result = (found.quantized, found.indices, losses)
+        result = (found.quantized.contiguous(), found.indices, losses)
         return (*result, self._codes_of_call(found)) if return_all_codes else result
 
     def check_targets(self, indices: Tensor | list[Tensor], x: Tensor) -> Tensor:
