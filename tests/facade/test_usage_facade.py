@@ -246,6 +246,21 @@ def settings_that_are_scheduled(library: Library, see: See) -> None:
         see(dropped=residual(draw(2, 10, 8), rand_quantize_dropout_fixed_seed=3))
     residual.quantize_dropout = False
     see(whole=residual(draw(2, 10, 8)))
+    model.quantizer.rotation_trick = False
+    fit(model, see, 1)
+    see(state=model.state_dict())
+
+
+@usage
+def residual_quantizers_that_are_taken_apart(library: Library, see: See) -> None:
+    residual = library.ResidualVQ(dim=8, num_quantizers=4, codebook_size=16)
+    seen: list[Any] = []
+    for layer in residual.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    see(hooked=residual(draw(2, 10, 8)), layers=seen)
+    residual.layers[1] = library.VectorQuantize(8, 16)
+    residual.layers = residual.layers[:3]
+    see(shorter=residual(draw(2, 10, 8)), evaluated=residual.eval()(draw(2, 10, 8)), codes=residual.codebooks, state=residual.state_dict())
 
 
 # Layers by hand, subclasses, what wraps a module
