@@ -10,6 +10,7 @@ import copy
 import io
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ QUANTIZERS: dict[str, Callable[[Library], Any]] = {
     "heads": lambda library: library.VectorQuantize(8, 16, heads=2, codebook_dim=4, separate_codebook_per_head=True),
     "learned": lambda library: library.VectorQuantize(8, 16, learnable_codebook=True, ema_update=False, rotation_trick=False),
     "residual": lambda library: library.ResidualVQ(dim=8, num_quantizers=3, codebook_size=16, codebook_dim=4, use_cosine_sim=True),
+    "stack": lambda library: library.ResidualVQ(dim=8, num_quantizers=2, codebook_size=16),
     "shared": lambda library: library.ResidualVQ(dim=8, num_quantizers=2, codebook_size=16, shared_codebook=True),
     "codec": lambda library: library.GroupedResidualVQ(
         dim=8, groups=2, num_quantizers=4, codebook_size=16, decay=0.95, quantize_dropout=True, quantize_dropout_cutoff_index=1
@@ -252,6 +254,27 @@ def settings_that_are_scheduled(library: Library, see: See) -> None:
 
 
 @usage
+def codebooks_whose_rule_is_scheduled(library: Library, see: See) -> None:
+    model = autoencoder(library, "residual")
+
+    def follow(step: int) -> None:
+        for layer in model.quantizer.layers:
+            layer._codebook.decay = 0.9 + 0.02 * step
+            layer._codebook.ema_update = step != 1
+
+    fit(model, see, 4, after=follow)
+    see(state=model.state_dict())
+    quantizer = library.VectorQuantize(8, 16, threshold_ema_dead_code=1e-6)
+    quantizer(draw(2, 10, 8))
+    quantizer._codebook.threshold_ema_dead_code = 0.9
+    quantizer(draw(4, 10, 8))
+    see(replaced=(quantizer._codebook.cluster_size < 0.5).sum(), state=quantizer._codebook.cluster_size.sort().values)
+    quantizer._codebook.threshold_ema_dead_code = 0
+    quantizer(draw(4, 10, 8))
+    see(then=quantizer._codebook.cluster_size.sort().values[:, :3])
+
+
+@usage
 def residual_quantizers_that_are_taken_apart(library: Library, see: See) -> None:
     residual = library.ResidualVQ(dim=8, num_quantizers=4, codebook_size=16)
     seen: list[Any] = []
@@ -323,7 +346,106 @@ def wrappers(library: Library, see: See) -> None:
     see(called=functional_call(model.eval(), moved, (draw(2, 5, 6),)), state=model.state_dict())
 
 
+# Writing
+
+
+@usage
+def codes_from_elsewhere(library: Library, see: See) -> None:
+    model, teacher = autoencoder(library), autoencoder(library)
+    fit(teacher, see)
+    codebook = model.quantizer._codebook
+    for _ in range(3):
+        codebook.embed.data.copy_(teacher.quantizer._codebook.embed.data)
+        fit(model, see, 1)
+    codebook.embed.data = draw(1, 16, 8, seed=9)
+    see(codes=model.quantizer.codebook, evaluated=model.eval()(draw(4, 10, 6)))
+    fit(model.train(), see)
+    codebook.embed = draw(1, 16, 8, seed=10)
+    codebook.embed_avg = codebook.embed.clone()
+    fit(model, see)
+    model.quantizer.codebook.mul_(0.5)
+    model.quantizer.codebook[3] = 1.0
+    see(evaluated=model.eval()(draw(4, 10, 6)), state=model.state_dict())
+
+
+@usage
+def dead_codes_replaced_by_hand(library: Library, see: See) -> None:
+    class Reviving(library.VectorQuantize):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            found = super().forward(x, *args, **kwargs)
+            codebook = self._codebook
+            dead = codebook.cluster_size[0] < 0.8
+            if self.training and dead.any():
+                with torch.no_grad():
+                    rows = x.reshape(-1, self.dim)[: int(dead.sum())]
+                    codebook.embed.data[:, dead], codebook.embed_avg[:, dead] = rows, rows
+                    codebook.cluster_size.data[:, dead] = 1.0
+            return found
+
+    model = AutoEncoder(Reviving(8, 16))
+    fit(model, see, 3, after=lambda step: see(size=model.quantizer._codebook.cluster_size))
+    least = model.quantizer._codebook.cluster_size[0].topk(4, largest=False).indices
+    model.quantizer._codebook.embed[:, least, :] = draw(4, 8, seed=5)
+    fit(model, see)
+    see(state=model.state_dict())
+
+
+@usage
+def flags_that_say_a_start_was_made(library: Library, see: See) -> None:
+    residual = library.ResidualVQ(dim=8, num_quantizers=2, codebook_size=16, kmeans_init=True)
+    see(started=[bool(layer._codebook.initted.detach().item()) for layer in residual.layers], names=sorted(residual.state_dict()))
+    for number, layer in enumerate(residual.layers):
+        codes = draw(1, 16, 8, seed=number)
+        layer._codebook.initted = torch.Tensor([1.0])
+        layer._codebook.embed.data.copy_(codes)
+        layer._codebook.embed_avg.data.copy_(codes.clone())
+        layer._codebook.cluster_size.data.copy_(torch.ones(1, 16))
+    for step in range(2):
+        see(found=residual(draw(2, 10, 8, seed=step)))
+    quantizer = library.VectorQuantize(8, 4, kmeans_init=True)
+    quantizer(draw(2, 10, 8))
+    see(started=quantizer._codebook.initted)
+    quantizer._codebook.initted.data.copy_(torch.tensor(False))
+    quantizer(100 + draw(2, 10, 8))
+    see(started=quantizer._codebook.initted, again=bool((quantizer.codebook > 50).all()))
+
+
+@usage
+def averages_and_targets_by_buffers(library: Library, see: See) -> None:
+    model = autoencoder(library, "stack")
+    average, target = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    see(names=[name for name, _ in model.named_buffers()], states=list(model.state_dict()))
+
+    @torch.no_grad()
+    def follow(step: int) -> None:
+        for (name, own), (_, kept) in zip(model.named_buffers(), average.named_buffers(), strict=True):
+            kept.copy_(own) if "_codebook." in name else kept.lerp_(own, 0.1)
+        for own, kept in zip([*model.buffers(), *model.parameters()], [*target.buffers(), *target.parameters()], strict=True):
+            kept.data.copy_(own.data) if kept.dtype == torch.bool else kept.data.mul_(0.5).add_(own.data, alpha=0.5)
+        see(average=average(draw(4, 10, 6)), target=target(draw(4, 10, 6)))
+
+    fit(model, see, 3, after=follow)
+    state = model.state_dict()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.mul_(0.5)  # the tensors of the module itself
+    see(halved=model.eval()(draw(4, 10, 6)), codes=model.quantizer.codebooks)
+
+
 # Reading
+
+
+@usage
+def traced_modules(library: Library, see: See) -> None:
+    for kind in ("heads", "residual", "bits"):
+        model = autoencoder(library, kind).eval()
+        with warnings.catch_warnings():  # of the tracer, which is deprecated, and warns of what it keeps as constants
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(model, draw(2, 5, 6), check_trace=False)
+            file = io.BytesIO()
+            torch.jit.save(traced, file)
+            file.seek(0)
+            see(traced=traced(draw(2, 5, 6, seed=1)), of_a_file=torch.jit.load(file)(draw(3, 4, 6, seed=2)))
 
 
 @usage
@@ -536,3 +658,11 @@ def test_usage(name: str) -> None:
     assert [where for where, _ in found] == [where for where, _ in expected]
     different = [f"{where}: {told}" for (where, there), (_, here) in zip(expected, found, strict=True) if (told := differs(there, here))]
     assert expected and not different, "\n".join(different)
+
+
+def test_cosine_codes_that_are_written_count_by_their_direction() -> None:
+    made = facade.VectorQuantize(8, 16, use_cosine_sim=True).eval()
+    made._codebook.embed.mul_(torch.linspace(0.5, 2.0, 16).unsqueeze(-1))
+    quantized, indices, _ = made(draw(2, 5, 8))
+    torch.testing.assert_close(quantized.norm(dim=-1), torch.ones(2, 5))
+    assert torch.equal(indices, F.cosine_similarity(draw(2, 5, 1, 8), made.codebook, dim=-1).argmax(-1))

@@ -53,17 +53,18 @@ def coded(
 
     A vector of index -1 may hold anything; it gives 0, gets no gradient and is not counted. Estimators: "straight_through" and "rotation"
     as the functions of these names; with "none" nothing passes to x but the gradient of the error. The codebook gets `pull` times its
-    gradient of the error and `passed` times the gradient of the output, each vector's at its code.
+    gradient of the error and `passed` times the gradient of the output, each vector's at its code. What `torch.jit.trace` makes of it is
+    operations of torch alone with "none", which then has no gradient, and one of vqkit otherwise.
     """
     learns = codebook.requires_grad and (pull > 0 or passed > 0)
     codebook = codebook if learns else codebook.detach()
     given = (x, codebook, indices, estimator, count, pull, passed)
-    if is_recorded():
+    if torch.compiler.is_compiling() or (is_recorded() and estimator != "none"):
         quantized, error, *others = _code(*given)
         found = Coded(quantized, error, *(tensor.detach() for tensor in others))
     else:
         found = _forward(x, codebook, indices, count)
-        if not ((x.requires_grad or learns) and torch.is_grad_enabled()):
+        if not ((x.requires_grad or learns) and torch.is_grad_enabled()) or is_recorded():
             return found
         quantized, error = _Coding.apply(found, *given)
     quantized = quantized.detach() if estimator == "none" and not (learns and passed > 0) else quantized
@@ -91,7 +92,7 @@ def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> Co
     if _is_compiled(x):
         return Coded(*compiled.gather_and_count(x, codebook, indices, count=counting))
     x, codebook = x.detach(), codebook.detach()
-    look_up = _look_up_in_tiles if x.is_cpu else _look_up_at_once
+    look_up = _look_up_in_tiles if x.is_cpu and not is_recorded() else _look_up_at_once
     quantized, errors = look_up(x, codebook, indices)
     squared_error = errors.sum(1)
     lost = (indices < 0).sum(-1)
@@ -148,7 +149,7 @@ def _count(x: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _is_compiled(x: Tensor) -> bool:
-    return x.is_cpu and compiled.is_there()
+    return x.is_cpu and compiled.is_there() and not is_recorded()
 
 
 def _histogram(indices: Tensor, size: int) -> Tensor:

@@ -79,10 +79,10 @@ def may_keep(x: Tensor) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler, an exporter, torch.jit.trace or a functorch transform sees what is done."""
-    return is_recorded() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler, an exporter, a functorch transform or `torch.jit.trace` sees what is done."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_recorded()
 
 
 def is_recorded() -> bool:
-    """Whether a program is made of what is done, in which steps that depend on values, or leave torch, have to be opaque."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    """Whether `torch.jit.trace`, or an exporter by it, keeps the operations of torch, and as a constant what is done elsewhere."""
+    return torch._C._is_tracing()

@@ -94,7 +94,7 @@ def nearest_codes(
     if not 1 <= k <= codebook.shape[-2]:
         raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
     vectors, codes, restore = by_codebook(*_of_one_dtype(x, codebook))
-    run = _operator_k if is_recorded() else _compute_k
+    run = _operator_k if torch.compiler.is_compiling() else _compute_k
     return NearestCode(*(restore(tensor) for tensor in run(vectors, codes, k, metric, impl)))
 
 
@@ -111,7 +111,7 @@ def _of_one_dtype(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nearest_index(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
     vectors, codes, restore = by_codebook(x, codebook)
-    run = _operator if is_recorded() else _compute  # one opaque node: its loops depend on values
+    run = _operator if torch.compiler.is_compiling() else _compute  # one opaque node under compile: its loops depend on values
     return restore(run(vectors, codes, metric, impl))
 
 
@@ -139,7 +139,7 @@ def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str, backends: Col
 
 
 def _compute(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
-    nearest = _BACKENDS[impl]
+    nearest = _BACKENDS["reference" if is_recorded() else impl]
     if metric == "euclidean":
         return nearest(x, codebook)
     together = max(1, _ENTRIES_AT_ONCE // max(1, codebook.shape[1:].numel()))
@@ -148,7 +148,7 @@ def _compute(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
 
 
 def _compute_k(x: Tensor, codebook: Tensor, k: int, metric: str, impl: str) -> tuple[Tensor, Tensor]:
-    return _BACKENDS_K[impl](*_comparable(x, codebook, metric), k)
+    return _BACKENDS_K["reference" if is_recorded() else impl](*_comparable(x, codebook, metric), k)
 
 
 @torch.library.custom_op("vqkit::nearest_index", mutates_args=())
