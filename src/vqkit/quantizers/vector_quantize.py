@@ -636,7 +636,7 @@ class VectorQuantize(Quantizer):
 
     def _as_one(self, rows: Tensor) -> Tensor:
         """[P..., heads * K] -> [1, M, K]."""
-        return rows.reshape(1, rows.shape[:-1].numel() * self.heads, self.codebook_dim)
+        return rows.reshape(1, -1, self.codebook_dim)
 
     def _from_heads(self, values: Tensor) -> Tensor:
         """[H, M, ...] -> in the order of [N, heads, ...]; its shape is for the caller to give."""
