@@ -64,6 +64,8 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def differs(there: Any, here: Any) -> str | None:
     """How, if they do."""
+    if isinstance(there, float) and isinstance(here, float):
+        there, here = torch.tensor(there), torch.tensor(here)
     if not isinstance(there, Tensor) or not isinstance(here, Tensor):
         return None if type(there) is type(here) and there == here else f"{there!r} there, {here!r} here"
     if there.shape != here.shape or there.dtype != here.dtype:

@@ -502,14 +502,16 @@ class ResidualVQ(Settable):
         return losses
 
     def _weigh_in_eval(self, found: Quantized, layers: list[VectorQuantize]) -> Tensor:
-        """[Q]: of a beam search the errors of the layers, else 0."""
+        """[Q]: of a beam search the errors of the layers, of layers that are called their losses, else 0."""
         zero = layers[0].zero
         losses = zero.new_zeros(len(layers), dtype=torch.promote_types(zero.dtype, torch.float32))
         if not found.losses:
             return losses
-        weights = [layer.commitment_weight if layer.has_commitment_loss else 1.0 for layer in layers]
-        each = torch.stack([weight * found.losses[f"commitment/{number}"] for number, weight in enumerate(weights)])
-        return each.to(torch.promote_types(found.quantized.dtype, losses.dtype))
+        each = [*losses]
+        for name, loss in found.losses.items():
+            number, weight = weigh(name, layers)
+            each[number] = loss * (weight if layers[number].has_commitment_loss else 1.0)
+        return torch.stack([own.to(torch.promote_types(found.quantized.dtype, losses.dtype)) for own in each])
 
     def _codes_of_call(self, found: Quantized) -> Tensor:
         """The code of each layer as the call that chose them read it."""
