@@ -521,6 +521,26 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "options", "name", "number"),
+    [
+        ("VectorQuantize", {"stochastic_sample_codes": True}, "sample_codebook_temp", 0.3),
+        ("VectorQuantize", {"stochastic_sample_codes": True}, "sample_codebook_temp", -1.0),
+        ("LFQ", {}, "inv_temperature", 3.0),
+        ("BinaryMapper", {}, "temperature", 0.5),
+    ],
+)
+def test_a_tensor_without_axes_is_a_number(kind: str, options: dict[str, Any], name: str, number: float) -> None:
+    module, x = getattr(facade, kind)(**{**SMALL[kind], **options}), INPUTS.get(kind, vectors())
+    found = []
+    for given in (number, torch.tensor(number)):
+        torch.manual_seed(0)
+        found.append(copy.deepcopy(module)(x, **{name: given}))
+    torch.testing.assert_close(*found)
+    check_raises(name, given := torch.tensor(number, requires_grad=True), lambda: module(x, **{name: given}), module)
+    assert facade.VectorQuantize(8, 16, decay=torch.tensor(0.5))._codebook.decay == 0.5
+
+
+@pytest.mark.parametrize(
     ("kind", "options", "first"),
     [
         ("VectorQuantize", {}, False),
@@ -577,6 +597,22 @@ def test_what_is_set_is_named() -> None:
         for value in (-1.5, "x"):
             check_raises(name, value, lambda module=module, name=name, value=value: setattr(module, name, value), vq)
         assert getattr(module, name) == before
+
+
+@pytest.mark.parametrize("kind", ["VectorQuantize", "ResidualVQ", "HierarchicalVQ"])
+def test_a_codebook_that_waits_for_its_start_says_what_to_do(kind: str) -> None:
+    module = getattr(facade, kind)(**{**SMALL[kind], "kmeans_init": True}).eval()
+    with pytest.raises(ValueError, match=r"^kmeans_init = True: .* training mode first.*_codebook\.init_embed_") as caught:
+        module(INPUTS.get(kind, vectors()))
+    assert "KMeans" not in str(caught.value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_codes_of_another_shape_that_were_written_are_named(training: bool) -> None:
+    vq = facade.VectorQuantize(8, 16).train(training)
+    vq._codebook.embed.data = torch.randn(16, 8)
+    with pytest.raises(ValueError, match=r"^_codebook\.embed has shape \(16, 8\): must be \(1, 16, 8\)"):
+        vq(vectors())
 
 
 def test_calls_are_one_graph() -> None:

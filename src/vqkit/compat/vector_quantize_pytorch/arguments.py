@@ -127,12 +127,19 @@ def _is_truth(value: Any) -> bool:
     return value is None or (whole and value in (0, 1))
 
 
+def _is_number(value: Any) -> bool:
+    """A tensor without axes is one, too, unless it learns."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not (value.is_complex() or value.dtype == torch.bool or value.requires_grad)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 _KINDS: dict[Any, _Kind] = {
-    Any: _Kind(lambda value: True, "anything", "things"),
+    Any: _Kind(lambda value: True, "anything", "things", (object,)),
     types.NoneType: _Kind(lambda value: value is None, "None", types=(types.NoneType,)),
     bool: _Kind(_is_truth, "True or False", types=(bool,)),
     int: _Kind(lambda value: isinstance(value, Integral) and not isinstance(value, bool), "an integer", "integers"),
-    float: _Kind(lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number", "numbers"),
+    float: _Kind(_is_number, "a number", "numbers"),
     str: _Kind(lambda value: isinstance(value, str), "a string", "strings"),
     dict: _Kind(lambda value: isinstance(value, Mapping), "a dictionary"),
     Callable: _Kind(callable, "a function"),
@@ -204,17 +211,27 @@ class _Parameters:
         """Of what may be a number that is not whole."""
         return {name: RANGES.get(name, Range()) for name, kind in self.kinds.items() if kind.fits(0.5)}
 
-    def check(self, args: Sequence[Any], options: Mapping[str, Any]) -> None:
-        """Raise TypeError for a name that there is not and for a value of another kind, ValueError for one out of range."""
-        right, kinds, ranges = self._right, self.kinds, self._ranges
+    def check(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What is given, with numbers for tensors that stand for them.
+
+        Raises TypeError for a name that there is not and for a value of another kind, ValueError for one out of range.
+        """
+        right, kinds, ranges, numbers = self._right, self.kinds, self._ranges, {}
         for name, value in self.named(args, options):
             if isinstance(value, right.get(name, ())) or (type(value) is float and name in ranges and ranges[name].holds(value)):
                 continue
             if name in kinds:
-                self._check(name, value, kinds[name])
+                number = value.item() if isinstance(value, Tensor) and kinds[name].fits(value) else value
+                self._check(name, number, kinds[name])
+                if number is not value:
+                    numbers[name] = number
             elif name not in self.known and not self.open:
                 near = difflib.get_close_matches(name, self.known, n=1)
                 raise TypeError(f"{self.name} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if not numbers:
+            return args, options
+        in_order = [numbers.get(name, value) for name, value in zip(self.in_order, args, strict=False)]
+        return (*in_order, *args[len(in_order) :]), {name: numbers.get(name, value) for name, value in options.items()}
 
     def _check(self, name: str, value: Any, kind: _Kind) -> None:
         if value is self.defaults[name] or (name, type(value)) in self.fitting:
@@ -317,7 +334,7 @@ def check_setting(cls: Any, name: str, value: Any) -> None:
 def _constructor(construct: Callable[..., None], parameters: _Parameters) -> Callable[..., None]:
     @functools.wraps(construct)
     def constructed(self: Any, *args: Any, **options: Any) -> None:
-        parameters.check(args, options)
+        args, options = parameters.check(args, options)
         try:
             construct(self, *args, **options)
         except Exception as error:
@@ -334,11 +351,14 @@ def _method(function: Callable[..., Any], of_class: Sequence[str]) -> Callable[.
     @functools.wraps(function)
     def called(self: Any, *args: Any, **options: Any) -> Any:
         if (options or len(args) > more) and not torch.compiler.is_compiling():
-            parameters.check(args, options)
+            args, options = parameters.check(args, options)
         try:
             return function(self, *args, **options)
         except Exception as error:
             _reword(error, known)
+            for part in self.modules():
+                if (check := getattr(part, "check_stored", None)) is not None:
+                    check()
             if not _is_ours(error):
                 parameters.check(args, options)
                 _check_devices(self, parameters.named(args, options), error)

@@ -321,6 +321,18 @@ class Codebook(_Codebook):
     def settle_(self, outside: Tensor | bool = True) -> None:
         """Nothing is ever pending."""
 
+    def check_stored(self) -> None:
+        """Raise ValueError for codes of another shape, which have been written into the tensor."""
+        right, found = (self.num_codebooks, self.codebook_size, self.dim), tuple(self._stored("embed").shape)
+        if found != right:
+            raise ValueError(f"_codebook.embed has shape {found}: must be {right}, of codebooks, codes and their width")
+
+    def _raise_not_initialized(self) -> None:
+        raise ValueError(
+            "kmeans_init = True: the codes wait for the k-means of the first vectors: make a call in training mode first, neither frozen "
+            "nor compiled, or call _codebook.init_embed_(vectors); where a trainer validates first, tell it not to"
+        )
+
     # One step
 
     def check_commit(self) -> None:
