@@ -597,7 +597,7 @@ def test_masked_vectors_take_no_part_in_the_cross_entropy_of_given_codes() -> No
 def test_k_means_runs_in_training_alone(calls: Any) -> None:
     vq = make(kmeans_init=True)
     vq.train(calls != "eval")
-    with pytest.raises(ValueError, match="k-means start"):
+    with pytest.raises(ValueError, match="kmeans_init = True: the codes wait for the k-means"):
         vq(vectors(), **({} if calls == "eval" else calls))
     vq.train()(vectors())
     assert vq._codebook.initted
