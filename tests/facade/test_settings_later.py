@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import inspect
+import pickle
 import random
 import textwrap
 from collections.abc import Callable, Iterator
@@ -884,3 +885,33 @@ def test_beams_compete_by_the_weights_of_now() -> None:
 
     kwargs = {**SMALL["ResidualVQ"], **BEAM}
     both("ResidualVQ", prepare, kwargs)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_copies_are_set_apart(kind: str) -> None:
+    """Pickled or copied, a module has a native part of its own parts."""
+    module, x = getattr(facade, kind)(**SMALL[kind]), INPUTS.get(kind, vectors())
+    module(x)
+    for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        outputs = []
+        for each in (module.eval(), other.eval()):
+            torch.manual_seed(0)
+            outputs.append(each(x))
+        alike_to(*outputs)
+        if kind == "ResidualVQ":
+            other.layers[0].rotation_trick = False
+            other.train()(x)
+            assert [part.layer for part in other._parts] == [*other.layers]
+            assert module._natives == [layer.native for layer in module.layers]
+            assert not {*module._natives} & {*other._natives}
+
+
+def test_compiled_programs_follow_what_is_set() -> None:
+    torch.manual_seed(0)
+    rvq = facade.ResidualVQ(**SMALL["ResidualVQ"])
+    twin, x = copy.deepcopy(rvq), vectors().requires_grad_()
+    compiled = torch.compile(rvq, backend="aot_eager")
+    for change in (lambda module: None, set_each("rotation_trick", False), set_each("commitment_weight", 0.5)):
+        for module in (rvq, twin):
+            change(module)
+        alike_to(twin(x), compiled(x))

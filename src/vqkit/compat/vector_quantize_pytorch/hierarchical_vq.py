@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,16 @@ def to_level_shape(scale: int | Sequence[int], spatial_dims: int) -> tuple[int, 
 
 
 class _Axes(nn.Module):
-    """A function of a tensor that moves, joins or splits axes."""
+    """Moves, joins or splits axes of a tensor: methods of it with their arguments, in turn. As data, so that it can be pickled."""
 
-    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, *steps: tuple[Any, ...]) -> None:
         super().__init__()
-        self.move = move
+        self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.move(x)
+        for name, *arguments in self.steps:
+            x = getattr(x, name)(*arguments)
+        return x
 
 
 @in_these_words()
@@ -188,13 +190,13 @@ class HierarchicalVQ(Settable):
     def _register_axes(self) -> None:
         """Modules by the peer's names that move axes."""
         first = self.channel_first
-        self.to_channel_first = nn.Identity() if first else _Axes(lambda x: x.movedim(-1, 1))
-        self.to_channel_last = nn.Identity() if first else _Axes(lambda x: x.movedim(1, -1))
-        self.mask_to_channel, self.mask_from_channel = _Axes(lambda x: x.unsqueeze(1)), _Axes(lambda x: x.squeeze(1))
-        self.flatten_spatial, self.flatten_indices = _Axes(lambda x: x.flatten(2).mT), _Axes(lambda x: x.flatten(1))
+        self.to_channel_first = nn.Identity() if first else _Axes(("movedim", -1, 1))
+        self.to_channel_last = nn.Identity() if first else _Axes(("movedim", 1, -1))
+        self.mask_to_channel, self.mask_from_channel = _Axes(("unsqueeze", 1)), _Axes(("squeeze", 1))
+        self.flatten_spatial, self.flatten_indices = _Axes(("flatten", 2), ("transpose", 1, 2)), _Axes(("flatten", 1))
         shapes = self.level_shapes
-        self.unflatten_spatial = nn.ModuleList(_Axes(lambda x, shape=shape: x.mT.unflatten(2, shape)) for shape in shapes)
-        self.indices_to_spatial = nn.ModuleList(_Axes(lambda x, shape=shape: x.unflatten(1, shape)) for shape in shapes)
+        self.unflatten_spatial = nn.ModuleList(_Axes(("transpose", 1, 2), ("unflatten", 2, shape)) for shape in shapes)
+        self.indices_to_spatial = nn.ModuleList(_Axes(("unflatten", 1, shape)) for shape in shapes)
 
     def train(self, mode: bool = True) -> HierarchicalVQ:
         super().train(mode)
