@@ -258,6 +258,10 @@ class VectorQuantize(OwnsOptimizer, Settable):
     def _check_setting(self, name: str, value: Any) -> None:
         if name == "_codebook" and not isinstance(value, Codebook):
             raise TypeError(f"_codebook = {type(value).__name__}(...): must be a Codebook")
+        if name == "sync_update_v" and not 0.0 <= cast(float, value) <= int(bool(self._codebook.learnable_codebook)):
+            raise ValueError(f"sync_update_v = {value}: must be from 0 to 1, and 0 unless learnable_codebook is True")
+        if name == "has_codebook_orthogonal_loss" and value and not self._codebook.learnable_codebook:
+            raise ValueError("has_codebook_orthogonal_loss = True: must be False unless learnable_codebook is True")
         if name in ("project_in", "project_out") and not self.has_projections and not isinstance(value, nn.Identity):
             raise ValueError(
                 f"{name} = {type(value).__name__}(...): must stay an Identity, as the codes have the width of the input; "
