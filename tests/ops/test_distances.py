@@ -69,3 +69,20 @@ def test_a_vector_on_a_code_has_no_gradient_from_it():
     found, of_x, of_codes = Distances(codes.clone(), codes), torch.zeros_like(codes), torch.zeros_like(codes)
     found.add_gradients_(torch.eye(CODES).unsqueeze(0), found.tile(slice(None)), slice(None), of_x, of_codes)
     assert not of_x.any() and not of_codes.any()
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("near", ["some", "all", "few"])
+def test_gradients_near_a_code_are_those_of_explicit_differences(spread, near, monkeypatch):
+    """Where a product has lost the digits that vector and code have in common."""
+    monkeypatch.setattr(distances, "_COST_OF_A_PAIR", {"some": 0, "all": CODES * NUM, "few": 0}[near])
+    monkeypatch.setattr(distances, "_FEW_DIFFERENCES", 1 if near != "few" else 1 << 30)
+    x, codes = clusters(spread)
+    weight, rows = torch.randn(2, NUM, CODES), slice(20, 290)
+    wide = [tensor.double().requires_grad_() for tensor in (x, codes)]
+    distance = (wide[0].unsqueeze(-2) - wide[1].unsqueeze(-3)).square().sum(-1).sqrt()
+    expected = torch.autograd.grad((distance * weight)[:, rows].sum(), wide)
+    found, given = Distances(x, codes), [torch.zeros_like(x), torch.zeros_like(codes)]
+    found.add_gradients_(weight[:, rows].clone(), found.tile(rows), rows, *given)
+    for gradient, exactly in zip(given, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), exactly, rtol=1e-4, atol=1e-4)

@@ -2,7 +2,8 @@
 
 The product gives |x|^2 + |c|^2 - 2 x.c, which loses the digits that its terms have in common. So the mean code is subtracted from vectors
 and codes alike, and where a vector is near to a code, beside how far both are from there, their distance is that of explicit differences.
-So on CPU; elsewhere, where asking which pairs are near would wait for the device, and for few or extreme numbers, all are.
+So on CPU; elsewhere, where asking which pairs are near would wait for the device, and for few or extreme numbers, all are. So are the gradients, but for those of a device, which are
+products.
 
 Shapes: G codebooks, N vectors, C codes, K width, R vectors of a tile, P pairs of a vector and a code.
 """
@@ -25,11 +26,17 @@ _COST_OF_A_PAIR = 8
 """Of one near pair among others, in pairs of a tile that are computed by differences altogether."""
 
 
+_Pairs = tuple[Tensor, Tensor, Tensor]
+"""Codebook, vector and code of each, [P]."""
+
+
 class Distances:
     """Of vectors x [G, N, K] to codes [G, C, K], all finite, both float32 or both float64. No gradient."""
 
     def __init__(self, x: Tensor, codes: Tensor) -> None:
         self.x, self.codes = x, codes
+        self._near: _Pairs | None = None  # of the last tile, by differences
+        self._all_near = False
         many = x.shape[1] >= _FEW_VECTORS and x.shape[1] * codes.numel() >= _FEW_DIFFERENCES
         self._by_products = many and x.device.type == "cpu" and self._prepare()
 
@@ -56,7 +63,8 @@ class Distances:
 
     def tile(self, rows: slice) -> Tensor:
         """[G, R, C], of the caller."""
-        if not self._by_products:
+        self._near, self._all_near = None, not self._by_products
+        if self._all_near:
             return _by_differences(self.x[:, rows], self.codes)
         squares = self._left[:, rows] @ self._right
         doubtful = squares.amin(-1) < self._doubtful[:, rows]
@@ -73,22 +81,45 @@ class Distances:
         x = self.x[:, rows]
         if len(place) * _COST_OF_A_PAIR > squares.numel():
             squares.copy_(_by_differences(x, self.codes).square_())
+            self._all_near = True
             return
+        self._near = group, row, code
         at_once = max(1, _DIFFERENCES_AT_ONCE // x.shape[-1])
         for g, r, c in zip(group.split(at_once), row.split(at_once), code.split(at_once), strict=True):
             squares[g, r, c] = (x[g, r] - self.codes[g, c]).square_().sum(-1)
 
     def add_gradients_(self, of_tile: Tensor, tile: Tensor, rows: slice, of_x: Tensor | None, of_codes: Tensor | None) -> None:
-        """Add to `of_x` [G, N, K] and `of_codes` [G, C, K], where given, what the gradient of a tile makes; that is overwritten.
+        """Add to `of_x` [G, N, K] and `of_codes` [G, C, K], where given, what the gradient of the last tile makes; that is overwritten.
 
         A vector on a code has no gradient from that.
         """
+        if self._all_near and tile.is_cpu:
+            x = self.x[:, rows].contiguous()
+            if of_x is not None:
+                of_x[:, rows] += torch.ops.aten._cdist_backward(of_tile, x, self.codes, 2.0, tile)
+            if of_codes is not None:
+                of_codes += torch.ops.aten._cdist_backward(of_tile.mT.contiguous(), self.codes, x, 2.0, tile.mT.contiguous())
+            return
         vectors, codes = self.centred
         vectors, pull = vectors[:, rows], _divide_(of_tile, tile)
+        if self._near is not None:
+            self._add_of_near_(self._near, pull, rows, of_x, of_codes)
         if of_x is not None:
             of_x[:, rows] += vectors * pull.sum(-1, keepdim=True) - pull @ codes
         if of_codes is not None:
             of_codes += codes * pull.sum(1).unsqueeze(-1) - pull.mT @ vectors
+
+    def _add_of_near_(self, near: _Pairs, pull: Tensor, rows: slice, of_x: Tensor | None, of_codes: Tensor | None) -> None:
+        """What near pairs make, by differences; they are taken out of `pull` [G, R, C]."""
+        x = self.x[:, rows]
+        at_once = max(1, _DIFFERENCES_AT_ONCE // x.shape[-1])
+        for g, r, c in zip(*(part.split(at_once) for part in near), strict=True):
+            found = (x[g, r] - self.codes[g, c]) * pull[g, r, c].unsqueeze(-1)
+            if of_x is not None:
+                of_x[:, rows].index_put_((g, r), found, accumulate=True)
+            if of_codes is not None:
+                of_codes.index_put_((g, c), -found, accumulate=True)
+        pull[near] = 0.0
 
 
 def _by_differences(x: Tensor, codes: Tensor) -> Tensor:
