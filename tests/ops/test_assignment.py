@@ -423,7 +423,9 @@ def test_the_mean_cross_entropy_of_float64_has_gradients_of_float64():
 def test_without_gradients_the_mean_cross_entropy_computes_none(monkeypatch):
     asked = []
     function = assignment._cross_entropy_and_gradients
-    monkeypatch.setattr(assignment, "_cross_entropy_and_gradients", lambda *given: asked.append(given[6:] or (None, None)) or function(*given))
+    monkeypatch.setattr(
+        assignment, "_cross_entropy_and_gradients", lambda *given: asked.append(given[6:] or (None, None)) or function(*given)
+    )
     x, codebook = torch.randn(7, 4), torch.randn(5, 4, requires_grad=True)
     target = torch.randint(0, 5, (7,))
     expected = mean_assignment_cross_entropy(x, codebook, target)

@@ -179,3 +179,17 @@ def test_the_rotation_in_one_pass_is_that_in_plain_operations(dtype, form, monke
         found.append(torch.autograd.grad((output * weight).sum(), leaf)[0])
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(*found, rtol=200 * eps, atol=200 * eps)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_backward_inside_of_autocast_is_as_exact(built, request, monkeypatch):
+    if built:
+        request.getfixturevalue("native_build")
+    x, codes, weight = torch.randn(64, 16), torch.randn(64, 16), torch.randn(64, 16)
+    found = []
+    for lowered in (False, True):
+        vectors = x.clone().requires_grad_()
+        rotated = (rotation_trick(vectors, codes) * weight).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowered):
+            found.append(torch.autograd.grad(rotated, vectors)[0])
+    assert torch.equal(*found)

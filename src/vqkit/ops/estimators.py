@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqkit.ops.codebook import polar
 from vqkit.ops.nearest_code import compiled
-from vqkit.ops.precision import is_traced, widest
+from vqkit.ops.precision import is_traced, widest, without_autocast
 
 SMALLEST_RATIO = 0.01
 """Of the lengths of a vector and its code: above it the rotation is whole."""
@@ -139,8 +139,9 @@ def rotate_back_(out: Tensor, gradient: Tensor, x: Tensor, codes: Tensor, pull: 
     precision take the long way.
     """
     of_x, of_code = torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(codes, dim=-1)
-    along_e, along_q = torch.linalg.vecdot(gradient, x) / of_x, torch.linalg.vecdot(gradient, codes) / of_code
-    angle = 2.0 + 2.0 * torch.linalg.vecdot(x, codes) / (of_x * of_code)
+    with without_autocast(x.device.type):  # a backward may run inside of it
+        along_e, along_q = torch.linalg.vecdot(gradient, x) / of_x, torch.linalg.vecdot(gradient, codes) / of_code
+        angle = 2.0 + 2.0 * torch.linalg.vecdot(x, codes) / (of_x * of_code)
     ratio = of_code / of_x
     turn = (along_e + along_q) / angle
     of_vector = torch.addcmul(turn.new_full((), pull), ratio / of_x, along_q - turn, value=2.0)
