@@ -2,8 +2,8 @@
 
 The product gives |x|^2 + |c|^2 - 2 x.c, which loses the digits that its terms have in common. So the mean code is subtracted from vectors
 and codes alike, and where a vector is near to a code, beside how far both are from there, their distance is that of explicit differences.
-So on CPU; elsewhere, where asking which pairs are near would wait for the device, and for few or extreme numbers, all are. So are the gradients, but for those of a device, which are
-products.
+So on CPU; elsewhere, where asking which pairs are near would wait for the device, and for few or extreme numbers, all are. So are the
+gradients, but for those of a device, which are products.
 
 Shapes: G codebooks, N vectors, C codes, K width, R vectors of a tile, P pairs of a vector and a code.
 """
