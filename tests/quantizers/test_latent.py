@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqkit.quantizers import Commitment, LatentQuantize
+from vqkit.quantizers import Commitment, LatentQuantize, latent
 
 
 def test_it_starts_at_even_values_with_zero_among_them():
@@ -44,3 +45,25 @@ def test_each_scalar_takes_the_nearest_of_its_values_and_these_learn():
 def test_what_does_not_fit_is_named(arguments, error, message):
     with pytest.raises(error, match=message):
         LatentQuantize(**arguments)
+
+
+def test_many_vectors_are_compared_a_few_at_a_time(monkeypatch):
+    quantizer, x = LatentQuantize((4, 7, 3), heads=2), torch.randn(3, 11, 6)
+    expected = quantizer.encode(x)
+    monkeypatch.setattr(latent, "_AT_ONCE", 70)
+    with Shapes() as seen:
+        assert torch.equal(quantizer.encode(x), expected)
+    assert seen.most <= x.numel()
+
+
+class Shapes(TorchDispatchMode):
+    """The most numbers that a result of any operation has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.most = max(
+            self.most, *(part.numel() for part in (found if isinstance(found, tuple) else (found,)) if isinstance(part, torch.Tensor)), 0
+        )
+        return found

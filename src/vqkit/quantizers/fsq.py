@@ -76,20 +76,16 @@ class FSQ(ScalarQuantizer):
     def gives_finite(self) -> bool:
         return self.project_in is None
 
-    def _scaled(self, x: Tensor, *, back: bool = False) -> Tensor:
-        """x [..., d] in units of `scale`, or back."""
-        if self.scale == 1.0:
-            return x
-        scale = self.scale if isinstance(self.scale, float) else per_scalar(tuple, self.scale, x)
-        return x * scale if back else x / scale
-
     def _round(self, vectors: Tensor) -> Rounded:
-        rows = side_by_side(self._turn(vectors))
+        turned = self._turn(vectors)
+        rows = side_by_side(turned)
         values, digits = round_to_levels(rows, self.levels, symmetric=self.symmetric, bound=self.bound, scale=self.scale)
-        return Rounded(values, digits) if rows.shape == vectors.shape else Rounded(values.view(vectors.shape), digits.view(vectors.shape))
+        return Rounded(values, digits) if rows is turned else Rounded(values.view(vectors.shape), digits.view(vectors.shape))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        return level_codes(side_by_side(digits), self.levels, dtype, symmetric=self.symmetric, scale=self.scale).view(digits.shape)
+        rows = side_by_side(digits)
+        codes = level_codes(rows, self.levels, dtype, symmetric=self.symmetric, scale=self.scale)
+        return codes if rows is digits else codes.view(digits.shape)
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
         output = super()._estimate(values, codes)
@@ -104,7 +100,9 @@ class FSQ(ScalarQuantizer):
     def _blur(self, codes: Tensor) -> Tensor:
         """Some codes moved by up to half of the scale, within the range of codes."""
         in_order = torch.contiguous_format  # a draw a place, whatever the layout of the input
-        chosen = torch.empty_like(codes, memory_format=in_order).bernoulli_(self.noise_dropout).bool()
-        noise = torch.rand_like(codes, memory_format=in_order) - 0.5
-        codes = self._scaled(codes)
-        return self._scaled(torch.where(chosen, codes + noise, codes).clamp(-1.0, 1.0), back=True)
+        chosen = torch.empty_like(codes, memory_format=in_order).bernoulli_(self.noise_dropout)
+        noise = torch.rand_like(codes, memory_format=in_order).sub_(0.5)
+        if isinstance(self.scale, float):
+            return torch.addcmul(codes, chosen, noise, value=self.scale).clamp(-self.scale, self.scale)
+        scale = per_scalar(tuple, self.scale, codes)
+        return torch.addcmul(codes, chosen, noise * scale).clamp(-scale, scale)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.losses import mean_commitment_loss
-from vqkit.ops.precision import may_keep
+from vqkit.ops.precision import is_traced, may_keep
 from vqkit.ops.scalar import Rounded, per_scalar
 from vqkit.quantizers.config import Commit, Commitment, check_kind
 from vqkit.quantizers.layout import Layout
@@ -34,6 +34,21 @@ def _table_places(levels: tuple[int, ...], device: torch.device) -> Tensor:
 def _kept_places(levels: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return _table_places(levels, device)
+
+
+_AT_ONCE = 2**19
+_AT_ONCE_ELSEWHERE = 2**26
+"""Of differences to levels, on CPU and on other devices."""
+
+
+def _nearest_levels(vectors: Tensor, table: Tensor) -> Tensor:
+    """Vectors [..., d] -> the number [..., d] of the nearest of the levels [L, d] of each scalar; of equals the first."""
+    most = _AT_ONCE if vectors.is_cpu else _AT_ONCE_ELSEWHERE
+    if is_traced() or vectors.numel() * len(table) <= most:  # a compiler keeps none of the differences
+        apart = vectors - table.view(len(table), *(1 for _ in vectors.shape[1:]), table.shape[1])
+        return apart.abs_().min(0).indices
+    rows = vectors.reshape(-1, table.shape[1]).split(max(1, most // table.numel()))
+    return torch.cat([(some - table.unsqueeze(1)).abs_().min(0).indices for some in rows]).view(vectors.shape)
 
 
 class LevelValues(CodeCounts):
@@ -105,8 +120,7 @@ class LatentQuantize(ScalarQuantizer):
     def _round(self, vectors: Tensor) -> Rounded:
         weight = self.counts.weight.detach().to(vectors.dtype)
         table = weight[(_kept_places if may_keep(weight) else _table_places)(self.levels, weight.device)]
-        apart = vectors.detach() - table.view(len(table), *(1 for _ in vectors.shape[1:]), self.width)
-        return Rounded(vectors, apart.abs_().min(0).indices.to(vectors.dtype))
+        return Rounded(vectors, _nearest_levels(vectors.detach(), table).to(vectors.dtype))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.counts.weight.detach() if self.counts.constant else self.counts.weight
