@@ -73,3 +73,16 @@ def test_what_is_wrong_is_named():
             attempt()
     mapper(logits)[1].add_(5.0)
     assert mapper.eval()(logits)[1].item() == 0.0
+
+
+def test_logits_that_are_not_finite_and_none_at_all_have_no_loss():
+    mapper, logits = facade.BinaryMapper(bits=3, kl_loss_threshold=0.1), 3.0 * torch.randn(4, 3)
+    broken = torch.cat([logits, torch.full((1, 3), torch.nan)]).requires_grad_()
+    one_hot, indices, loss = mapper(broken, return_indices=True)
+    assert indices[-1] == -1 and not one_hot[-1].any()
+    torch.testing.assert_close(loss, mapper.calc_aux_loss(logits))
+    each = mapper(broken, reduce_aux_kl_loss=False)[1]
+    torch.testing.assert_close(each, torch.cat([mapper.calc_aux_loss(logits, False), torch.zeros(1)]))
+    (loss + one_hot.sum()).backward()
+    assert broken.grad.isfinite().all() and not broken.grad[-1].any()
+    assert mapper(torch.zeros(0, 3))[1] == 0

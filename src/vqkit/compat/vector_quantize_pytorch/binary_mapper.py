@@ -66,6 +66,14 @@ class BinaryMapper(Settable):
         divergence = (self.bits * NAT - self.kl_loss_threshold - binary_entropy(logits)).relu()
         return divergence.mean() if reduce_aux_kl_loss else divergence
 
+    def _loss_of_kept(self, logits: Tensor, kept: Tensor | None, reduce: bool) -> Tensor:
+        """`calc_aux_loss` of the vectors that are kept [...], all 0 elsewhere; 0 where there is none."""
+        divergence = self.calc_aux_loss(logits, False)
+        divergence = divergence if kept is None else divergence.where(kept, 0.0)
+        if not reduce:
+            return divergence
+        return divergence.sum() / (max(divergence.numel(), 1) if kept is None else kept.sum().clamp(min=1))
+
     def log_prob(self, logits: Tensor, *, indices: Tensor | None = None, one_hot: Tensor | None = None, sum_bits: bool = True) -> Tensor:
         """The log probability [...] of the codes that `indices` [...] or `one_hot` [..., C] name, or of each of their bits [..., bits]."""
         if (indices is None) == (one_hot is None):
@@ -102,5 +110,8 @@ class BinaryMapper(Settable):
         one_hot = native._one_hot(indices, dtype, scaled if gradient and scaled.requires_grad else None, whole=kept is None)
         if kept is not None and gradient:
             one_hot = where_kept(kept, one_hot)
-        loss = self.calc_aux_loss(logits, reduce_aux_kl_loss) if default(calc_aux_loss, self.training) else self.zero.clone()
+        loss = self.zero.clone()
+        if default(calc_aux_loss, self.training):
+            whole = kept is None and logits.numel() > 0
+            loss = self.calc_aux_loss(logits, reduce_aux_kl_loss) if whole else self._loss_of_kept(wide, kept, reduce_aux_kl_loss)
         return (one_hot, indices, loss) if return_indices else (one_hot, loss)
