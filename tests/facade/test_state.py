@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from facade.peer import facade, peer
+from vqkit.quantizers import StoredEMA, VectorQuantize
 
 DIM, CODES = 8, 16
 LEARNED = {"learnable_codebook": True, "ema_update": False}
@@ -412,3 +413,16 @@ def test_what_cannot_be_set_later_is_refused(name: str, value: Any) -> None:
         setattr(codebook, name, value)
     setattr(codebook, name, before)
     assert getattr(codebook, name) == before
+
+
+def test_health_of_the_codes_is_that_of_the_native_quantizer():
+    ours = facade.VectorQuantize(dim=6, codebook_size=12)
+    native = VectorQuantize(6, 12, update=StoredEMA(decay=0.8), losses=())
+    native.codebook = ours.codebook.clone()
+    x = torch.randn(2, 40, 6)
+    for quantizer in (ours, native):
+        quantizer(x)
+    found, expected = ours.native.metrics(), native.metrics()
+    assert found.keys() == expected.keys() and found["perplexity"] > 1
+    for name in ("perplexity", "active", "relative_error", "non_finite"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)

@@ -396,6 +396,8 @@ class Codebook(_Codebook):
         state = self.committed_state()
         after = self._learn(state, statistics, self._rule_of_call(), expires)  # what weights are not raises before anything changes
         self._accumulating = False
+        if not torch.compiler.is_compiling():
+            self.last = statistics._replace(sum=self.last.sum)  # for the metrics
         for name, old in state.items():
             if after[name] is not old and name != "batch_seen":
                 _write_(old, after[name], outside)
