@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def test_a_row_of_the_table_excuses_its_part_alone(monkeypatch: pytest.MonkeyPat
         run(type("Shifted", (Shifted,), {"fault": "state"})).check()
 
 
+@cache
 def defined_tests(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)}
 

@@ -452,3 +452,27 @@ def test_per_call_options_that_mean_nothing_are_refused(layer):
         layer.quantize(vectors(), temperature=0.5, indices=torch.zeros(4, 6, dtype=torch.int64))
     with pytest.raises(ValueError, match="targets holds 7"):
         layer.quantize(vectors(), targets=torch.full((4, 6), CODES))
+
+
+@pytest.mark.parametrize("kind", [VectorQuantize, ImplicitVQ])
+def test_several_different_codes_are_drawn_where_a_temperature_is_given(kind):
+    options = {"network": MLP(9, 1)} if kind is ImplicitVQ else {"estimator": "none"}
+    layer, x = kind(DIM, CODES, assignment=Gumbel(0.5), **options), vectors()[0]
+    nearest = layer.nearest(x, 3)
+    for found, expected in zip(layer.nearest(x, 3, temperature=1e-6), nearest, strict=True):
+        torch.testing.assert_close(found, expected)
+    many = layer.nearest(x[:1].expand(4000, -1), 2, temperature=None)[0]
+    assert (many[:, 0] != many[:, 1]).all()
+    shares = torch.bincount(many[:, 0], minlength=CODES) / 4000
+    torch.testing.assert_close(shares, (-torch.cdist(x[:1], layer.codebook)[0] / 0.5).softmax(-1).detach(), rtol=0, atol=0.04)
+
+
+def test_affine_codes_are_read_by_the_vectors_at_hand():
+    """A fresh network changes no code, so that the layer is a plain one."""
+    options = {"update": Gradient(), "affine": Affine(current=True)}
+    layer, plain = ImplicitVQ(DIM, CODES, MLP(9, 1), **options), VectorQuantize(DIM, CODES, **options)
+    plain.table.load_state_dict(layer.table.state_dict())
+    for x in (3 + vectors(), 7 + 2 * vectors()):
+        expected, found = plain(x), layer(x)
+        torch.testing.assert_close(found.quantized, expected.quantized)
+        assert torch.equal(found.indices, expected.indices)
