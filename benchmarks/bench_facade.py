@@ -11,6 +11,7 @@ import argparse
 import copy
 import importlib
 import importlib.metadata
+import itertools
 import json
 import random
 import statistics
@@ -49,18 +50,26 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
+def batches(x: Tensor, number: int = 8) -> list[Tensor]:
+    """Vectors of their own for each of so many calls: of the same in each, codes that start anew would all lie on a vector."""
+    generator = torch.Generator().manual_seed(0)
+    return [x, *(x + 0.3 * torch.randn(x.shape, generator=generator) for _ in range(number - 1))]
+
+
 def call(module: torch.nn.Module, part: str, case: Case) -> Callable[[], None]:
     """A training step, or an encoding."""
 
+    turns = itertools.cycle(batches(case.x))
+
     def train() -> None:
         module.zero_grad()
-        parts = [*differentiable(module(case.x.clone().requires_grad_(), **case.calls))]
+        parts = [*differentiable(module(next(turns).clone().requires_grad_(), **case.calls))]
         if parts:
             torch.stack(parts).sum().backward()
 
     def encode() -> None:
         with torch.no_grad():
-            module(case.x, **case.eval_calls)
+            module(next(turns), **case.eval_calls)
 
     module.train(part == "train")
     return train if part == "train" else encode

@@ -9,7 +9,7 @@ from torch import nn
 
 from facade.compare import compare
 from facade.covering import covering_array
-from facade.peer import peer
+from facade.peer import facade, peer
 from thread_ranks import in_ranks
 from vqkit.compat.vector_quantize_pytorch import LFQ, GroupedResidualLFQ, ResidualLFQ
 from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import CosineSimLinear, maybe_distributed_mean
@@ -290,6 +290,14 @@ def test_evaluation_has_no_loss_and_no_gradient_for_the_input():
     assert not losses.any() and losses.shape == (2,)
     quantized.sum().backward()
     assert x.grad is None and made.project_in.weight.grad is None and made.project_out.weight.grad is not None
+
+
+def test_a_loss_of_no_weight_has_a_gradient_of_zero():
+    for package in (peer, facade):
+        x = torch.randn(2, 5, 4, requires_grad=True)
+        loss = package.LFQ(dim=4, entropy_loss_weight=0.0, commitment_loss_weight=0.0)(x)[2]
+        loss.backward()
+        assert loss == 0 and not x.grad.any()
 
 
 def test_layers_are_dropped_in_training_whether_or_not_a_gradient_is_asked_for():

@@ -269,7 +269,10 @@ class LFQ(Settable):
             found = native.quantize_vectors(vectors.detach(), finite)
         out = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         indices = with_codebooks(found.indices, self.num_codebooks, self.keep_num_codebooks_dim)
-        output = Return(out.movedim(-1, 1) if first else out, indices, self.weigh(found.losses))
+        loss = self.weigh(found.losses)
+        if self.training and not found.losses:
+            loss = loss + found.quantized[..., :0].sum()  # of nothing, so that a backward of the loss alone is none of nothing
+        output = Return(out.movedim(-1, 1) if first else out, indices, loss)
         return (output, self._breakdown(found.losses)) if return_loss_breakdown else output
 
     def weigh(self, losses: dict[str, Tensor]) -> Tensor:
