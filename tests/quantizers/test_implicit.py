@@ -306,12 +306,15 @@ def test_orthogonality_may_look_at_some_codes(layer):
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_tables_are_made_again_and_not_kept(layer):
+@pytest.mark.parametrize("few", [False, True])
+def test_tables_of_many_are_made_again_and_not_kept(layer, few, monkeypatch):
+    if not few:
+        monkeypatch.setattr("vqkit.quantizers.implicit._KEPT", 300 * CODES * DIM)
     x = vectors(50, 6)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer.quantize(x, targets=torch.zeros(50, 6, dtype=torch.int64))
-    assert max(kept) < 300 * CODES * DIM
+    assert (max(kept) >= 300 * CODES * DIM) is few
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "reinmax"])

@@ -2,8 +2,8 @@
 
 A small network turns each code of a base codebook into one for the vector at hand, given the partial reconstruction of that vector. So
 every vector has a codebook of its own, which is built in chunks of vectors, searched, and forgotten; only the chosen code is computed
-once more, with a gradient. What needs a softmax over all codes (a cross-entropy, a diversity, a draw) computes its chunks again in the
-backward.
+once more, with a gradient. What needs a softmax over all codes (a cross-entropy, a diversity, a draw) has the codes of few vectors made
+once and kept; of many it computes the chunks again in the backward.
 
 Shapes: N vectors, C codes, D width, P nearest codes asked for, R vectors of a chunk.
 """
@@ -11,6 +11,7 @@ Shapes: N vectors, C codes, D width, P nearest codes asked for, R vectors of a c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqkit.dist import Reducer
+from vqkit.ops.assignment import draw_by_logits
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import mean_commitment_loss, orthogonality_loss
 from vqkit.ops.precision import finite_rows, known_finite, without_autocast
-from vqkit.ops.scores import draw
+from vqkit.ops.scores import OwnCodes, cross_entropy, draw, mean_cross_entropy, mean_softmax
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.config import (
@@ -53,6 +55,8 @@ from vqkit.quantizers.layout import check_indices, is_all, position_mask, where_
 
 _ELEMENTS = 2**22
 """About how many numbers one table of codes may hold."""
+_KEPT = 2**21
+"""So many of them are kept for a backward, where a softmax over all codes is asked for."""
 
 _LOSS_NAMES: dict[type, str] = {
     Commitment: "commitment",
@@ -183,14 +187,15 @@ class ImplicitVQ(Quantizer):
         given = self._read(x, mask, partial)
         own, labels = (self._flat_indices(*named, given.positions) for named in (("indices", indices), ("targets", targets)))
         self.table.start_(given.vectors.unsqueeze(0), given.kept)
-        codes = self._codes(given, constant=freeze_codebook, step=self.training and not freeze_codebook)
-        found, chosen, soft = self._choose(given, codes, own, temperature)
-        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, given, codes, found, chosen, soft) for loss in self.losses}
+        soft = labels is not None or self._asks_for_softmax(temperature, own)
+        codes = self._codes(given, constant=freeze_codebook, step=self.training and not freeze_codebook, soft=soft)
+        found, chosen, softened = self._choose(given, codes, own, temperature)
+        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, given, codes, found, chosen, softened) for loss in self.losses}
         if labels is not None:
-            losses["cross_entropy"] = _mean_cross_entropy(codes, given, labels.where(found >= 0, -1))
+            losses["cross_entropy"] = codes.mean_cross_entropy(labels.where(found >= 0, -1))
         counted = self.training and not freeze_codebook and self.table.counts
         statistics = (self._statistics(given, found, chosen, own),) if counted else None
-        output = chosen if soft else pass_gradient(self.estimator, given.vectors, chosen, self.training)
+        output = chosen if softened else pass_gradient(self.estimator, given.vectors, chosen, self.training)
         if self.sync_update > 0:
             output = output + self.sync_update * (chosen - chosen.detach())
         if output is not chosen:
@@ -218,7 +223,7 @@ class ImplicitVQ(Quantizer):
         self, x: Tensor, mask: Tensor | None = None, *, partial: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         given = self._read(x, mask, partial)
-        indices, codes = self._take_nearest(given, self._codes(given))
+        indices, codes = self._codes(given).nearest()
         return indices.reshape(given.positions), codes.reshape(x.shape)
 
     def decode(self, indices: Tensor, *, partial: Tensor | None = None) -> Tensor:
@@ -265,42 +270,46 @@ class ImplicitVQ(Quantizer):
         check_indices(name, indices, self.codebook_size, positions)
         return indices.to(torch.int64).reshape(-1)
 
+    def _drawn_at(self, temperature: float | None, indices: Tensor | None) -> float:
+        """The temperature at which codes are drawn; 0 where the nearest ones, or those of `indices`, are taken."""
+        if isinstance(self.assignment, str) or not self.training or indices is not None:
+            return 0.0
+        return self.assignment.temperature if temperature is None else temperature
+
+    def _asks_for_softmax(self, temperature: float | None, indices: Tensor | None) -> bool:
+        """Whether the losses or the choice need the scores of all codes."""
+        soft = any(isinstance(loss, CrossEntropyCommitment | Diversity) for loss in self.losses)
+        return soft or self._drawn_at(temperature, indices) > 0
+
     def _choose(self, given: _Given, codes: _Codes, indices: Tensor | None, temperature: float | None) -> tuple[Tensor, Tensor, bool]:
         """The index [N] and the code [N, D] of each vector, and whether the gradient of the choice is in the code already."""
-        if isinstance(self.assignment, Gumbel | Softmax) and self.training and indices is None:
-            temperature = self.assignment.temperature if temperature is None else temperature
-            if temperature > 0:
-                indices, drawn = codes.draw(given.vectors, given.partial, self.assignment, temperature)
-                soft = self.assignment.estimator is not None
-                return indices.where(given.kept, -1), drawn.where(given.kept.unsqueeze(-1), 0.0), soft
+        temperature = self._drawn_at(temperature, indices)
+        if temperature > 0 and not isinstance(self.assignment, str):
+            return *codes.draw(self.assignment, temperature), self.assignment.estimator is not None
         if indices is None:
-            return *self._take_nearest(given, codes), False
+            return *codes.nearest(), False
         indices = indices.where(given.kept, -1)
-        return indices, codes.of(indices, given.partial), False
+        return indices, codes.of(indices), False
 
-    def _codes(self, given: _Given, *, constant: bool = False, step: bool = False) -> _Codes:
-        """Those that the vectors see; in a `step` of the codebook affine ones go by the moments of these vectors."""
+    def _codes(self, given: _Given, *, constant: bool = False, step: bool = False, soft: bool = False) -> _Codes:
+        """Those that the vectors see; in a `step` of the codebook affine ones go by the moments of these vectors. `soft`: whether scores
+        of all of them will be asked for."""
         # Training without a graph is the first pass of a checkpoint, which goes the way of the second.
         constant = constant or not (self.training or torch.is_grad_enabled())
         base = self.table.codes_for(given.vectors.unsqueeze(0), given.kept.unsqueeze(0)) if step else self.table.codes()
-        return _Codes(self.network, base.squeeze(0).to(given.vectors.dtype), constant=constant)
-
-    def _take_nearest(self, given: _Given, codes: _Codes) -> tuple[Tensor, Tensor]:
-        """The index [N] and the code [N, D] of each vector."""
-        indices, found = (part.squeeze(1) for part in nearest_implicit(self.network, given.vectors, given.partial, codes.base))
-        if not given.whole:
-            indices, found = indices.where(given.kept, -1), found.where(given.kept.unsqueeze(-1), 0.0)
-        return indices, found if codes.constant else codes.of(indices, given.partial)
+        # In eval mode a code is made as `decode` makes it; without a softmax it is less work than a backward through all codes.
+        kept = _KEPT if soft and self.training else 0
+        return _Codes(self.network, base.squeeze(0).to(given.vectors.dtype), given, constant=constant, kept=kept)
 
     def _loss(self, loss: Loss, given: _Given, codes: _Codes, indices: Tensor, chosen: Tensor, soft: bool) -> Tensor:
         known = indices >= 0
         if isinstance(loss, Commitment):
-            own = codes.of(indices, given.partial) if soft else chosen
+            own = codes.of(indices) if soft else chosen
             return mean_commitment_loss(given.vectors, own, known, pull=loss.pull)
         if isinstance(loss, CrossEntropyCommitment):
-            return _mean_cross_entropy(codes, given, indices)
+            return codes.mean_cross_entropy(indices)
         if isinstance(loss, Diversity):
-            mean = codes.mean_softmax(given.vectors, given.partial, known, loss.temperature)
+            mean = codes.mean_softmax(known, loss.temperature)
             return torch.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum()
         noise = None if self.training else torch.zeros_like(codes.base[:, 0])  # evaluation draws nothing
         active = _active(indices, self.codebook_size) if loss.active_only else None
@@ -387,98 +396,114 @@ def pass_gradient(estimator: Estimator, x: Tensor, codes: Tensor, training: bool
 
 
 class _Codes:
-    """What a network makes of `base` [C, D] for vectors [N, D] and their partial reconstructions [N, D]; without gradient if `constant`.
+    """What a network makes of `base` [C, D] for vectors [N, D] and their partial reconstructions; without gradient if `constant`.
 
-    A softmax is that of minus the distances over a temperature. Tables [R, C, D] are made in chunks and again in the backward.
+    A softmax is that of minus the distances over a temperature. The codes of few vectors are made once for all that is asked of them and
+    kept for the backward; those of many in chunks [R, C, D] each time, and again in the backward. Where nothing `soft` is asked for, the
+    chosen codes made once more are less work than a backward through all of them, unless these are very few.
     """
 
-    def __init__(self, network: nn.Module, base: Tensor, *, constant: bool) -> None:
+    def __init__(self, network: nn.Module, base: Tensor, given: _Given, *, constant: bool, kept: int) -> None:
         self.network, self.constant = network, constant
         self.base = base.detach() if constant else base
+        self.given = given
+        self._step = _chunk(network, base)
+        self._keeps = len(given.vectors) <= min(self._step, kept // _entries_of(network, base))
 
     def _make(self, base: Tensor, partial: Tensor) -> Tensor:
         codes = self.network(base, partial)
         return codes.detach() if self.constant else codes
 
-    def of(self, indices: Tensor, partial: Tensor) -> Tensor:
+    @cached_property
+    def _whole(self) -> OwnCodes:
+        return self._table(self.given.partial)
+
+    @cached_property
+    def _scores(self) -> Tensor:
+        return self._whole.scores(self.given.vectors)
+
+    def _table(self, partial: Tensor) -> OwnCodes:
+        return OwnCodes(self._make(self.base, partial.unsqueeze(1)), "euclidean")
+
+    def of(self, indices: Tensor) -> Tensor:
         """The codes of indices [N] -> [N, D]; 0 where -1."""
-        return where_kept(indices >= 0, self._make(gather_codes(self.base, indices), partial))
+        if self._keeps:
+            return self._whole.take(indices.unsqueeze(1)).squeeze(1)
+        return where_kept(indices >= 0, self._make(gather_codes(self.base, indices), self.given.partial))
 
-    def cross_entropy(self, x: Tensor, partial: Tensor, targets: Tensor) -> Tensor:
-        """-log softmax of targets [N] -> [N]; 0 where -1."""
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """Indices [N] and codes [N, D] of the nearest."""
+        given = self.given
+        if self._keeps:
+            indices = _nearest_of(given.vectors.detach(), self._whole.codes.detach())[0].squeeze(1)
+            indices = indices if given.whole else indices.where(given.kept, -1)
+            return indices, self.of(indices)
+        indices, found = (part.squeeze(1) for part in nearest_implicit(self.network, given.vectors, given.partial, self.base))
+        if not given.whole:
+            indices, found = indices.where(given.kept, -1), found.where(given.kept.unsqueeze(-1), 0.0)
+        return indices, found if self.constant else self.of(indices)
 
-        def of_chunk(x: Tensor, partial: Tensor, targets: Tensor) -> Tensor:
-            scores = _scores(x, self._make(self.base, partial.unsqueeze(1)))
-            chosen = scores.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            return (scores.logsumexp(-1) - chosen).where(targets >= 0, 0.0)
+    def mean_cross_entropy(self, targets: Tensor) -> Tensor:
+        """The mean of -log softmax of targets [N] that are not -1 -> []; 0 where none is."""
+        if self._keeps:
+            return mean_cross_entropy(self._scores, targets)
+        parts = self._in_chunks(lambda _, scores, targets: cross_entropy(scores, targets).sum(), targets)
+        return torch.stack(parts).sum() / (targets >= 0).sum().clamp(min=1)
 
-        return torch.cat(self._in_chunks(of_chunk, x, partial, targets))
-
-    def mean_softmax(self, x: Tensor, partial: Tensor, counted: Tensor, temperature: float) -> Tensor:
+    def mean_softmax(self, counted: Tensor, temperature: float) -> Tensor:
         """The mean over vectors counted [N] -> [C]; 0 where none is."""
+        if self._keeps:
+            return mean_softmax(self._scores, counted, temperature)
 
-        def of_chunk(x: Tensor, partial: Tensor, counted: Tensor) -> Tensor:
-            scores = _scores(x, self._make(self.base, partial.unsqueeze(1)))
+        def of_chunk(_: OwnCodes, scores: Tensor, counted: Tensor) -> Tensor:
             return (scores / temperature).softmax(-1).where(counted.unsqueeze(-1), 0.0).sum(0)
 
-        return torch.stack(self._in_chunks(of_chunk, x, partial, counted)).sum(0) / counted.sum().clamp(min=1)
+        return torch.stack(self._in_chunks(of_chunk, counted)).sum(0) / counted.sum().clamp(min=1)
 
-    def draw(self, x: Tensor, partial: Tensor, assignment: Gumbel | Softmax, temperature: float) -> tuple[Tensor, Tensor]:
-        """Indices [N], drawn or the nearest, and their codes [N, D] with the gradient of the softmax if the assignment says so."""
-        drawn = isinstance(assignment, Gumbel)
-        noise = torch.rand(len(x), dtype=x.dtype, device=x.device) if drawn else x.new_zeros(len(x))
+    def draw(self, assignment: Gumbel | Softmax, temperature: float) -> tuple[Tensor, Tensor]:
+        """Indices [N], drawn or the nearest, and their codes [N, D] with the gradient of the softmax if the assignment says so; -1 and 0
+        of vectors that do not count."""
+        given = self.given
+        drawn, estimator = isinstance(assignment, Gumbel), assignment.estimator
+        noise = torch.rand(len(given.kept), 1, dtype=self.base.dtype, device=self.base.device) if drawn else given.partial[:, :1]
 
-        def of_chunk(x: Tensor, partial: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            table = self._make(self.base, partial.unsqueeze(1))
-            scores = _scores(x, table)
-            logits = scores / temperature
-            indices = _draw(logits.detach().softmax(-1), noise) if drawn else scores.argmax(-1)
-            chosen = table.gather(1, indices[:, None, None].expand(-1, 1, table.shape[-1])).squeeze(1)
-            if assignment.estimator is None:
-                return indices, chosen
-            soft = _soft_choice(logits, indices, assignment.estimator)
-            return indices, chosen + ((soft - soft.detach()).unsqueeze(1) @ table.detach()).squeeze(1)  # what is added is 0
+        def of_chunk(own: OwnCodes, scores: Tensor, kept: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            seen = scores.detach()
+            indices = draw_by_logits(noise, seen / temperature) if drawn else seen.argmax(-1, keepdim=True)
+            indices = indices if given.whole else indices.where(kept.unsqueeze(-1), -1)
+            taken = own.take(indices)
+            codes = taken if estimator is None else own.soften(taken, scores, indices, temperature, estimator)
+            return indices.squeeze(1), codes.squeeze(1)
 
-        indices, codes = zip(*self._in_chunks(of_chunk, x, partial, noise), strict=True)
+        found = self._in_chunks(of_chunk, given.kept, noise)
+        if len(found) == 1:
+            return found[0]
+        indices, codes = zip(*found, strict=True)
         return torch.cat(indices), torch.cat(codes)
 
     def _in_chunks(self, function: Callable[..., Any], *rows: Tensor) -> list[Any]:
-        step = _chunk(self.network, self.base)
-        chunks = zip(*(part.split(step) for part in rows), strict=True)
+        """`function` of the codes, the scores, and `rows` of each chunk of vectors."""
+        if self._keeps:
+            return [function(self._whole, self._scores, *rows)]
+
+        def of_chunk(x: Tensor, partial: Tensor, *rows: Tensor) -> Any:
+            own = self._table(partial)
+            return function(own, own.scores(x), *rows)
+
+        parts = (self.given.vectors, self.given.partial, *rows)
+        chunks = zip(*(part.split(self._step) for part in parts), strict=True)
         if not torch.is_grad_enabled():
-            return [function(*chunk) for chunk in chunks]
-        return [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+            return [of_chunk(*chunk) for chunk in chunks]
+        return [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+
+
+def _entries_of(network: Any, codebook: Tensor) -> int:
+    """How many numbers the codes of one vector take, on the way to them at most."""
+    return len(codebook) * max(codebook.shape[-1], network.hidden)
 
 
 def _chunk(network: Any, codebook: Tensor) -> int:
-    return max(1, _ELEMENTS // (len(codebook) * max(codebook.shape[-1], network.hidden)))
-
-
-def _scores(x: Tensor, table: Tensor) -> Tensor:
-    """Minus the distances of x [R, D] to table [R, C, D] -> [R, C]; on a code itself the gradient is 0."""
-    squared = (x.unsqueeze(1) - table).square().sum(-1)
-    return -squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
-
-
-def _draw(probability: Tensor, noise: Tensor) -> Tensor:
-    """[R]: the first code at which the cumulated probabilities [R, C] exceed the noise [R]."""
-    cumulated = probability.cumsum(-1)
-    total = cumulated[:, -1:]
-    threshold = torch.minimum(noise.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
-
-
-def _soft_choice(logits: Tensor, indices: Tensor, estimator: str) -> Tensor:
-    """What is differentiated in place of the one-hot choice: [R, C]."""
-    probability = logits.softmax(-1)
-    if estimator == "straight_through":
-        return probability
-    half = (probability.detach() / 2).scatter_add(1, indices.unsqueeze(-1), torch.full_like(logits[:, :1], 0.5))
-    return 2 * (half.log() - logits.detach() + logits).softmax(-1) - probability / 2
-
-
-def _mean_cross_entropy(codes: _Codes, given: _Given, targets: Tensor) -> Tensor:
-    return codes.cross_entropy(given.vectors, given.partial, targets).sum() / (targets >= 0).sum().clamp(min=1)
+    return max(1, _ELEMENTS // _entries_of(network, codebook))
 
 
 class ConditionalCodes(nn.Module):
@@ -544,12 +569,21 @@ def nearest_implicit(
 
 def _nearest(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int, temperature: float) -> tuple[Tensor, Tensor]:
     table = network(codebook, partial.unsqueeze(1))  # [N, C, D]
-    error = (x.unsqueeze(1) - table).square().sum(-1)
-    error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    indices, valid = _nearest_of(x, table, num, temperature)
+    codes = table.gather(1, indices.clamp(min=0).unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+    return indices, codes.where(valid.unsqueeze(-1), 0.0)
+
+
+def _nearest_of(x: Tensor, table: Tensor, num: int = 1, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Indices [N, P] in table [N, C, D], and whether they are of codes at a finite distance; -1 where not."""
+    error = (x.unsqueeze(1) - table).square_().sum(-1)
+    error = error.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     if temperature > 0:
         indices = draw(-error.sqrt(), num, temperature)
+        found = error.gather(1, indices)
+    elif num == 1:
+        found, indices = error.min(-1, keepdim=True)
     else:  # a stable sort takes the lowest index among equals
-        indices = error.argmin(-1, keepdim=True) if num == 1 else error.argsort(dim=-1, stable=True)[:, :num]
-    codes = table.gather(1, indices.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
-    valid = error.gather(1, indices) < torch.inf
-    return torch.where(valid, indices, -1), codes.where(valid.unsqueeze(-1), 0.0)
+        found, indices = (part[:, :num] for part in error.sort(dim=-1, stable=True))
+    valid = found < torch.inf
+    return torch.where(valid, indices, -1), valid
