@@ -51,8 +51,8 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(scores: Tensor, num: int, temperature: float) -> Tensor:
         return (scores / temperature + every[: scores.shape[-1]]).topk(num, -1).indices
 
-    def draw_by(probability: Tensor, noise: Tensor) -> Tensor:
-        return (probability.log() + every[: probability.shape[-1]]).argmax(-1)
+    def draw_by_logits(noise: Tensor, logits: Tensor) -> Tensor:
+        return draw(logits, noise.shape[-1], 1.0)
 
     init = there.Codebook.__init__
 
@@ -67,7 +67,7 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(there, "batched_sample_vectors", first_of_order)
     monkeypatch.setattr(there.Codebook, "__init__", peers_init)
     monkeypatch.setattr(native, "sample_indices", sample_indices)
-    monkeypatch.setattr(implicit, "_draw", draw_by)
+    monkeypatch.setattr(implicit, "draw_by_logits", draw_by_logits)
     for module in (native, implicit):
         monkeypatch.setattr(module, "draw", draw)
         monkeypatch.setattr(module, "orthogonality_loss", _first_codes(module.orthogonality_loss))

@@ -121,15 +121,15 @@ class OwnCodes:
         """[L, C] of finite vectors x [L, K], for cosines of length 1 or 0. Differentiable in vectors and codes."""
         return _scores(x.unsqueeze(1), self.codes, self.metric).squeeze(1)
 
-    @torch.no_grad()
     def nearest(self, x: Tensor, num: int, scores: Tensor | None = None) -> Tensor:
         """As `nearest_index`, or several as by `nearest_codes`: [L, num] for x [L, K]; `scores` [L, C], if at hand."""
-        x, codes = x.unsqueeze(1), self.codes
+        x, codes = x.detach().unsqueeze(1), self.codes.detach()
         if self.metric == "cosine" or (num > 1 and codes.numel() > _FEW_DIFFERENCES):
             metric = "cosine" if self.metric == "cosine" else "euclidean"
             return nearest_codes(x, codes, num, metric=metric).indices.squeeze(1) if num > 1 else nearest_index(x, codes, metric=metric)
         if scores is None or self.metric != "euclidean":
             scores = _scores(x, codes, "euclidean").squeeze(1)
+        scores = scores.detach()
         if num == 1:
             indices = scores.argmax(-1, keepdim=True)  # the first of equal ones
         else:
@@ -183,7 +183,7 @@ def _of_weights(gradient: Tensor, codes: Tensor, cosine: bool) -> Tensor:
 def _parts(codes: Tensor) -> Iterator[slice]:
     """Few codebooks at a time."""
     together = max(1, _entries_at_once(codes) // max(1, codes.shape[1:].numel()))
-    return (slice(first, first + together) for first in range(0, len(codes), together))
+    return (slice(first, first + together) for first in range(0, max(1, len(codes)), together))
 
 
 def _entries_at_once(codes: Tensor) -> int:

@@ -435,7 +435,7 @@ class _Codes:
         """Indices [N] and codes [N, D] of the nearest."""
         given = self.given
         if self._keeps:
-            indices = _nearest_of(given.vectors.detach(), self._whole.codes.detach())[0].squeeze(1)
+            indices = self._whole.nearest(given.vectors, 1, _comparable(self._scores.detach())).squeeze(1)
             indices = indices if given.whole else indices.where(given.kept, -1)
             return indices, self.of(indices)
         indices, found = (part.squeeze(1) for part in nearest_implicit(self.network, given.vectors, given.partial, self.base))
@@ -568,22 +568,16 @@ def nearest_implicit(
 
 
 def _nearest(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int, temperature: float) -> tuple[Tensor, Tensor]:
-    table = network(codebook, partial.unsqueeze(1))  # [N, C, D]
-    indices, valid = _nearest_of(x, table, num, temperature)
-    codes = table.gather(1, indices.clamp(min=0).unsqueeze(-1).expand(-1, -1, table.shape[-1]))
-    return indices, codes.where(valid.unsqueeze(-1), 0.0)
-
-
-def _nearest_of(x: Tensor, table: Tensor, num: int = 1, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Indices [N, P] in table [N, C, D], and whether they are of codes at a finite distance; -1 where not."""
-    error = (x.unsqueeze(1) - table).square_().sum(-1)
-    error = error.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    own = OwnCodes(network(codebook, partial.unsqueeze(1)), "euclidean")  # [N, C, D]
+    scores = _comparable(own.scores(x))
     if temperature > 0:
-        indices = draw(-error.sqrt(), num, temperature)
-        found = error.gather(1, indices)
-    elif num == 1:
-        found, indices = error.min(-1, keepdim=True)
-    else:  # a stable sort takes the lowest index among equals
-        found, indices = (part[:, :num] for part in error.sort(dim=-1, stable=True))
-    valid = found < torch.inf
-    return torch.where(valid, indices, -1), valid
+        indices = draw(scores, num, temperature)
+        indices = indices.where(scores.gather(1, indices).isfinite(), -1)
+    else:
+        indices = own.nearest(x, num, scores)
+    return indices, own.take(indices)
+
+
+def _comparable(scores: Tensor) -> Tensor:
+    """Those that are no number are the worst."""
+    return scores if known_finite(scores) else scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
