@@ -68,14 +68,14 @@ def zero_statistics(
     )
 
 
-def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
-    """codebook [..., C, K], indices [..., N] int64 -> [..., N, K]; index -1 gives zeros.
+def gather_codes(codebook: Tensor, indices: Tensor, *, all_known: bool = False) -> Tensor:
+    """codebook [..., C, K], indices [..., N] int64 -> [..., N, K]; index -1 gives zeros (`all_known`: there is none).
 
     Leading axes broadcast. Differentiable in the codebook. Indices must lie in -1 ... C - 1.
     """
     size, width = codebook.shape[-2:]
     leading = codebook.shape[:-2]
-    all_known = may_look(indices) and (indices.numel() == 0 or bool(indices.amin() >= 0))
+    all_known = all_known or (may_look(indices) and (indices.numel() == 0 or bool(indices.amin() >= 0)))
     row = indices if all_known else indices.clamp(min=0)
     if leading.numel() > 1:
         row = row + torch.arange(0, leading.numel() * size, size, device=indices.device).reshape(*leading, 1)

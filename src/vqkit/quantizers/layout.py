@@ -78,14 +78,15 @@ def _mask_of_lengths(positions: torch.Size, lengths: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *(1 for _ in positions[2:])).expand(positions)
 
 
-def check_indices(name: str, indices: Tensor, codebook_size: int, shape: torch.Size | None = None) -> None:
-    """Raise unless indices are integers of -1 ... codebook_size - 1, of the given shape if any."""
+def check_indices(name: str, indices: Tensor, codebook_size: int, shape: torch.Size | None = None) -> bool:
+    """Raise unless indices are integers of -1 ... codebook_size - 1, of the given shape if any. Returns whether it is known that none is -1."""
     check_tensor(name, indices)
     if not is_integer(indices):
         raise TypeError(f"{name} is {indices.dtype}: must be an integer type")
     if shape is not None and indices.shape != shape:
         raise ValueError(f"{name} has shape {tuple(indices.shape)}: must be {tuple(shape)}")
-    check_range(name, indices.to(torch.int64), -1, codebook_size - 1)  # in uint8, -1 is 255
+    least = check_range(name, indices.to(torch.int64), -1, codebook_size - 1)  # in uint8, -1 is 255
+    return least is not None and least >= 0
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -99,15 +100,16 @@ def is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def check_range(name: str, values: Tensor, lowest: float, highest: float) -> None:
-    """Raise ValueError unless all values lie in lowest ... highest; see `require`."""
+def check_range(name: str, values: Tensor, lowest: float, highest: float) -> float | None:
+    """Raise ValueError unless all values lie in lowest ... highest; see `require`. Returns the least, where looking costs nothing."""
     if may_look(values) and values.numel():
         least, most = (end.item() for end in torch.aminmax(values))
         if least >= lowest and most <= highest:
-            return
+            return least
     right = (values >= lowest) & (values <= highest)  # False for NaN
     bounds = f"{lowest} ... {highest}"
     require(right.all(), f"{name} holds a value outside {bounds}", lambda: f"{name} holds {values[~right][0].item()}: must lie in {bounds}")
+    return None
 
 
 def require(right: Tensor, message: str, detail: Callable[[], str]) -> None:

@@ -624,10 +624,10 @@ class VectorQuantize(Quantizer):
         if indices.dim() <= len(self.code_shape) or indices.shape[indices.dim() - len(self.code_shape) :] != self.code_shape:
             shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
-        check_indices("indices", indices, self.codebook_size)
+        all_known = check_indices("indices", indices, self.codebook_size)
         positions = indices.shape[: indices.dim() - len(self.code_shape)]
         chosen = self._to_heads(indices.to(torch.int64).reshape(positions.numel(), self.heads))
-        codes = self._from_heads(gather_codes(self.table.codes(), chosen))
+        codes = self._from_heads(self.table.look_up(chosen, all_known=all_known))
         return codes.reshape(*positions, self.heads * self.codebook_dim)
 
     def _to_heads(self, values: Tensor) -> Tensor:
