@@ -79,7 +79,7 @@ def _mask_of_lengths(positions: torch.Size, lengths: Tensor) -> Tensor:
 
 
 def check_indices(name: str, indices: Tensor, codebook_size: int, shape: torch.Size | None = None) -> bool:
-    """Raise unless indices are integers of -1 ... codebook_size - 1, of the given shape if any. Returns whether it is known that none is -1."""
+    """Raise unless indices are integers of -1 ... codebook_size - 1, of the given shape if any. Returns whether it knows of no -1."""
     check_tensor(name, indices)
     if not is_integer(indices):
         raise TypeError(f"{name} is {indices.dtype}: must be an integer type")
