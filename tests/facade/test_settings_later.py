@@ -134,7 +134,12 @@ LATER: dict[str, dict[str, list[Later]]] = {
         "dim": [Later(6)],
         "heads": [Later(2), Later(1, HEADS)],
         "separate_codebook_per_head": [Later(False, {**HEADS, "separate_codebook_per_head": True}), Later(True, HEADS)],
-        "project_in": [Later(linear(4, WIDTH), PROJECTED)],
+        "project_in": [
+            Later(linear(4, WIDTH), PROJECTED),
+            Later(nn.Sequential(linear(4, WIDTH), nn.ReLU(), linear(4, 4)), PROJECTED),
+            Later(nn.Sequential(linear(12, WIDTH), nn.ReLU(), linear(4, 12)), {**PROJECTED, "use_cosine_sim": True}),
+            Later(nn.Sequential(linear(4, WIDTH), nn.LayerNorm(4), nn.Tanh()), PROJECTED),
+        ],
         "project_out": [Later(linear(WIDTH, 4), PROJECTED)],
         "has_commitment_loss": [Later(False), Later(True, {"commitment_weight": 0.0})],
         "commitment_weight": [Later(0.25), Later(0.0), Later(-1.0), Later(0.5, {"commitment_weight": 0.0})],
@@ -592,6 +597,18 @@ PREPARED: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "an estimator of one layer": (set_each("rotation_trick", False, True, False, True), {"quant_grad_frac": 0.5}),
     "a codebook that another one is put into": (lambda module: setattr(module.layers[1], "_codebook", swapped(module.layers[2])), {}),
 }
+
+
+PROJECTIONS: dict[str, Callable[[Any], Any]] = {
+    "one more layer": lambda layers: layers.append(nn.Tanh()),
+    "a hook": lambda layers: layers.register_forward_hook(lambda layer, args, output: output / 2),
+}
+
+
+@pytest.mark.parametrize("case", PROJECTIONS)
+def test_a_projection_is_what_it_has_become(case: str) -> None:
+    arguments = {"dim": WIDTH, "codebook_size": 16, "codebook_dim": 4, "layernorm_after_project_in": True}
+    both("VectorQuantize", lambda module: PROJECTIONS[case](module.project_in), arguments)
 
 
 @pytest.mark.parametrize("case", PREPARED)

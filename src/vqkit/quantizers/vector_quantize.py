@@ -580,16 +580,25 @@ class VectorQuantize(Quantizer):
         if not self.input_gradient:
             rows = rows.detach()
         # Before the projections, whose gradients what is not finite would reach even with weight 0.
-        projected, kept = _keep(rows, mask, finite_rows if self.project_in is not None else self._has_scores)
-        if self.project_in is not None:
-            has_meaning = finite_rows if self.norm is not None else self._has_scores
-            rows_in = as_dtype(projected, _dtype_of(self.project_in)).contiguous()  # of strided rows a product takes several times as long
-            projected, kept = _keep(self.project_in(rows_in), kept, has_meaning)
-        if self.norm is not None:
-            projected, kept = _keep(self.norm(projected), kept, self._has_scores)
+        project_in, norm = self._layers_in()
+        projected, kept = _keep(rows, mask, finite_rows if project_in is not None else self._has_scores)
+        if project_in is not None:
+            has_meaning = finite_rows if norm is not None else self._has_scores
+            rows_in = as_dtype(projected, _dtype_of(project_in)).contiguous()  # of strided rows a product takes several times as long
+            projected, kept = _keep(project_in(rows_in), kept, has_meaning)
+        if norm is not None:
+            projected, kept = _keep(norm(projected), kept, self._has_scores)
         vectors = as_dtype(projected, torch.promote_types(projected.dtype, self.table.dtype))
         vectors = self._to_heads(vectors.reshape(-1, self.heads, self.codebook_dim)) if self.separate_heads else self._as_one(vectors)
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
+
+    def _layers_in(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The projection and its norm, between which what is not finite is left out, also where a Sequential is these two."""
+        layer: nn.Module | None = self.project_in
+        if type(layer) is not nn.Sequential or [type(part) for part in layer] != [nn.Linear, nn.LayerNorm]:
+            return layer, self.norm
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        return (layer, self.norm) if hooks else (layer[0], layer[1])
 
     def _has_scores(self, rows: Tensor) -> Tensor:
         """[P..., heads * K] -> [P...] bool: whether the vectors of all heads can be compared with codes."""

@@ -270,8 +270,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
 
     def link(self, native: _VectorQuantize) -> None:
         if self.has_projections:
-            layers = [*self.project_in] if isinstance(self.project_in, nn.Sequential) else [self.project_in]
-            native.project_in, native.norm = cast(nn.Linear, layers[0]), cast(Any, layers[1] if len(layers) > 1 else None)
+            native.project_in, native.norm = cast(nn.Linear, self.project_in), None  # which holds its norm, and what else is put there
             native.project_out = cast(nn.Linear, self.project_out)
 
     def is_watched(self) -> bool:
