@@ -135,6 +135,22 @@ def test_a_partial_reconstruction_that_is_not_finite_leaves_its_vector_out(layer
     assert not found.quantized[1, 2].any()
 
 
+@pytest.mark.parametrize("assignment", ["nearest", Softmax(1.0), Gumbel(1.0), Gumbel(1.0, "straight_through")])
+@pytest.mark.parametrize("where", ["vector", "partial"])
+def test_what_is_so_long_that_distances_overflow_is_left_out(layer, assignment, where):
+    layer.assignment = assignment
+    x, partial = vectors(), vectors()
+    (x if where == "vector" else partial)[1, 2, 0] = 1e30
+    x.requires_grad_()
+    found = layer.quantize(x, partial=partial)
+    (entry,) = found.statistics
+    assert (found.indices < 0).nonzero().tolist() == [[1, 2]]
+    assert (entry.vectors, entry.non_finite) == (23, 1)
+    assert not found.quantized[1, 2].any()
+    (found.quantized.sum() + sum(found.losses.values())).backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (x, *layer.parameters()))
+
+
 def test_frozen_for_a_call(layer):
     x = vectors().requires_grad_()
     before = copy.deepcopy(layer.state_dict())

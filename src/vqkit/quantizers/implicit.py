@@ -254,10 +254,11 @@ class ImplicitVQ(Quantizer):
         wide = rows.to(torch.promote_types(x.dtype, self.table.dtype))
         partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype)
         _check_partial(partial, wide)
-        if counted is None and known_finite(wide) and known_finite(partial):
+        lengths = [torch.linalg.vector_norm(own.detach(), dim=-1, keepdim=True) for own in (wide, partial)]  # whose squares may overflow
+        if counted is None and all(map(known_finite, lengths)):
             kept, whole = wide.new_ones(positions, dtype=torch.bool), True
         else:
-            kept = finite_rows(wide) & finite_rows(partial)
+            kept = finite_rows(lengths[0]) & finite_rows(lengths[1])
             kept = kept if counted is None else kept & counted
             whole = is_all(kept)
         vectors, partial = (values if whole else values.where(kept.unsqueeze(-1), 0.0) for values in (wide, partial))
