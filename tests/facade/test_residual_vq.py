@@ -303,6 +303,21 @@ def test_pairs_of_options(number: int, same_draws: None, monkeypatch: pytest.Mon
     compared("ResidualVQ", ROWS[number], monkeypatch).check()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beam_size": 2, "orthogonal_reg_weight": 0.5, "orthogonal_reg_active_codes_only": True, **LEARNED},
+        {"kmeans_init": True, "quantize_dropout": True, "rand_quantize_dropout_fixed_seed": 3},
+        {"implicit_neural_codebook": True, "call_freeze": True, "commitment_use_cross_entropy_loss": True},
+        {"implicit_neural_codebook": True, "freeze_codebook": True},
+    ],
+    ids=",".join,
+)
+def test_pairs_that_rows_avoid(changes: dict[str, Any], same_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As something is excused in them, and something else can be had for it."""
+    compared("ResidualVQ", usual(**changes), monkeypatch).check()
+
+
 GROUPED = {"groups": (2, 1), **MAKING}
 IN_GROUPS = {"one_each": (False, True), "mask": (None, "some"), "return_all_codes": (False, True)}
 IN_GROUPS |= {name: CALLING[name] for name in ("call_temperature", "call_freeze")}
