@@ -685,6 +685,14 @@ _OF_VECTOR_QUANTIZE = (
         "one NaN makes every code NaN for ever; here such a vector has index -1, zeros, and no part in loss and codebook",
     ),
     Deviation(
+        _LAYERS,
+        "threshold_ema_dead_code of a new codebook",
+        _VQ + "test_codes_that_are_merely_not_yet_used_do_not_die",
+        "counts start at 1, so that at a threshold of 2 whatever the first call does not use starts anew at its vectors; here they start at "
+        "twice the threshold, and codes have time (0.69 / (1 - decay) steps). As there: `_codebook.cluster_size.fill_(1)` and "
+        "`_codebook.embed_avg.copy_(_codebook.embed)` before the first call",
+    ),
+    Deviation(
         "VectorQuantize",
         "threshold_ema_dead_code & more than 64 dead codes",
         _VQ + "test_at_most_64_dead_codes_a_step_start_anew_and_the_others_later",
