@@ -96,7 +96,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_managed(module: nn.Module) -> bool:
     """Whether FSDP2 (`fully_shard`) manages what `module` itself holds: its parameters are whole inside a forward, and sharded outside."""
-    return getattr(module, "_is_fsdp_managed_module", False)
+    return module.__dict__.get("_is_fsdp_managed_module", False)  # it is asked in every call, and a search that fails is slow
 
 
 def own_storage(tensor: Tensor) -> Tensor:

@@ -75,12 +75,17 @@ def gather_codes(codebook: Tensor, indices: Tensor, *, all_known: bool = False) 
     """
     size, width = codebook.shape[-2:]
     leading = codebook.shape[:-2]
-    all_known = all_known or (may_look(indices) and (indices.numel() == 0 or bool(indices.amin() >= 0)))
+    all_known = all_known or are_chosen(indices)
     row = indices if all_known else indices.clamp(min=0)
     if leading.numel() > 1:
         row = row + torch.arange(0, leading.numel() * size, size, device=indices.device).reshape(*leading, 1)
     found = codebook.reshape(-1, width).index_select(0, row.reshape(-1)).reshape(*row.shape, width)
     return found if all_known else found.where((indices >= 0).unsqueeze(-1), 0.0)
+
+
+def are_chosen(indices: Tensor) -> bool:
+    """Whether it is known, where asking costs nothing, that none of indices is -1."""
+    return may_look(indices) and (indices.numel() == 0 or int(indices.amin()) >= 0)
 
 
 def by_codebook(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:

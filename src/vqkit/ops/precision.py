@@ -53,7 +53,7 @@ def _ieee(matmul: Any, allowed: str, device_type: str) -> Iterator[None]:
 
 def is_finite(x: Tensor) -> bool:
     """Whether it is known, where asking costs nothing, that all of x and the sum of its squares are finite."""
-    return may_look(x) and math.isfinite(torch.linalg.vector_norm(x.detach(), dtype=widest(x)))
+    return may_look(x) and math.isfinite(torch.linalg.vector_norm(x.detach() if x.requires_grad else x, dtype=widest(x)))
 
 
 def finite_rows(x: Tensor) -> Tensor:

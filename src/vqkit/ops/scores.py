@@ -94,6 +94,8 @@ class OwnCodes:
         self._order = None if order == wide else [*order, *(axis for axis in range(len(self.positions)) if axis not in wide)]
         if self._order is not None:
             codes = codes.permute(*self._order, -2, -1)
+            self._ordered = codes.shape[:-2]
+            self._inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
         self.codes = codes.reshape(-1, *codes.shape[-2:])  # [L, C, K]
         self.metric: Metric = metric
         if metric == "cosine" and codes.numel() <= _entries_at_once(codes):
@@ -112,21 +114,24 @@ class OwnCodes:
         tail = values.shape[1:]
         if self._order is None:
             return values.reshape(*shape, *tail)
-        inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
         several = range(len(self.positions), len(self.positions) + len(tail))
-        ordered = values.reshape(*(self.positions[axis] for axis in self._order), *tail)
-        return ordered.permute(*inverse, *several).reshape(*shape, *tail)
+        return values.reshape(*self._ordered, *tail).permute(*self._inverse, *several).reshape(*shape, *tail)
 
     def scores(self, x: Tensor) -> Tensor:
         """[L, C] of finite vectors x [L, K], for cosines of length 1 or 0. Differentiable in vectors and codes."""
         return _scores(x.unsqueeze(1), self.codes, self.metric).squeeze(1)
 
-    def nearest(self, x: Tensor, num: int, scores: Tensor | None = None) -> Tensor:
-        """As `nearest_index`, or several as by `nearest_codes`: [L, num] for x [L, K]; `scores` [L, C], if at hand."""
+    def nearest(self, x: Tensor, num: int, scores: Tensor | None = None) -> tuple[Tensor, bool]:
+        """As `nearest_index`, or several as by `nearest_codes`: [L, num] for x [L, K]; `scores` [L, C], if at hand.
+
+        And whether it is known that none of them is -1.
+        """
         x, codes = x.detach().unsqueeze(1), self.codes.detach()
         if self.metric == "cosine" or (num > 1 and codes.numel() > _FEW_DIFFERENCES):
             metric = "cosine" if self.metric == "cosine" else "euclidean"
-            return nearest_codes(x, codes, num, metric=metric).indices.squeeze(1) if num > 1 else nearest_index(x, codes, metric=metric)
+            if num == 1:
+                return nearest_index(x, codes, metric=metric), False
+            return nearest_codes(x, codes, num, metric=metric).indices.squeeze(1), False
         if scores is None or self.metric != "euclidean":
             scores = _scores(x, codes, "euclidean").squeeze(1)
         scores = scores.detach()
@@ -134,11 +139,12 @@ class OwnCodes:
             indices = scores.argmax(-1, keepdim=True)  # the first of equal ones
         else:
             indices = scores.sort(dim=-1, descending=True, stable=True).indices[:, :num]
-        return indices if known_finite(scores) else indices.where(scores.gather(-1, indices).isfinite(), -1)
+        if known_finite(scores):
+            return indices, True
+        return indices.where(scores.gather(-1, indices).isfinite(), -1), False
 
-    def take(self, indices: Tensor) -> Tensor:
-        """The codes [L, n, K] of indices [L, n], for cosines of length 1; 0 for index -1."""
-        all_known = may_look(indices) and (indices.numel() == 0 or bool(indices.amin() >= 0))
+    def take(self, indices: Tensor, all_known: bool = False) -> Tensor:
+        """The codes [L, n, K] of indices [L, n], for cosines of length 1; 0 for index -1, if it is not `all_known` that there is none."""
         place = (indices if all_known else indices.clamp(min=0)).unsqueeze(-1)
         found = self.codes.gather(1, place.expand(-1, -1, self.codes.shape[2]))
         found = directions(found) if self.metric == "cosine" else found

@@ -198,7 +198,7 @@ class Codebook(Counting):
 
         Raises ValueError before a k-means start.
         """
-        if not self.initialized and not self._learning:
+        if not self._learning and not self.initialized:
             self._raise_not_initialized()
         codes = self._codes(self._settled())
         return codes.detach() if self._entered and self._entered.frozen else codes

@@ -100,10 +100,10 @@ class Committed(nn.Module):
     def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
         """A forward begins: until `leave_` readers see what is committed, which is what a recomputation of it sees too."""
         self._follow_device_()
-        self._entered = Entered(learning, frozen, reducer)
+        object.__setattr__(self, "_entered", Entered(learning, frozen, reducer))  # in every call: no search for a parameter of the name
 
     def leave_(self) -> None:
-        self._entered = None
+        object.__setattr__(self, "_entered", None)
 
     @torch.no_grad()
     def settle_(self, outside: Tensor | bool = True) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from vqkit.dist import Reducer
 from vqkit.ops.assignment import Metric as ScoreMetric
 from vqkit.ops.assignment import SoftEstimator, has_scores, sample_indices, soft_codes
-from vqkit.ops.codebook import CodebookStatistics, directions, gather_codes
+from vqkit.ops.codebook import CodebookStatistics, are_chosen, directions, gather_codes
 from vqkit.ops.coding import Coded, PlainEstimator, coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, negative_entropy, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
-from vqkit.ops.precision import as_dtype, finite_rows, is_finite, may_look
+from vqkit.ops.precision import as_dtype, finite_rows, is_finite
 from vqkit.ops.scores import OwnCodes, cross_entropy, draw, few_scores, mean_cross_entropy, mean_softmax
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.codebook import Codebook, CodeWeights
@@ -72,6 +72,7 @@ Weights = Tensor | Callable[[Tensor, Tensor], Tensor]
 """What each vector weighs in the statistics, not negative: [P...] or [P..., heads] floating point, or a function of the vectors [P..., D]
 and their indices that returns it."""
 
+_REDUCTIONS = get_args(Reduction)
 _LOSS_NAMES: dict[type, str] = {
     Commitment: "commitment",
     CrossEntropyCommitment: "cross_entropy_commitment",
@@ -97,6 +98,7 @@ class _Chosen(NamedTuple):
     codes: Tensor  # [H, M, K], 0 where there is none; differentiable where the codes learn by gradient
     plain: Tensor | None = None  # where the gradient of a softmax is in `codes` already: the same without it
     each: int = 1  # so many of them side by side are those of one vector
+    complete: bool = False  # whether all are known to have one
 
 
 @knows_the_peer
@@ -290,7 +292,7 @@ class VectorQuantize(Quantizer):
         kept = self._spread(given.kept)
         self.table.start_(given.vectors, kept)
         codes = self.table.codes_for(given.vectors, kept) if self.training and not freeze_codebook else self.table.codes()
-        codes = codes.detach() if freeze_codebook else codes
+        codes = codes.detach() if freeze_codebook and codes.requires_grad else codes
         vectors, several = given.vectors, () if top_k is None else (top_k,)
         temperature = self._temperature(temperature) if own is None else 0.0
         counted = self._counts(freeze_codebook) and top_k is None
@@ -352,13 +354,13 @@ class VectorQuantize(Quantizer):
         scores = own.scores(vectors) if self._by_scores(temperature, labels) else None
         chosen = self._choose_own(own, vectors, kept, scores, temperature, num)
         found = [own.restore(values, shape).flatten(1, 2) for values in chosen[:3] if values is not None]
-        chosen = _Chosen(*found, each=num)
+        chosen = _Chosen(*found, each=num, complete=chosen.complete)
         vectors = _each(given.vectors, num)
         scores = None if scores is None else own.restore(scores, shape)
         losses = self._losses(vectors, table, chosen, labels, reduction, scores=scores)
         statistics = self._own_statistics(given, table, chosen) if counted else None
         indices = self._join_indices(chosen.indices, positions, several)
-        output = self._write(given, self._estimate(vectors, chosen), indices, several, project)
+        output = self._write(given, self._estimate(vectors, chosen), indices, several, project, chosen.complete)
         return Quantized(output, indices, self._join_losses(losses, positions, several), statistics)
 
     def _as_own_codes(self, codes: Tensor, given: _Vectors) -> OwnCodes:
@@ -373,12 +375,13 @@ class VectorQuantize(Quantizer):
     ) -> _Chosen:
         """Of vectors [L, K], in the order of their codes, and kept [H, M]: indices [L, num] and codes [L, num, K]."""
         drawn = scores is not None and temperature > 0 and isinstance(self.assignment, Gumbel)
-        indices = draw(scores, num, temperature) if drawn else own.nearest(vectors, num, scores)
+        indices, complete = (draw(scores, num, temperature), False) if drawn else own.nearest(vectors, num, scores)
         indices = indices if kept is None else indices.where(own.arrange(kept).unsqueeze(-1), -1)
-        codes, estimator = own.take(indices), self._soft_estimator(temperature)
+        complete = (complete and kept is None) or are_chosen(indices)
+        codes, estimator = own.take(indices, complete), self._soft_estimator(temperature)
         if scores is None or estimator is None:
-            return _Chosen(indices, codes)
-        return _Chosen(indices, own.soften(codes, scores, indices, temperature, estimator), codes)
+            return _Chosen(indices, codes, complete=complete)
+        return _Chosen(indices, own.soften(codes, scores, indices, temperature, estimator), codes, complete=complete)
 
     @torch.no_grad()
     def _own_statistics(self, given: _Vectors, table: Tensor, chosen: _Chosen) -> CodebookStatistics:
@@ -535,7 +538,7 @@ class VectorQuantize(Quantizer):
             scores = own.scores(vectors).detach() if temperature > 0 else None
             indices = self._choose_own(own, vectors, kept, scores, temperature, 1).indices
             counted = own.restore(indices, shape).flatten(1) >= 0
-            taken = own.restore(own.take(indices), shape).flatten(1, 2)
+            taken = own.restore(own.take(indices, are_chosen(indices)), shape).flatten(1, 2)
             error = (taken - given.vectors).where(counted.unsqueeze(-1), 0.0).square().sum()
             (gradient,) = torch.autograd.grad(error, codes)
         parts = [error.detach().reshape(1), counted.sum().to(error).reshape(1), gradient.flatten()]
@@ -588,7 +591,9 @@ class VectorQuantize(Quantizer):
             projected, kept = _keep(project_in(rows_in), kept, has_meaning)
         if norm is not None:
             projected, kept = _keep(norm(projected), kept, self._has_scores)
-        vectors = as_dtype(projected, torch.promote_types(projected.dtype, self.table.dtype))
+        vectors = projected
+        if vectors.dtype is not (dtype := self.table.dtype):
+            vectors = as_dtype(vectors, torch.promote_types(vectors.dtype, dtype))
         vectors = self._to_heads(vectors.reshape(-1, self.heads, self.codebook_dim)) if self.separate_heads else self._as_one(vectors)
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
 
@@ -604,12 +609,20 @@ class VectorQuantize(Quantizer):
         """[P..., heads * K] -> [P...] bool: whether the vectors of all heads can be compared with codes."""
         return has_scores(rows.unflatten(-1, (self.heads, self.codebook_dim)), self.metric).all(-1)
 
-    def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor, several: tuple[int, ...], project: bool = True) -> Tensor:
+    def _write(
+        self,
+        given: _Vectors,
+        quantized: Tensor,
+        indices: Tensor,
+        several: tuple[int, ...],
+        project: bool = True,
+        complete: bool = False,
+    ) -> Tensor:
         """Vectors [H, M, K], or k times as many, to the layout, width and dtype of the input."""
         positions = given.rows.shape[:-1]
         codes = self._from_heads(quantized).reshape(*positions, *several, self.heads * self.codebook_dim)
-        output = codes.to(given.dtype)
-        output = (self._project_out(output, indices) if project else output).to(given.rows.dtype)
+        output = as_dtype(codes, given.dtype)
+        output = as_dtype(self._project_out(output, indices, complete) if project else output, given.rows.dtype)
         if not project:
             return width_back(output, self.layout)
         if given.mask is not None and self.masked == "input":
@@ -617,12 +630,12 @@ class VectorQuantize(Quantizer):
             output = output.where(mask, given.rows.unsqueeze(-2) if several else given.rows)
         return width_back(output, self.layout)
 
-    def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
+    def _project_out(self, codes: Tensor, indices: Tensor, complete: bool = False) -> Tensor:
         """Codes, 0 where no head of a position has one, in the width of the input."""
         if self.project_out is None:
             return codes
         output = self.project_out(as_dtype(codes, _dtype_of(self.project_out)))
-        if may_look(indices) and indices.numel() and indices.amin() >= 0:
+        if complete or are_chosen(indices):
             return output
         valid = indices >= 0 if indices.dim() == codes.dim() - 1 else (indices >= 0).any(-1)
         return where_kept(valid, output)
@@ -705,7 +718,7 @@ class VectorQuantize(Quantizer):
 
     def _estimate(self, vectors: Tensor, chosen: _Chosen) -> Tensor:
         """The codes in value, or near them, with the gradient that `estimator` says."""
-        codes = chosen.codes.to(vectors.dtype)
+        codes = as_dtype(chosen.codes, vectors.dtype)
         if chosen.plain is not None or self.estimator == "none":
             output = codes
         elif self.estimator == "rotation":
@@ -714,7 +727,7 @@ class VectorQuantize(Quantizer):
             output = directional(vectors, codes, sigma2=self.estimator.sigma2)
         else:
             output = straight_through(vectors, codes)
-        return output + self.sync_update * (codes - codes.detach()) if self.sync_update > 0 else output
+        return output + self.sync_update * (codes - codes.detach()) if self.sync_update > 0 and codes.requires_grad else output
 
     # Losses and statistics
 
@@ -735,7 +748,8 @@ class VectorQuantize(Quantizer):
             known = commitment if isinstance(loss, Commitment) else None
             losses[_LOSS_NAMES[type(loss)]] = self._loss(loss, vectors, codes, chosen, reduction, scores) if known is None else known
         if targets is not None:
-            own, known = vectors[:, :: chosen.each], chosen.indices[:, :: chosen.each] >= 0  # one of a vector with several candidates
+            own = vectors[:, :: chosen.each]  # one of a vector with several candidates
+            known = None if chosen.complete else chosen.indices[:, :: chosen.each] >= 0
             losses["cross_entropy"] = self._cross_entropy(own, codes, _of_kept(targets, known), reduction, scores)
         return losses
 
@@ -743,14 +757,13 @@ class VectorQuantize(Quantizer):
         self, loss: Loss, vectors: Tensor, codes: Tensor, chosen: _Chosen, reduction: Reduction, scores: Tensor | None = None
     ) -> Tensor:
         """Of vectors [H, M, K], codes [H, C, K] and, if at hand, scores of one of the `each` of a vector."""
-        counted = chosen.indices >= 0
         if isinstance(loss, Commitment):
-            own = chosen.codes if chosen.plain is None else chosen.plain
+            own, counted = chosen.codes if chosen.plain is None else chosen.plain, None if chosen.complete else chosen.indices >= 0
             return mean_commitment_loss(vectors, own, counted, pull=loss.pull, reduction=reduction)
         if isinstance(loss, CrossEntropyCommitment):
             return self._cross_entropy(vectors, codes, chosen.indices, reduction, scores)
         if isinstance(loss, Diversity):
-            own = vectors[:, :: chosen.each], counted[:, :: chosen.each]  # a mean over vectors is that over their candidates
+            own = vectors[:, :: chosen.each], chosen.indices[:, :: chosen.each] >= 0  # a mean over vectors is that over their candidates
             if scores is not None:
                 return negative_entropy(mean_softmax(scores, own[1], loss.temperature))
             return diversity_loss(own[0], codes, own[1], temperature=loss.temperature, metric=self._score)
@@ -837,7 +850,7 @@ class VectorQuantize(Quantizer):
         top_k: int | None,
         reduction: Reduction,
     ) -> None:
-        check_choice("reduction", reduction, get_args(Reduction))
+        check_choice("reduction", reduction, _REDUCTIONS)
         if temperature is not None:
             if isinstance(self.assignment, str):
                 raise ValueError(f'temperature = {temperature}: must be None with assignment = "nearest", which draws nothing')
@@ -879,7 +892,8 @@ def _keep(x: Tensor, kept: Tensor | None, has_meaning: Callable[[Tensor], Tensor
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
     """That of its parameters."""
-    weight = getattr(layer, "weight", None)
+    first = next(iter(layer)) if isinstance(layer, nn.Sequential) and len(layer) else layer
+    weight = getattr(first, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) else next(layer.parameters()).dtype
 
 

@@ -207,9 +207,10 @@ class _Parameters:
         return {name: kind.types for name, kind in self.kinds.items()}
 
     @functools.cached_property
-    def _ranges(self) -> dict[str, Range]:
-        """Of what may be a number that is not whole."""
-        return {name: RANGES.get(name, Range()) for name, kind in self.kinds.items() if kind.fits(0.5)}
+    def _ranges(self) -> dict[type, dict[str, Range]]:
+        """Of what may be any number that is not whole, and of what may be any that is."""
+        ranges = {name: RANGES.get(name, Range()) for name in self.kinds}
+        return {type(some): {name: ranges[name] for name, kind in self.kinds.items() if kind.fits(some)} for some in (0.5, 2)}
 
     def check(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What is given, with numbers for tensors that stand for them.
@@ -218,7 +219,9 @@ class _Parameters:
         """
         right, kinds, ranges, numbers = self._right, self.kinds, self._ranges, {}
         for name, value in self.named(args, options):
-            if isinstance(value, right.get(name, ())) or (type(value) is float and name in ranges and ranges[name].holds(value)):
+            if isinstance(value, right.get(name, ())):
+                continue
+            if (kind := type(value)) in (float, int) and name in ranges[kind] and ranges[kind][name].holds(value):
                 continue
             if name in kinds:
                 number = value.item() if isinstance(value, Tensor) and kinds[name].fits(value) else value

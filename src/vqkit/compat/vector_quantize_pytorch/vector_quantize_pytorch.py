@@ -476,8 +476,10 @@ class VectorQuantize(OwnsOptimizer, Settable):
 
     def _estimator_of(self, x: Tensor) -> Estimator:
         """That of the output, where it has any place to go; in eval mode none passes."""
+        if not self.training:
+            return "none"
         learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
-        return self.estimator if self.training and learns else "none"
+        return self.estimator if learns else "none"
 
     def _name_losses(self, found: Quantized, in_place: Tensor | None, several: bool) -> LossBreakdown:
         zero, named = torch.zeros_like(self.zero), found.losses
