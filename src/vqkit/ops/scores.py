@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqkit.ops.assignment import Metric, SoftEstimator, draw_by_logits, through_softmax
-from vqkit.ops.codebook import are_ordinary, directions
+from vqkit.ops.codebook import are_chosen, are_ordinary, directions
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
 from vqkit.ops.precision import as_dtype, full_precision, is_traced, known_finite, may_look, widest
 
@@ -143,8 +143,9 @@ class OwnCodes:
             return indices, True
         return indices.where(scores.gather(-1, indices).isfinite(), -1), False
 
-    def take(self, indices: Tensor, all_known: bool = False) -> Tensor:
-        """The codes [L, n, K] of indices [L, n], for cosines of length 1; 0 for index -1, if it is not `all_known` that there is none."""
+    def take(self, indices: Tensor, *, all_known: bool = False) -> Tensor:
+        """The codes [L, n, K] of indices [L, n], for cosines of length 1; 0 for index -1 (`all_known`: there is none)."""
+        all_known = all_known or are_chosen(indices)
         place = (indices if all_known else indices.clamp(min=0)).unsqueeze(-1)
         found = self.codes.gather(1, place.expand(-1, -1, self.codes.shape[2]))
         found = directions(found) if self.metric == "cosine" else found

@@ -573,10 +573,10 @@ def _nearest(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, n
     scores = _comparable(own.scores(x))
     if temperature > 0:
         indices = draw(scores, num, temperature)
-        indices = indices.where(scores.gather(1, indices).isfinite(), -1)
+        indices, complete = indices.where(scores.gather(1, indices).isfinite(), -1), False
     else:
-        indices = own.nearest(x, num, scores)
-    return indices, own.take(indices)
+        indices, complete = own.nearest(x, num, scores)
+    return indices, own.take(indices, all_known=complete)
 
 
 def _comparable(scores: Tensor) -> Tensor:

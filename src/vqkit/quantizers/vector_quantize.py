@@ -311,7 +311,7 @@ class VectorQuantize(Quantizer):
         if reduction == "none":
             losses = self._join_losses(losses, positions, several)
         found = self._join_indices(chosen.indices, positions, several)
-        output = self._write(given, self._estimate(vectors, chosen), found, several, project)
+        output = self._write(given, self._estimate(vectors, chosen), found, several, project, chosen.complete)
         if not counted:
             statistics = None
         elif weights is None:
@@ -378,7 +378,7 @@ class VectorQuantize(Quantizer):
         indices, complete = (draw(scores, num, temperature), False) if drawn else own.nearest(vectors, num, scores)
         indices = indices if kept is None else indices.where(own.arrange(kept).unsqueeze(-1), -1)
         complete = (complete and kept is None) or are_chosen(indices)
-        codes, estimator = own.take(indices, complete), self._soft_estimator(temperature)
+        codes, estimator = own.take(indices, all_known=complete), self._soft_estimator(temperature)
         if scores is None or estimator is None:
             return _Chosen(indices, codes, complete=complete)
         return _Chosen(indices, own.soften(codes, scores, indices, temperature, estimator), codes, complete=complete)
@@ -538,7 +538,7 @@ class VectorQuantize(Quantizer):
             scores = own.scores(vectors).detach() if temperature > 0 else None
             indices = self._choose_own(own, vectors, kept, scores, temperature, 1).indices
             counted = own.restore(indices, shape).flatten(1) >= 0
-            taken = own.restore(own.take(indices, are_chosen(indices)), shape).flatten(1, 2)
+            taken = own.restore(own.take(indices), shape).flatten(1, 2)
             error = (taken - given.vectors).where(counted.unsqueeze(-1), 0.0).square().sum()
             (gradient,) = torch.autograd.grad(error, codes)
         parts = [error.detach().reshape(1), counted.sum().to(error).reshape(1), gradient.flatten()]
@@ -710,11 +710,12 @@ class VectorQuantize(Quantizer):
 
     def _take(self, vectors: Tensor, codes: Tensor, indices: Tensor, temperature: float) -> _Chosen:
         """The codes of indices [H, M], with the gradient of a softmax where the assignment brings one."""
-        plain, estimator = gather_codes(codes, indices), self._soft_estimator(temperature)
+        complete = are_chosen(indices)
+        plain, estimator = gather_codes(codes, indices, all_known=complete), self._soft_estimator(temperature)
         if estimator is None:
-            return _Chosen(indices, plain)
+            return _Chosen(indices, plain, complete=complete)
         found = soft_codes(vectors, codes, indices, temperature=temperature, estimator=estimator, metric=self._score)
-        return _Chosen(indices, found, plain)
+        return _Chosen(indices, found, plain, complete=complete)
 
     def _estimate(self, vectors: Tensor, chosen: _Chosen) -> Tensor:
         """The codes in value, or near them, with the gradient that `estimator` says."""
