@@ -436,7 +436,7 @@ class _Codes:
         """Indices [N] and codes [N, D] of the nearest."""
         given = self.given
         if self._keeps:
-            indices = self._whole.nearest(given.vectors, 1, _comparable(self._scores.detach())).squeeze(1)
+            indices = self._whole.nearest(given.vectors, 1, _comparable(self._scores.detach()))[0].squeeze(1)
             indices = indices if given.whole else indices.where(given.kept, -1)
             return indices, self.of(indices)
         indices, found = (part.squeeze(1) for part in nearest_implicit(self.network, given.vectors, given.partial, self.base))
