@@ -674,7 +674,10 @@ def turn_on_diversity(layer: Any) -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda rvq: setattr(rvq.layers[1], "_codebook", rvq.layers[0]._codebook), "layers have 3 codebooks"),
+        (
+            lambda rvq: setattr(rvq.layers[1], "_codebook", rvq.layers[0]._codebook),
+            "4 of them have 3 codebooks .*; make another one with shared_codebook=True",
+        ),
         (lambda rvq: rvq.layers.append(nn.Linear(2, 2)), "holds Linear"),
         (lambda rvq: setattr(rvq, "layers", rvq.layers[:0]), "holds none"),
         (lambda rvq: setattr(rvq, "layers", nn.ModuleList([nn.Linear(2, 2)])), "holds Linear"),
@@ -932,3 +935,101 @@ def test_compiled_programs_follow_what_is_set() -> None:
         for module in (rvq, twin):
             change(module)
         alike_to(twin(x), compiled(x))
+
+
+# Methods that a subclass overrides
+
+
+UNCALLED = [(kind, name) for kind in KINDS for name in getattr(getattr(facade, kind), "uncalled", {})]
+DECODED = [
+    ("VectorQuantize", {**SMALL["VectorQuantize"], "codebook_dim": 4}),
+    ("VectorQuantize", {**SMALL["VectorQuantize"], "codebook_dim": 4, "channel_last": False}),
+    ("ResidualVQ", {**SMALL["ResidualVQ"], "codebook_dim": 4}),
+    ("ResidualFSQ", {**SMALL["ResidualFSQ"], "dim": 2 * WIDTH}),
+    ("ResidualLFQ", {**SMALL["ResidualLFQ"], "dim": 2 * WIDTH}),
+]
+
+
+def test_all_methods_that_calls_do_not_go_through_are_told() -> None:
+    assert {kind for kind, _ in UNCALLED} == {"FSQ", "LFQ", "LatentQuantize", "HierarchicalVQ", "VectorQuantize"}
+
+
+def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("only looked at")
+
+
+@pytest.mark.parametrize(("kind", "name"), UNCALLED)
+def test_a_method_that_calls_do_not_go_through_is_not_overridden(kind: str, name: str) -> None:
+    cls: Any = getattr(facade, kind)
+    says = rf"overrides {kind}\.{name}, which no call of it goes through here: leave it, and write .* anew"
+    with pytest.raises(TypeError, match=says):
+        type("Own", (cls,), {name: replaced})
+    with pytest.raises(TypeError, match=says):
+        type("Own", (type("Mixed", (), {name: replaced}), cls), {})
+
+    type("Own", (cls,), {name: replaced, **dict.fromkeys(cls.uncalled[name], replaced)})
+    module = cls(**SMALL[kind])
+    with pytest.raises(TypeError, match=rf"{name} is set on {kind}\.{name}"):
+        setattr(module, name, replaced)
+
+
+def test_a_forward_around_that_of_the_class_does_not_call_what_is_overridden() -> None:
+    with pytest.raises(TypeError, match=r"class Around overrides FSQ\.quantize"):
+
+        class Around(facade.FSQ):
+            def quantize(self, z: Tensor) -> Tensor:
+                return z
+
+            def forward(self, z: Tensor) -> Any:
+                return super().forward(z)
+
+
+def test_a_forward_of_its_own_calls_what_is_overridden() -> None:
+    class Own(facade.FSQ):
+        def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
+            return 0 * z
+
+        def forward(self, z: Tensor) -> Any:
+            return self.quantize(z)
+
+    assert not Own([5, 5])(torch.ones(1, 2, 2)).any()
+
+
+@pytest.mark.parametrize("name", facade.VectorQuantize(**SMALL["VectorQuantize"])._codebook.uncalled)
+def test_steps_of_a_codebook_are_not_overridden(name: str) -> None:
+    codebook: Any = facade.VectorQuantize(**SMALL["VectorQuantize"])._codebook
+    with pytest.raises(TypeError, match=rf"class Own overrides Codebook\.{name}, which no call of it goes through here"):
+        type("Own", (type(codebook),), {name: replaced})
+    with pytest.raises(TypeError, match=rf"{name} is set on Codebook\.{name}"):
+        setattr(codebook, name, replaced)
+    assert getattr(codebook, name).__func__ is getattr(type(codebook), name)
+
+
+@pytest.mark.parametrize(("kind", "given"), DECODED)
+@pytest.mark.parametrize("on_instance", [False, True])
+def test_outputs_of_indices_are_those_of_the_codes_that_a_subclass_gives(kind: str, given: dict[str, Any], on_instance: bool) -> None:
+    cls: Any = getattr(facade, kind)
+
+    class Negated(cls):
+        def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+            return -super().get_codes_from_indices(indices)
+
+    module = cls(**given).eval() if on_instance else Negated(**given).eval()
+    usual = copy.deepcopy(module)
+    usual.__class__ = cls
+    if on_instance:
+        module.get_codes_from_indices = lambda indices: -cls.get_codes_from_indices(module, indices)
+    with torch.no_grad():
+        for part in (module, usual):
+            part.project_out.bias.zero_()
+    first = given.get("channel_last") is False
+    x = torch.randn(2, module.project_out.out_features, 5)
+    output, indices = usual(x if first else x.mT)[:2]
+    indices[0, 0] = -1
+    output = (output.mT if first else output).clone()
+    output[0, 0] = 0.0
+    torch.testing.assert_close(module.get_output_from_indices(indices), -(output.mT if first else output))
+    torch.testing.assert_close(usual.get_output_from_indices(indices), output.mT if first else output)
+    if kind.startswith("Residual"):
+        asked = {"return_all_codes": True}
+        torch.testing.assert_close(module(x.mT, **asked)[-1], -usual(x.mT, **asked)[-1])

@@ -820,7 +820,7 @@ def check_options(options: Iterable[str], known: dict[str, str], owner: str) -> 
     """Raise TypeError unless every part takes the options of a call, before any of them has started."""
     for name in options:
         if name not in known:
-            raise TypeError(f"{name}: is no option of {owner}.quantize, nor of its parts'")
+            raise TypeError(f"{name}: is no option of {owner}.quantize, nor of its parts")
         if known[name]:
             raise TypeError(f"{name}: is no option of {known[name]}")
         if name in _SEVERAL:

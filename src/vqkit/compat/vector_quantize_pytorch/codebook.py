@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch import functions, translate
 from vqkit.compat.vector_quantize_pytorch.arguments import check_as_argument, in_these_words
+from vqkit.compat.vector_quantize_pytorch.settings import Kept, Overridable
 from vqkit.dist import LocalReducer, Reducer, is_managed
 from vqkit.ops.codebook import CodebookStatistics, largest_keys, merge_statistics
 from vqkit.quantizers.codebook import Codebook as _Codebook
@@ -78,7 +79,7 @@ class _Fixed(_Setting):
 
 
 @in_these_words()
-class Codebook(_Codebook):
+class Codebook(Overridable, _Codebook):
     """A codebook of `codebook_size` codes of width `dim`, or `num_codebooks` of them, with the peer's arguments.
 
     Buffers: `initted` [] bool; `cluster_size` [H, C] and `embed_avg` [H, C, K], the moving averages; `embed` [H, C, K], the codes, a
@@ -91,6 +92,20 @@ class Codebook(_Codebook):
     embed: Tensor
     embed_avg: Tensor
     cluster_size: Tensor
+
+    uncalled = dict.fromkeys(
+        (
+            "init_embed_",
+            "update_codebook",
+            "track_cluster_size_and_embed_avg",
+            "update_ema",
+            "expire_codes_",
+            "replace",
+            "update_affine",
+            "update_with_decay",
+        ),
+        (),
+    )
 
     synchronizes = True
     """Whether `update_indices` is a step of all processes."""
@@ -668,6 +683,10 @@ class Codebook(_Codebook):
             self._learn_from_(rows.detach(), index, mask, Call(ema_update, ema_update_weight, accum_ema_update))
         results = [found.unflatten(1, given.shape[1:-1]) for found in (quantized, index, scores)]
         return cast(Any, (*(found if x.dim() == 4 else found.squeeze(0) for found in results[:2]), results[2]))
+
+
+for _name in Codebook.uncalled:
+    setattr(Codebook, _name, Kept(vars(Codebook)[_name]))  # and no __setattr__, which all that a call writes would go through
 
 
 def _write_(old: Tensor, new: Tensor, outside: Tensor | bool) -> None:

@@ -54,6 +54,11 @@ class FSQ(Settable):
     made_of = frozenset(("scale", "preserve_symmetry", "noise_dropout", "bound_hard_clamp", "orthogonal_rotation"))
     fixed = frozenset(("codebook_dim", "num_codebooks", "effective_codebook_dim", "has_projections", "codebook_size", "implicit_codebook"))
 
+    uncalled = {  # noqa: RUF012
+        **dict.fromkeys(("bound", "symmetry_preserving_bound", "quantize", "maybe_apply_noise", "codes_to_indices"), ("forward",)),
+        "indices_to_level_indices": ("indices_to_codes",),
+    }
+
     _levels: Tensor
     native: fsq.FSQ
 

@@ -75,6 +75,10 @@ class HierarchicalVQ(Settable):
             "indices_to_spatial",
         )
     )
+    uncalled = {  # noqa: RUF012
+        "pool_residual": ("forward",),
+        **dict.fromkeys(("get_vq", "choose_phi", "upsample_to_full"), ("forward", "get_output_from_indices")),
+    }
 
     def __init__(
         self,

@@ -72,6 +72,8 @@ class LatentQuantize(OwnsOptimizer, Settable):
 
     fixed = frozenset(("codebook_dim", "num_codebooks", "effective_codebook_dim", "has_projections", "codebook_size", "implicit_codebook"))
 
+    uncalled = dict.fromkeys(("quantize", "quantization_loss", "commitment_loss", "codes_to_indices"), ("forward",))
+
     _levels: Tensor
     native: latent.LatentQuantize
 

@@ -122,6 +122,8 @@ class LFQ(Settable):
         )
     )
 
+    uncalled = {"bits_to_codes": ("forward", "indices_to_codes")}  # noqa: RUF012
+
     mask: Tensor
     zero: Tensor
     native: lfq.LFQ

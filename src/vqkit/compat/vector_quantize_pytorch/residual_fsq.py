@@ -24,7 +24,7 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
 from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out, projected, rows_of
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, refuse_watched
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, overrides, refuse_watched
 from vqkit.quantizers.layout import check_tensor
 from vqkit.quantizers.residual import Residual
 
@@ -118,7 +118,9 @@ class ResidualFSQ(Settable):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> its output."""
         rows = self._rows_of_indices(indices)
-        output = project_out(self.project_out, self._settle().decode_codes(rows), rows)
+        own = overrides(self, ResidualFSQ, "get_codes_from_indices")
+        codes = self.get_codes_from_indices(indices).sum(0) if own else self._settle().decode_codes(rows)
+        output = project_out(self.project_out, codes, rows)
         return output.movedim(-1, 1) if self.is_channel_first else output
 
     def _rows_of_indices(self, indices: Tensor) -> Tensor:
@@ -142,6 +144,7 @@ class ResidualFSQ(Settable):
         if not return_all_codes:
             return output, indices
         moved = any(part.training and part.noise_dropout > 0.0 for part in self.parts)  # then outputs are no codes
+        moved = moved or overrides(self, ResidualFSQ, "get_codes_from_indices")
         return output, indices, self.get_codes_from_indices(indices) if moved else self._codes_of_layers(found.outputs)
 
     def _codes_of_layers(self, outputs: Sequence[Tensor]) -> Tensor:

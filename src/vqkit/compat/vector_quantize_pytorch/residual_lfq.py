@@ -26,7 +26,7 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import INV_TEMPERATURE, LFQ, check_loss_mask, loss_mask
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out, projected, rows_of
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, refuse_watched
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, overrides, refuse_watched
 from vqkit.quantizers import lfq
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.residual import Residual
@@ -116,7 +116,8 @@ class ResidualLFQ(Settable):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> its output: [B, dim, ...] of images, whose indices have 4 axes or more."""
-        codes = self._settle().decode_codes(indices)
+        own = overrides(self, ResidualLFQ, "get_codes_from_indices")
+        codes = self.get_codes_from_indices(indices).sum(0) if own else self._settle().decode_codes(indices)
         output = project_out(self.project_out, codes, indices)
         return output.movedim(-1, 1) if indices.dim() >= 4 else output
 
@@ -145,7 +146,11 @@ class ResidualLFQ(Settable):
         output = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         output = output.movedim(-1, 1) if image else output
         result = (output, found.indices, self._losses(found.losses, depth))
-        return (*result, all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers)) if return_all_codes else result
+        if not return_all_codes:
+            return result
+        if overrides(self, ResidualLFQ, "get_codes_from_indices"):
+            return (*result, self.get_codes_from_indices(result[1]))
+        return (*result, all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers))
 
     def _losses(self, losses: dict[str, Tensor], depth: int) -> Tensor:
         """[q], 0 for layers that took no part."""

@@ -23,8 +23,8 @@ from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
 from vqkit.compat.vector_quantize_pytorch.functions import is_distributed as is_distributed
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.layers import Part, check_layers, part_of, set_parts, weigh
-from vqkit.compat.vector_quantize_pytorch.rows import hide
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, keep_synchronized
+from vqkit.compat.vector_quantize_pytorch.rows import hide, project_out
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, keep_synchronized, overrides
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 from vqkit.dist import default_reducer
 from vqkit.ops.precision import without_autocast
@@ -310,8 +310,11 @@ class ResidualVQ(Settable):
         found = check_layers("layers", self.layers)
         tables = {id(layer._codebook) for layer in found}
         if len(tables) != (1 if self.shared_codebook else len(found)):
-            wanted = "all have one codebook" if self.shared_codebook else "each have a codebook of its own"
-            raise ValueError(f"layers have {len(tables)} codebooks: must {wanted} with shared_codebook = {self.shared_codebook}")
+            wanted = "all have one" if self.shared_codebook else "each have its own"
+            raise ValueError(
+                f"layers: {len(found)} of them have {len(tables)} codebooks between them: must {wanted} with shared_codebook = "
+                f"{self.shared_codebook}; make another one with shared_codebook={not self.shared_codebook}"
+            )
         return found
 
     def _each_network(self) -> list[Any]:
@@ -366,7 +369,11 @@ class ResidualVQ(Settable):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """indices [B, ..., L] of the first L <= Q layers -> vectors as a call gives them, in its layout."""
-        return self._settle().decode(indices)
+        native = self._settle()
+        if not overrides(self, ResidualVQ, "get_codes_from_indices"):
+            return native.decode(indices)
+        output = project_out(self.project_out, self.get_codes_from_indices(indices).sum(0), indices)
+        return output.movedim(-1, 1) if native.layout == "first" else output
 
     # Calling
 
@@ -515,9 +522,11 @@ class ResidualVQ(Settable):
 
     def _codes_of_call(self, found: Quantized) -> Tensor:
         """The code of each layer as the call that chose them read it."""
-        if not self.native.training:  # what the layers give is then the code itself
+        if not self.native.training:
+            if overrides(self, ResidualVQ, "get_codes_from_indices"):
+                return self.get_codes_from_indices(found.indices)
             dtype = self._first._codebook.embed.dtype
-            return torch.stack([output.to(dtype) for output in found.outputs])
+            return torch.stack([output.to(dtype) for output in found.outputs])  # each is the code itself
         tables = dict.fromkeys(layer._codebook for layer in self._each())
         for table in tables:
             table.recalls = True

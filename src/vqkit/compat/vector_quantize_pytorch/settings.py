@@ -6,8 +6,9 @@ projections, what an optimizer knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,51 @@ from torch import Tensor, nn
 from vqkit.compat.vector_quantize_pytorch.arguments import check_setting
 
 
-class Settable(nn.Module):
+class Overridable(nn.Module):
+    """A module some of whose methods its own calls do not go through: a subclass that overrides one of these is refused."""
+
+    uncalled: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Such a method, and the methods that the peer calls it in: a subclass that writes all of these itself may override it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[1:]:
+            for name, callers in vars(base).get("uncalled", {}).items():
+                if getattr(cls, name) is not getattr(base, name) and not (callers and all(_is_anew(cls, base, own) for own in callers)):
+                    raise TypeError(f"class {cls.__name__} overrides {_without_effect(base, name, callers)}")
+
+
+def _is_anew(cls: type, base: type, name: str) -> bool:
+    """Whether `cls` has a method of its own that is not that of `base` with something around it."""
+    own = getattr(cls, name)
+    code = getattr(inspect.unwrap(own), "__code__", None)
+    return own is not getattr(base, name) and (code is None or "__class__" not in code.co_freevars)  # which super() needs
+
+
+def _without_effect(base: type, name: str, callers: Sequence[str]) -> str:
+    instead = f"write {' and '.join(callers)} anew" if callers else "make the step around the call"
+    return f"{base.__name__}.{name}, which no call of it goes through here: leave it, and {instead}, or take the quantizers of vqkit"
+
+
+class Kept:
+    """A method that cannot be set on an instance, as calls do not go through it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self.function if instance is None else self.function.__get__(instance, owner)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        raise TypeError(f"{self.function.__name__} is set on {_without_effect(type(instance), self.function.__name__, ())}")
+
+
+def overrides(module: nn.Module, kind: type[nn.Module], name: str) -> bool:
+    """Whether `module` has another method of this name than `kind`."""
+    return name in module.__dict__ or getattr(type(module), name) is not getattr(kind, name)
+
+
+class Settable(Overridable):
     """A module whose native part, `native`, is what `_build` makes of its attributes."""
 
     made_of: frozenset[str] = frozenset()
@@ -34,6 +79,8 @@ class Settable(nn.Module):
         """Raises for what `name` cannot be set to."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.uncalled:
+            raise TypeError(f"{name} is set on {_without_effect(type(self), name, self.uncalled[name])}")
         settable, fixed = name in self.made_of, name in self.fixed
         if not (settable or fixed) or "native" not in self.__dict__:
             super().__setattr__(name, value)

@@ -56,8 +56,8 @@ from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors_distri
 from vqkit.compat.vector_quantize_pytorch.functions import straight_through as straight_through
 from vqkit.compat.vector_quantize_pytorch.functions import uniform_init as uniform_init
 from vqkit.compat.vector_quantize_pytorch.own_optimizer import OwnsOptimizer
-from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, is_watched, keep_synchronized
+from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide, project_out
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, is_watched, keep_synchronized, overrides
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
@@ -126,6 +126,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
 
     made_of = frozenset((*_READ_IN_CALLS, "project_in", "project_out", "_codebook"))
     fixed = frozenset(("heads", "separate_codebook_per_head", "has_projections"))
+    uncalled = {"maybe_split_heads_from_input": ("forward",)}  # noqa: RUF012
 
     def __init__(
         self,
@@ -308,7 +309,13 @@ class VectorQuantize(OwnsOptimizer, Settable):
 
     def get_output_from_indices(self, indices: Tensor | Any) -> Tensor:
         """indices as a call gives them -> vectors as a call gives them; index -1 gives zeros."""
-        return _decode(self.native.decode, indices, self.zero.device)
+        own = overrides(self, VectorQuantize, "get_codes_from_indices")
+        return _decode(self._output_of_codes if own else self.native.decode, indices, self.zero.device)
+
+    def _output_of_codes(self, indices: Tensor) -> Tensor:
+        codes, first = self.get_codes_from_indices(indices), self.native.layout == "first"
+        output = project_out(self.project_out, codes.movedim(1, -1) if first else codes, indices)
+        return output.movedim(-1, 1) if first else output
 
     # Learning by hand
 
