@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from facade.peer import FACADE, PEER, facade_module, peer, peer_modules
+from facade.peer import FACADE, PEER, facade, facade_module, peer, peer_modules
 
 NOT_YET: tuple[str, ...] = ()
 """Modules that are still to come."""
@@ -124,6 +124,32 @@ def test_attributes_are_the_peers(name: str) -> None:
             assert isinstance(mine, torch.Tensor) and mine.shape == value.shape and mine.dtype == value.dtype, f"{name}.{attribute}"
         elif isinstance(value, nn.ModuleList):
             assert len(mine) == len(value), f"{name}.{attribute}"
+
+
+MADE = {
+    **{name: (name, arguments) for name, arguments in SMALL.items()},
+    **{
+        f"{name}, k-means": (name, {**SMALL[name], "kmeans_init": True, "codebook_dim": 4})
+        for name in ("VectorQuantize", "ResidualVQ", "GroupedResidualVQ")
+    },
+    "VectorQuantize, k-means, cosine": ("VectorQuantize", {**SMALL["VectorQuantize"], "kmeans_init": True, "use_cosine_sim": True}),
+    "HierarchicalVQ, of several": ("HierarchicalVQ", {**SMALL["HierarchicalVQ"], "shared_codebook": False, "share_quant_resi": 2}),
+    "HierarchicalVQ, uniform": ("HierarchicalVQ", {**SMALL["HierarchicalVQ"], "kmeans_init": False, "quant_resi": 0.0}),
+}
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_what_is_made_next_is_drawn_as_there(case: str) -> None:
+    name, arguments = MADE[case]
+    made, drawn = [], []
+    for package in (peer, facade):
+        torch.manual_seed(0)
+        made.append(getattr(package, name)(**arguments).state_dict())
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+    if name == "HierarchicalVQ":
+        for key, value in made[0].items():
+            assert torch.equal(value, made[1][key]) or key.endswith(("cluster_size", "embed_avg")), key
 
 
 @pytest.mark.parametrize("module", THERE)

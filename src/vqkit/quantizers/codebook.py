@@ -159,18 +159,21 @@ class Codebook(Counting):
         "uniform": within sqrt(6 / (codes * width)); "normal": standard deviation 1 / sqrt(heads * codes); "unit": 1 / sqrt(width), so
         that codes have about length 1.
         """
-        codes = self.pending.sum.new_empty(self.heads, self.size, self.dim)
-        if self.init == "normal":
-            codes.normal_(std=(self.heads * self.size) ** -0.5)
-        elif self.init == "unit":
-            codes.normal_(std=self.dim**-0.5)
-        else:
-            bound = math.sqrt(6 / (self.size * self.dim))
-            codes.uniform_(-bound, bound)
+        codes = self._draw()
         self.updates.zero_()
         self._set_(codes, codes.new_full((self.heads, self.size), self._start_count), started=False)
         self.forget_pending_()
         self.initialized = not isinstance(self.init, KMeans)
+
+    def _draw(self) -> Tensor:
+        """[H, C, K], where codes start."""
+        codes = self.pending.sum.new_empty(self.heads, self.size, self.dim)
+        if self.init == "normal":
+            return codes.normal_(std=(self.heads * self.size) ** -0.5)
+        if self.init == "unit":
+            return codes.normal_(std=self.dim**-0.5)
+        bound = math.sqrt(6 / (self.size * self.dim))
+        return codes.uniform_(-bound, bound)
 
     @property
     def _start_count(self) -> float:

@@ -195,9 +195,10 @@ class Codebook(Overridable, _Codebook):
         if "initted" not in self._buffers:
             self._rename()
         super().reset_parameters()
-        if self._waits:
-            for tensor in (self.weight, self.sum):
-                tensor.data.zero_()
+
+    def _draw(self) -> Tensor:
+        """Nothing is drawn that a k-means start would replace."""
+        return super()._draw() if self.init == "uniform" else self.pending.sum.new_zeros(self.heads, self.size, self.dim)
 
     def _rename(self) -> None:
         """Parameters, buffers and parts under the peer's names and in its order, and beside them what is no part of the state."""
