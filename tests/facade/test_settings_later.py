@@ -656,6 +656,19 @@ def test_a_layer_that_is_frozen_alone_stays() -> None:
     assert moved == {"1", "2", "3"}
 
 
+def test_a_codebook_is_shared_from_the_beginning() -> None:
+    there, here = peer.ResidualVQ(**RESIDUAL), facade.ResidualVQ(**RESIDUAL)
+    for rvq in (there, here):
+        for layer in rvq.layers:
+            layer._codebook = rvq.layers[0]._codebook
+    x = vectors()
+    first = copy.deepcopy(there).eval()(x)[1]
+    assert not torch.equal(there(x)[1][..., 1:], first[..., 1:])  # layers behind the first one see its step
+    with pytest.raises(ValueError, match=r"layers: 4 of them have 1 codebooks .*make another one with shared_codebook=True"):
+        here(x)
+    facade.ResidualVQ(**RESIDUAL, shared_codebook=True)(x)
+
+
 def test_each_layer_draws_at_its_own_temperature() -> None:
     x = vectors()
     rvq = facade.ResidualVQ(**RESIDUAL, stochastic_sample_codes=True)

@@ -981,3 +981,15 @@ def test_a_quantizer_without_projections_takes_none() -> None:
     with pytest.raises(ValueError, match=r"^project_in = Linear\(\.\.\.\): must stay an Identity"):
         made.project_in = nn.Linear(DIM, DIM)
     assert made.project_in is before and not list(made.parameters())
+
+
+@pytest.mark.parametrize("kind", ["VectorQuantize", "ResidualVQ"])
+def test_autocast_leaves_the_dtype_of_the_output(kind: str) -> None:
+    sizes = {"dim": 8, "codebook_size": 16, "codebook_dim": 4} | ({"num_quantizers": 2} if kind == "ResidualVQ" else {})
+    found = []
+    for library in (peer, facade):
+        module = getattr(library, kind)(**sizes)
+        with torch.autocast("cpu", torch.bfloat16):
+            output, indices = module(torch.randn(2, 5, 8))[:2]
+            found.append((output.dtype, module.get_output_from_indices(indices).dtype))
+    assert found == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
