@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from facade.peer import facade, peer
+from facade.test_contract import SMALL
 
 Library = Any
 See = Callable[..., None]
@@ -668,3 +669,36 @@ def test_cosine_codes_that_are_written_count_by_their_direction() -> None:
     quantized, indices, _ = made(draw(2, 5, 8))
     torch.testing.assert_close(quantized.norm(dim=-1), torch.ones(2, 5))
     assert torch.equal(indices, F.cosine_similarity(draw(2, 5, 1, 8), made.codebook, dim=-1).argmax(-1))
+
+
+WRITTEN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{kind: (kind, SMALL[kind], {}) for kind in ("VectorQuantize", "ResidualVQ", "GroupedResidualVQ", "SimVQ", "ResidualSimVQ", "LFQ")},
+    "straight-through": ("VectorQuantize", {**SMALL["VectorQuantize"], "rotation_trick": False}, {}),
+    "heads": ("VectorQuantize", {**SMALL["VectorQuantize"], "heads": 2, "separate_codebook_per_head": True}, {}),
+    "learnable": ("VectorQuantize", {**SMALL["VectorQuantize"], "learnable_codebook": True, "ema_update": False}, {}),
+    "drawn": ("VectorQuantize", {**SMALL["VectorQuantize"], "stochastic_sample_codes": True, "straight_through": True}, {}),
+    "cross-entropy": ("VectorQuantize", {**SMALL["VectorQuantize"], "commitment_use_cross_entropy_loss": True}, {}),
+    "several": ("VectorQuantize", SMALL["VectorQuantize"], {"topk": 2}),
+    "own codes": (
+        "VectorQuantize",
+        SMALL["VectorQuantize"],
+        {"codebook_transform_fn": lambda codes: codes[:, None, None].expand(1, 2, 12, -1, -1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_indices_may_be_written_into_before_the_backward(case: str) -> None:
+    """As those do that make room for a token of their own; gradients are those without it."""
+    kind, arguments, calls = WRITTEN[case]
+    found = []
+    for written in (False, True):
+        torch.manual_seed(0)
+        module = getattr(facade, kind)(**arguments)
+        x = torch.randn(2, 12, 8, requires_grad=True)
+        quantized, indices, loss = module(x, **calls)[:3]
+        if written:
+            indices += 1
+        (quantized.sin().sum() + loss.sum()).backward()
+        found.append(x.grad)
+    assert torch.equal(*found)

@@ -310,7 +310,7 @@ class VectorQuantize(Quantizer):
         losses = self._losses(vectors, codes, chosen, labels, reduction, scores=scores)
         if reduction == "none":
             losses = self._join_losses(losses, positions, several)
-        found = self._join_indices(chosen.indices, positions, several)
+        found = self._give_indices(chosen.indices, positions, several, vectors, codes)
         output = self._write(given, self._estimate(vectors, chosen), found, several, project, chosen.complete)
         if not counted:
             statistics = None
@@ -359,7 +359,7 @@ class VectorQuantize(Quantizer):
         scores = None if scores is None else own.restore(scores, shape)
         losses = self._losses(vectors, table, chosen, labels, reduction, scores=scores)
         statistics = self._own_statistics(given, table, chosen) if counted else None
-        indices = self._join_indices(chosen.indices, positions, several)
+        indices = self._give_indices(chosen.indices, positions, several, vectors, codes)
         output = self._write(given, self._estimate(vectors, chosen), indices, several, project, chosen.complete)
         return Quantized(output, indices, self._join_losses(losses, positions, several), statistics)
 
@@ -419,7 +419,7 @@ class VectorQuantize(Quantizer):
         chosen = _Chosen(indices, found.quantized)
         losses = self._losses(vectors, codes, chosen, targets, commitment=found.error, scores=scores)
         statistics = self._statistics(given, codes, indices, own, found) if counted else None
-        joined = self._join_indices(indices, given.rows.shape[:-1], ())
+        joined = self._give_indices(indices, given.rows.shape[:-1], (), vectors, codes)
         output = self._estimate(vectors, chosen) if moved else found.quantized
         return Quantized(self._write(given, output, joined, (), project), joined, losses, statistics)
 
@@ -684,6 +684,11 @@ class VectorQuantize(Quantizer):
     def _join_indices(self, indices: Tensor, positions: torch.Size, several: tuple[int, ...]) -> Tensor:
         """[H, M] -> [P..., heads?], or [P..., k]."""
         return self._from_heads(indices).reshape(*positions, *several, *self.code_shape)
+
+    def _give_indices(self, indices: Tensor, positions: torch.Size, several: tuple[int, ...], *read: Tensor) -> Tensor:
+        """As `_join_indices`; where a backward of what was read needs `indices`, whoever gets them may still write into them."""
+        joined = self._join_indices(indices, positions, several)
+        return joined.clone() if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read) else joined
 
     # Choosing codes
 
