@@ -1046,3 +1046,8 @@ def test_outputs_of_indices_are_those_of_the_codes_that_a_subclass_gives(kind: s
     if kind.startswith("Residual"):
         asked = {"return_all_codes": True}
         torch.testing.assert_close(module(x.mT, **asked)[-1], -usual(x.mT, **asked)[-1])
+
+
+@pytest.mark.parametrize("name", ["decay", "eps", "threshold_ema_dead_code"])
+def test_a_tensor_without_axes_is_a_number(name: str) -> None:
+    both("VectorQuantize", lambda module: setattr(module._codebook, name, torch.tensor(0.5)), SMALL["VectorQuantize"])

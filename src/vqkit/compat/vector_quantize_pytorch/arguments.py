@@ -263,10 +263,10 @@ def _of_constructor(cls: type) -> _Parameters:
     return _Parameters(cls.__init__)
 
 
-def check_as_argument(cls: type, name: str, value: Any) -> None:
-    """Check what an attribute is set to as the constructor of `cls` does its argument of that name, if there is one."""
-    if name in _of_constructor(cls).names:
-        _of_constructor(cls).check((), {name: value})
+def check_as_argument(cls: type, name: str, value: Any) -> Any:
+    """What an attribute is set to, as the constructor of `cls` takes its argument of that name, if there is one, and checks it."""
+    made = _of_constructor(cls)
+    return made.check((), {name: value})[1][name] if name in made.names else value
 
 
 # Errors that pass by

@@ -64,8 +64,7 @@ class _Setting:
         return codebook._settings[self.name]
 
     def __set__(self, codebook: Codebook, value: Any) -> None:
-        check_as_argument(Codebook, self.name, value)
-        codebook._take({**codebook._settings, self.name: value})
+        codebook._take({**codebook._settings, self.name: check_as_argument(Codebook, self.name, value)})
 
 
 class _Fixed(_Setting):
