@@ -611,6 +611,25 @@ def test_a_projection_is_what_it_has_become(case: str) -> None:
     both("VectorQuantize", lambda module: PROJECTIONS[case](module.project_in), arguments)
 
 
+@pytest.mark.parametrize("kind", ["VectorQuantize", "ResidualVQ"])
+def test_a_projection_learns_wherever_a_part_of_it_does(kind: str) -> None:
+    """Also where its first parameter is frozen and the input has no gradient; the library forgets the latter."""
+    quantizer = getattr(facade, kind)(
+        dim=WIDTH, codebook_size=16, codebook_dim=4, **({"num_quantizers": 2} if kind == "ResidualVQ" else {})
+    )
+    quantizer.project_in = nn.Sequential(nn.Linear(WIDTH, 4).requires_grad_(False), nn.Linear(4, 4))
+    quantizer(torch.randn(2, 5, WIDTH))[0].sum().backward()
+    assert quantizer.project_in[1].weight.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["VectorQuantize", "ResidualVQ"])
+def test_a_projection_may_have_nothing_to_learn(kind: str) -> None:
+    def pool(module: Any) -> None:
+        module.project_in = nn.AvgPool1d(WIDTH // 4)
+
+    both(kind, pool, {**(RESIDUAL if kind == "ResidualVQ" else {}), "dim": WIDTH, "codebook_size": 16, "codebook_dim": 4})
+
+
 @pytest.mark.parametrize("case", PREPARED)
 def test_layers_are_those_of_now(case: str) -> None:
     prepare, given = PREPARED[case]

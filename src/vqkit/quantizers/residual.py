@@ -708,7 +708,7 @@ def _or_all(finite: Tensor | None, vectors: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x) if isinstance(layer, nn.Identity) else layer(x.to(next(layer.parameters()).dtype))
+    return layer(x.to(next((parameter.dtype for parameter in layer.parameters()), x.dtype)))
 
 
 # Combinators, also grouped ones

@@ -587,7 +587,9 @@ class VectorQuantize(Quantizer):
         projected, kept = _keep(rows, mask, finite_rows if project_in is not None else self._has_scores)
         if project_in is not None:
             has_meaning = finite_rows if norm is not None else self._has_scores
-            rows_in = as_dtype(projected, _dtype_of(project_in)).contiguous()  # of strided rows a product takes several times as long
+            rows_in = as_dtype(
+                projected, _dtype_of(project_in, projected)
+            ).contiguous()  # of strided rows a product takes several times as long
             projected, kept = _keep(project_in(rows_in), kept, has_meaning)
         if norm is not None:
             projected, kept = _keep(norm(projected), kept, self._has_scores)
@@ -634,7 +636,7 @@ class VectorQuantize(Quantizer):
         """Codes, 0 where no head of a position has one, in the width of the input."""
         if self.project_out is None:
             return codes
-        output = self.project_out(as_dtype(codes, _dtype_of(self.project_out)))
+        output = self.project_out(as_dtype(codes, _dtype_of(self.project_out, codes)))
         if complete or are_chosen(indices):
             return output
         valid = indices >= 0 if indices.dim() == codes.dim() - 1 else (indices >= 0).any(-1)
@@ -896,11 +898,11 @@ def _keep(x: Tensor, kept: Tensor | None, has_meaning: Callable[[Tensor], Tensor
     return (x, None) if kept is None else (where_kept(kept, x), kept)
 
 
-def _dtype_of(layer: nn.Module) -> torch.dtype:
-    """That of its parameters."""
+def _dtype_of(layer: nn.Module, x: Tensor) -> torch.dtype:
+    """That of its parameters; of x where it has none."""
     first = next(iter(layer)) if isinstance(layer, nn.Sequential) and len(layer) else layer
     weight = getattr(first, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) else next(layer.parameters()).dtype
+    return weight.dtype if isinstance(weight, Tensor) else next((parameter.dtype for parameter in layer.parameters()), x.dtype)
 
 
 def _each(values: Tensor, num: int) -> Tensor:

@@ -23,7 +23,7 @@ from vqkit.compat.vector_quantize_pytorch.functions import exists as exists
 from vqkit.compat.vector_quantize_pytorch.functions import is_distributed as is_distributed
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.layers import Part, check_layers, part_of, set_parts, weigh
-from vqkit.compat.vector_quantize_pytorch.rows import hide, project_out
+from vqkit.compat.vector_quantize_pytorch.rows import hide, learns, project_out
 from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, keep_synchronized, overrides
 from vqkit.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 from vqkit.dist import default_reducer
@@ -466,8 +466,8 @@ class ResidualVQ(Settable):
 
     def _set_layers(self, x: Tensor, layers: list[VectorQuantize], beam_size: int) -> None:
         """Their modes, their estimators where a gradient has any place to go, and their losses: in eval mode the errors of a beam alone."""
-        learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
-        set_parts(self.native, layers, self._parts, learns)
+        reaches = x.requires_grad or learns(self.project_in)
+        set_parts(self.native, layers, self._parts, reaches)
         if beam_size > 1 and not self.native.training:
             for part in self._parts:
                 part.losses = _ERRORS

@@ -81,6 +81,11 @@ def linear(dim_in: int, dim_out: int, projects: bool, bias: bool = True) -> nn.M
     return nn.Linear(dim_in, dim_out, bias=bias) if projects else nn.Identity()
 
 
+def learns(layer: nn.Module) -> bool:
+    """Whether a gradient has any place to go in it."""
+    return not isinstance(layer, nn.Identity) and any(parameter.requires_grad for parameter in layer.parameters())
+
+
 def keep_codebooks(keep: bool | None, num_codebooks: int) -> bool:
     """Whether indices have an axis for the codebooks. Raises ValueError where several shall have none."""
     keep = num_codebooks > 1 if keep is None else bool(keep)

@@ -56,7 +56,7 @@ from vqkit.compat.vector_quantize_pytorch.functions import sample_vectors_distri
 from vqkit.compat.vector_quantize_pytorch.functions import straight_through as straight_through
 from vqkit.compat.vector_quantize_pytorch.functions import uniform_init as uniform_init
 from vqkit.compat.vector_quantize_pytorch.own_optimizer import OwnsOptimizer
-from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide, project_out
+from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide, learns, project_out
 from vqkit.compat.vector_quantize_pytorch.settings import Settable, is_watched, keep_synchronized, overrides
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
@@ -485,8 +485,8 @@ class VectorQuantize(OwnsOptimizer, Settable):
         """That of the output, where it has any place to go; in eval mode none passes."""
         if not self.training:
             return "none"
-        learns = x.requires_grad or (self.has_projections and next(self.project_in.parameters()).requires_grad)
-        return self.estimator if learns else "none"
+        reaches = x.requires_grad or learns(self.project_in)
+        return self.estimator if reaches else "none"
 
     def _name_losses(self, found: Quantized, in_place: Tensor | None, several: bool) -> LossBreakdown:
         zero, named = torch.zeros_like(self.zero), found.losses
