@@ -182,6 +182,8 @@ def main() -> None:
     path = RESULTS / "facade.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for kind in options.classes:
+        if not options.cases:  # rows of arrays that have become others
+            rows = [row for row in rows if row["class"] != kind or row["size"] not in options.sizes]
         for case in cases(kind, tuple(options.sizes)):
             if options.cases and case.name not in options.cases:
                 continue
