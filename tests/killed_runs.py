@@ -88,16 +88,14 @@ def errors_of(run_dir: Path) -> Path:
 def end(processes: list[BaseProcess]) -> list[int | None]:
     """Wait until all have ended; exit codes, `HUNG` for those that had to be ended.
 
-    Once one failed, the others are asked to end, and killed after `GRACE`; all are after `LONGEST`. What they were doing is in the file
-    of their errors then.
+    Once one was killed, the others are asked to end; once one failed, only if they have not ended by themselves within `GRACE`: what ends
+    all may end them one after another. `GRACE` after they were asked they are killed; all are after `LONGEST`. What they were doing is in
+    the file of their errors then.
     """
-    limit = time.monotonic() + LONGEST
-    while any(process.exitcode is None for process in processes) and not any(process.exitcode for process in processes):
-        left = limit - time.monotonic()
-        if left <= 0:
-            break
-        wait([process.sentinel for process in processes if process.exitcode is None], left)
-    if any(process.exitcode for process in processes):
+    _wait(processes, LONGEST, until=lambda: _failed(processes))
+    _wait(processes, GRACE, until=lambda: any((process.exitcode or 0) < 0 for process in processes) or not _failed(processes))
+    limit = time.monotonic()
+    if _failed(processes):
         limit = time.monotonic() + GRACE
         for process in processes:
             if process.exitcode is None:
@@ -113,6 +111,17 @@ def end(processes: list[BaseProcess]) -> list[int | None]:
             process.join()
         codes.append(HUNG if hangs else process.exitcode)
     return codes
+
+
+def _failed(processes: list[BaseProcess]) -> bool:
+    return any(process.exitcode for process in processes)
+
+
+def _wait(processes: list[BaseProcess], seconds: float, until: Callable[[], bool]) -> None:
+    """Until all have ended, `until` holds or the time is over."""
+    limit = time.monotonic() + seconds
+    while any(process.exitcode is None for process in processes) and not until() and (left := limit - time.monotonic()) > 0:
+        wait([process.sentinel for process in processes if process.exitcode is None], left)
 
 
 @dataclass

@@ -1,15 +1,18 @@
 """One run on several processes: DDP, FSDP2 and one process end alike; killed, it resumes bit for bit; on another number of them, alike."""
 
+import multiprocessing
 import random
 import re
 import signal
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
-from killed_runs import Launcher, errors_of, kill_at_random
+from killed_runs import Launcher, end, errors_of, kill_at_random
 from tiny_runs import differing, tiny_config, with_codebook, write_texts
 from vqkit.models.weights import is_whole
 from vqkit.train.loop import train
@@ -86,6 +89,19 @@ def test_killed_processes_resume_bit_for_bit(launch, texts, tmp_path, parallel):
         assert differing(run_dir, tmp_path / "undisturbed") != []
         assert launch(config, run_dir) == [0, 0]
         assert differing(run_dir, tmp_path / "undisturbed") == []
+
+
+def fail_after(seconds):
+    time.sleep(seconds)
+    sys.exit(1)
+
+
+def test_ranks_that_fail_one_after_another_are_not_struck_down():
+    """By the launcher of these tests, which asks the others to end where one is killed."""
+    processes = [multiprocessing.get_context("forkserver").Process(target=fail_after, args=(seconds,)) for seconds in (0.5, 0.0)]
+    for process in processes:
+        process.start()
+    assert end(processes) == [1, 1]
 
 
 def test_processes_of_which_one_is_asked_to_stop_stop_together_and_resume(launch, texts, tmp_path):
