@@ -81,6 +81,24 @@ def test_own_codes_are_read_in_any_order(order, late, metric, estimator, monkeyp
     assert torch.equal(softened, taken)
 
 
+@pytest.mark.parametrize("num", [1, 2, 3, 5, 8])
+def test_the_nearest_of_own_codes_are_sorted(num):
+    """Among equal ones the first; none twice, even where no other is near enough for its distance to be a number."""
+    x, codes = torch.randn(20, 4), torch.randn(20, 8, 4)
+    codes[:5, 3:6] = codes[:5, 3:4]
+    codes[5:9, 1:] = 3e38
+    x[9] = torch.inf
+    own = OwnCodes(codes, "euclidean")
+    distance = (x.unsqueeze(1) - codes).norm(dim=-1)
+    expected = distance.sort(dim=-1, stable=True)
+    expected = expected.indices.where(expected.values.isfinite(), -1)[:, :num]
+    for scores_at_hand in (None, own.scores(x)):
+        found, known = own.nearest(x, num, scores_at_hand)
+        assert torch.equal(found, expected) and not known
+    found, known = OwnCodes(codes[10:], "euclidean").nearest(x[10:], num)
+    assert torch.equal(found, expected[10:]) and known
+
+
 def test_own_codes_in_another_order_are_not_copied():
     codes = torch.randn(1, 2, 3, 5, 7, 4)
     own = OwnCodes(codes.transpose(2, 3), "euclidean")

@@ -25,6 +25,7 @@ from vqkit.quantizers import (
     ResidualVQ,
     Softmax,
     VectorQuantize,
+    implicit,
 )
 from vqkit.quantizers.implicit import ConditionalCodes, nearest_implicit
 
@@ -76,7 +77,7 @@ def test_the_nearest_of_all_transformed_codes(network):
 def test_chunks_are_the_whole(network, monkeypatch):
     x, partial, codebook = vectors(40), vectors(40), vectors(CODES)
     whole = nearest_implicit(network, x, partial, codebook, 2)
-    monkeypatch.setattr("vqkit.quantizers.implicit._ELEMENTS", 3 * CODES * 9)
+    monkeypatch.setitem(implicit._ELEMENTS, "cpu", 3 * CODES * 9)
     torch.testing.assert_close(nearest_implicit(network, x, partial, codebook, 2), whole)
 
 
@@ -284,7 +285,8 @@ def gradients(layer, x, value):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_losses_are_those_of_all_codes_at_once(layer, name, chunked, monkeypatch):
     if chunked:
-        monkeypatch.setattr("vqkit.quantizers.implicit._ELEMENTS", 5 * CODES * 9)
+        monkeypatch.setattr(implicit, "_KEPT", 0)
+        monkeypatch.setitem(implicit._ELEMENTS, "cpu", 5 * CODES * 9)
     layer.losses = (CrossEntropyCommitment(), Diversity(temperature=0.5), Orthogonality())
     x, partial = vectors().requires_grad_(), vectors()
     targets = torch.randint(CODES, (4, 6))
@@ -325,7 +327,7 @@ def test_orthogonality_may_look_at_some_codes(layer):
 @pytest.mark.parametrize("few", [False, True])
 def test_tables_of_many_are_made_again_and_not_kept(layer, few, monkeypatch):
     if not few:
-        monkeypatch.setattr("vqkit.quantizers.implicit._KEPT", 300 * CODES * DIM)
+        monkeypatch.setattr(implicit, "_KEPT", 300 * CODES * DIM)
     x = vectors(50, 6)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):

@@ -80,6 +80,21 @@ def mean_softmax(scores: Tensor, counted: Tensor, temperature: float) -> Tensor:
         return (share.unsqueeze(-2) @ (scores / temperature).softmax(-1)).squeeze(-2)
 
 
+def _highest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The `num` highest of scores [L, C], highest first, the first among equals: values and indices [L, num]."""
+    if num == 1:
+        return scores.max(-1, keepdim=True)
+    if num * num > 2 * scores.shape[-1]:  # or one after the other takes longer
+        values, indices = scores.sort(dim=-1, descending=True, stable=True)
+        return values[:, :num], indices[:, :num]
+    left, found = scores.clone(), []
+    for _ in range(num):
+        found.append(left.max(-1, keepdim=True))
+        left.scatter_(-1, found[-1].indices, -torch.inf)
+    values, indices = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return values, indices
+
+
 class OwnCodes:
     """A codebook for every vector: codes [*positions, C, K], taken in the order in which they lie in memory.
 
@@ -127,21 +142,16 @@ class OwnCodes:
         And whether it is known that none of them is -1.
         """
         x, codes = x.detach().unsqueeze(1), self.codes.detach()
-        if self.metric == "cosine" or (num > 1 and codes.numel() > _FEW_DIFFERENCES):
-            metric = "cosine" if self.metric == "cosine" else "euclidean"
+        if self.metric == "cosine":
             if num == 1:
-                return nearest_index(x, codes, metric=metric), False
-            return nearest_codes(x, codes, num, metric=metric).indices.squeeze(1), False
+                return nearest_index(x, codes, metric="cosine"), False
+            return nearest_codes(x, codes, num, metric="cosine").indices.squeeze(1), False
         if scores is None or self.metric != "euclidean":
             scores = _scores(x, codes, "euclidean").squeeze(1)
-        scores = scores.detach()
-        if num == 1:
-            indices = scores.argmax(-1, keepdim=True)  # the first of equal ones
-        else:
-            indices = scores.sort(dim=-1, descending=True, stable=True).indices[:, :num]
-        if known_finite(scores):
+        values, indices = _highest(scores.detach(), num)
+        if known_finite(values):
             return indices, True
-        return indices.where(scores.gather(-1, indices).isfinite(), -1), False
+        return indices.where(values.isfinite(), -1), False
 
     def take(self, indices: Tensor, *, all_known: bool = False) -> Tensor:
         """The codes [L, n, K] of indices [L, n], for cosines of length 1; 0 for index -1 (`all_known`: there is none)."""

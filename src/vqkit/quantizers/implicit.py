@@ -53,7 +53,8 @@ from vqkit.quantizers.config import (
 )
 from vqkit.quantizers.layout import check_indices, is_all, position_mask, where_kept, width_last
 
-_ELEMENTS = 2**22
+_ELEMENTS = {"cpu": 2**19}  # what a cache holds while the network reads it again and again
+_ELEMENTS_ELSEWHERE = 2**22
 """About how many numbers one table of codes may hold."""
 _KEPT = 2**21
 """So many of them are kept for a backward, where a softmax over all codes is asked for."""
@@ -409,7 +410,7 @@ class _Codes:
         self.base = base.detach() if constant else base
         self.given = given
         self._step = _chunk(network, base)
-        self._keeps = len(given.vectors) <= min(self._step, kept // _entries_of(network, base))
+        self._keeps = len(given.vectors) <= kept // _entries_of(network, base)
 
     def _make(self, base: Tensor, partial: Tensor) -> Tensor:
         codes = self.network(base, partial)
@@ -504,7 +505,8 @@ def _entries_of(network: Any, codebook: Tensor) -> int:
 
 
 def _chunk(network: Any, codebook: Tensor) -> int:
-    return max(1, _ELEMENTS // _entries_of(network, codebook))
+    elements = _ELEMENTS.get(codebook.device.type, _ELEMENTS_ELSEWHERE)
+    return max(1, elements // _entries_of(network, codebook))
 
 
 class ConditionalCodes(nn.Module):
