@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqkit.ops.assignment import Metric, assignment_cross_entropy, mean_assignment, mean_assignment_cross_entropy
@@ -50,14 +51,15 @@ def mean_commitment_loss(
     _check_reduction(reduction)
     _check_alike(x, quantized)
     dtype = widest(x, quantized)
-    difference = as_dtype(x, dtype) - as_dtype(scale_gradient(quantized, pull), dtype)
-    if mask is not None:
-        mask = _spread("mask", mask, x.shape[:-1])
-        difference = difference.where(mask.unsqueeze(-1), 0.0)
+    x, codes = as_dtype(x, dtype), as_dtype(scale_gradient(quantized, pull), dtype)
+    if mask is None:
+        if reduction == "none":
+            return (x - codes).square().mean(-1)
+        return F.mse_loss(x, codes, reduction="sum") / max(x.numel(), 1)
+    mask = _spread("mask", mask, x.shape[:-1])
+    difference = (x - codes).where(mask.unsqueeze(-1), 0.0)
     if reduction == "none":
         return difference.square().mean(-1)
-    if mask is None:
-        return difference.square().sum() / max(difference.numel(), 1)
     return difference.square().sum() / (mask.sum() * x.shape[-1]).clamp(min=1)
 
 

@@ -72,8 +72,10 @@ def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     return total / (targets >= 0).sum().clamp(min=1)
 
 
-def mean_softmax(scores: Tensor, counted: Tensor, temperature: float) -> Tensor:
-    """As `mean_assignment`: scores [H, N, C], counted [H, N] bool -> [H, C]."""
+def mean_softmax(scores: Tensor, counted: Tensor | None, temperature: float) -> Tensor:
+    """As `mean_assignment`: scores [H, N, C], counted [H, N] bool (None: all) -> [H, C]."""
+    if counted is None:
+        return (scores / temperature).softmax(-1).sum(-2) / max(1, scores.shape[-2])
     counted = counted.to(scores.dtype)
     share = counted / counted.sum(-1, keepdim=True).clamp(min=1.0)
     with full_precision(scores.device.type):

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from vqkit.dist import Reducer
 from vqkit.ops.assignment import draw_by_logits
-from vqkit.ops.codebook import gather_codes
-from vqkit.ops.estimators import directional, rotation_trick, straight_through
-from vqkit.ops.losses import mean_commitment_loss, orthogonality_loss
-from vqkit.ops.precision import finite_rows, known_finite, without_autocast
+from vqkit.ops.codebook import CodebookStatistics, are_chosen, gather_codes
+from vqkit.ops.coding import coded, coded_stats
+from vqkit.ops.estimators import directional, rotation_trick, scale_gradient, straight_through
+from vqkit.ops.losses import mean_commitment_loss, negative_entropy, orthogonality_loss
+from vqkit.ops.precision import as_dtype, finite_rows, is_finite, known_finite, without_autocast
 from vqkit.ops.scores import OwnCodes, cross_entropy, draw, mean_cross_entropy, mean_softmax
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
@@ -59,6 +60,8 @@ _ELEMENTS_ELSEWHERE = 2**22
 _KEPT = 2**21
 """So many of them are kept for a backward, where a softmax over all codes is asked for."""
 
+_SOFT = (CrossEntropyCommitment, Diversity)
+"""Losses that need the scores of all codes."""
 _LOSS_NAMES: dict[type, str] = {
     Commitment: "commitment",
     CrossEntropyCommitment: "cross_entropy_commitment",
@@ -72,10 +75,18 @@ class _Given(NamedTuple):
 
     vectors: Tensor  # [N, D] float32 or wider; 0 where not kept
     partial: Tensor  # [N, D] of that dtype
-    mask: Tensor | None  # [N] bool, those that count
-    kept: Tensor  # [N] bool, those of them that are finite
-    whole: bool  # whether it is known that all are kept
+    mask: Tensor | None  # [N] bool, those that count; None: all
+    kept: Tensor | None  # [N] bool, those of them that are finite; None: it is known that all are
     positions: torch.Size
+
+
+class _Chosen(NamedTuple):
+    """A code for every vector."""
+
+    indices: Tensor  # [N]
+    codes: Tensor  # [N, D]; 0 where there is none
+    plain: Tensor | None = None  # the same without the gradient of a softmax, where `codes` has that
+    known: Tensor | None = None  # [N] bool, those that have a code; None: it is known that all have
 
 
 class ImplicitVQ(Quantizer):
@@ -188,20 +199,17 @@ class ImplicitVQ(Quantizer):
         given = self._read(x, mask, partial)
         own, labels = (self._flat_indices(*named, given.positions) for named in (("indices", indices), ("targets", targets)))
         self.table.start_(given.vectors.unsqueeze(0), given.kept)
-        soft = labels is not None or self._asks_for_softmax(temperature, own)
+        temperature = self._drawn_at(temperature, own)
+        soft = temperature > 0 or labels is not None or any(isinstance(loss, _SOFT) for loss in self.losses)
         codes = self._codes(given, constant=freeze_codebook, step=self.training and not freeze_codebook, soft=soft)
-        found, chosen, softened = self._choose(given, codes, own, temperature)
-        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, given, codes, found, chosen, softened) for loss in self.losses}
+        chosen = self._choose(codes, own, temperature)
+        losses = {_LOSS_NAMES[type(loss)]: self._loss(loss, given, codes, chosen) for loss in self.losses}
         if labels is not None:
-            losses["cross_entropy"] = codes.mean_cross_entropy(labels.where(found >= 0, -1))
+            losses["cross_entropy"] = codes.mean_cross_entropy(_of_kept(labels, chosen.known))
         counted = self.training and not freeze_codebook and self.table.counts
-        statistics = (self._statistics(given, found, chosen, own),) if counted else None
-        output = chosen if softened else pass_gradient(self.estimator, given.vectors, chosen, self.training)
-        if self.sync_update > 0:
-            output = output + self.sync_update * (chosen - chosen.detach())
-        if output is not chosen:
-            output = where_kept(found >= 0, output)
-        return Quantized(output.reshape(x.shape).to(x.dtype), found.reshape(given.positions), losses, statistics)
+        statistics = (self._statistics(given, codes.base, chosen, own),) if counted else None
+        output = as_dtype(self._estimate(given.vectors, chosen).reshape(x.shape), x.dtype)
+        return Quantized(output, chosen.indices.reshape(given.positions), losses, statistics)
 
     def nearest(self, x: Tensor, num: int, *, partial: Tensor | None = None, temperature: float | None = 0.0) -> tuple[Tensor, Tensor]:
         """The nearest codes of x [N, D], given its partial reconstruction [N, D]: indices [N, P] and codes [N, P, D]; P = min(num, C).
@@ -224,8 +232,8 @@ class ImplicitVQ(Quantizer):
         self, x: Tensor, mask: Tensor | None = None, *, partial: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         given = self._read(x, mask, partial)
-        indices, codes = self._codes(given).nearest()
-        return indices.reshape(given.positions), codes.reshape(x.shape)
+        found = self._codes(given).nearest()
+        return found.indices.reshape(given.positions), found.codes.reshape(x.shape)
 
     def decode(self, indices: Tensor, *, partial: Tensor | None = None) -> Tensor:
         """indices [B, ...], `partial` [B, ..., D] -> codes [B, ..., D]; -1 gives zeros."""
@@ -252,19 +260,14 @@ class ImplicitVQ(Quantizer):
         rows = width_last(x, self.dim, "last")
         positions = rows.shape[:-1]
         counted = position_mask(positions, mask, None)
-        wide = rows.to(torch.promote_types(x.dtype, self.table.dtype))
-        partial = torch.zeros_like(wide) if partial is None else partial.to(wide.dtype)
+        wide = as_dtype(rows, torch.promote_types(x.dtype, self.table.dtype))
+        partial = torch.zeros_like(wide) if partial is None else as_dtype(partial, wide.dtype)
         _check_partial(partial, wide)
-        lengths = [torch.linalg.vector_norm(own.detach(), dim=-1, keepdim=True) for own in (wide, partial)]  # whose squares may overflow
-        if counted is None and all(map(known_finite, lengths)):
-            kept, whole = wide.new_ones(positions, dtype=torch.bool), True
-        else:
-            kept = finite_rows(lengths[0]) & finite_rows(lengths[1])
-            kept = kept if counted is None else kept & counted
-            whole = is_all(kept)
-        vectors, partial = (values if whole else values.where(kept.unsqueeze(-1), 0.0) for values in (wide, partial))
+        kept = None if counted is None and is_finite(wide) and is_finite(partial) else _comparable_rows(wide, partial, counted)
+        if kept is not None:
+            wide, partial, kept = where_kept(kept, wide), where_kept(kept, partial), None if is_all(kept) else kept.reshape(-1)
         mask = None if counted is None else counted.reshape(-1)
-        return _Given(vectors.reshape(-1, self.dim), partial.reshape(-1, self.dim), mask, kept.reshape(-1), whole, positions)
+        return _Given(wide.reshape(-1, self.dim), partial.reshape(-1, self.dim), mask, kept, positions)
 
     def _flat_indices(self, name: str, indices: Tensor | None, positions: torch.Size) -> Tensor | None:
         if indices is None:
@@ -278,52 +281,57 @@ class ImplicitVQ(Quantizer):
             return 0.0
         return self.assignment.temperature if temperature is None else temperature
 
-    def _asks_for_softmax(self, temperature: float | None, indices: Tensor | None) -> bool:
-        """Whether the losses or the choice need the scores of all codes."""
-        soft = any(isinstance(loss, CrossEntropyCommitment | Diversity) for loss in self.losses)
-        return soft or self._drawn_at(temperature, indices) > 0
-
-    def _choose(self, given: _Given, codes: _Codes, indices: Tensor | None, temperature: float | None) -> tuple[Tensor, Tensor, bool]:
-        """The index [N] and the code [N, D] of each vector, and whether the gradient of the choice is in the code already."""
-        temperature = self._drawn_at(temperature, indices)
+    def _choose(self, codes: _Codes, indices: Tensor | None, temperature: float) -> _Chosen:
         if temperature > 0 and not isinstance(self.assignment, str):
-            return *codes.draw(self.assignment, temperature), self.assignment.estimator is not None
-        if indices is None:
-            return *codes.nearest(), False
-        indices = indices.where(given.kept, -1)
-        return indices, codes.of(indices), False
+            return codes.draw(self.assignment, temperature)
+        return codes.nearest() if indices is None else codes.of(_of_kept(indices, codes.given.kept))
+
+    def _estimate(self, vectors: Tensor, chosen: _Chosen) -> Tensor:
+        """The codes in value, or near them, with the gradient that `estimator` says, if they do not have it already."""
+        codes = chosen.codes
+        output = codes if chosen.plain is not None else pass_gradient(self.estimator, vectors, codes, self.training)
+        if output is codes:
+            return scale_gradient(codes, 1.0 + self.sync_update)
+        if self.sync_update > 0:
+            output = output + self.sync_update * (codes - codes.detach())
+        return output if chosen.known is None else output.where(chosen.known.unsqueeze(-1), 0.0)
 
     def _codes(self, given: _Given, *, constant: bool = False, step: bool = False, soft: bool = False) -> _Codes:
         """Those that the vectors see; in a `step` of the codebook affine ones go by the moments of these vectors. `soft`: whether scores
         of all of them will be asked for."""
         # Training without a graph is the first pass of a checkpoint, which goes the way of the second.
         constant = constant or not (self.training or torch.is_grad_enabled())
-        base = self.table.codes_for(given.vectors.unsqueeze(0), given.kept.unsqueeze(0)) if step else self.table.codes()
+        kept = None if given.kept is None else given.kept.unsqueeze(0)
+        base = self.table.codes_for(given.vectors.unsqueeze(0), kept) if step else self.table.codes()
         # In eval mode a code is made as `decode` makes it; without a softmax it is less work than a backward through all codes.
-        kept = _KEPT if soft and self.training else 0
-        return _Codes(self.network, base.squeeze(0).to(given.vectors.dtype), given, constant=constant, kept=kept)
+        most = _KEPT if soft and self.training else 0
+        return _Codes(self.network, as_dtype(base.squeeze(0), given.vectors.dtype), given, constant=constant, most=most)
 
-    def _loss(self, loss: Loss, given: _Given, codes: _Codes, indices: Tensor, chosen: Tensor, soft: bool) -> Tensor:
-        known = indices >= 0
+    def _loss(self, loss: Loss, given: _Given, codes: _Codes, chosen: _Chosen) -> Tensor:
         if isinstance(loss, Commitment):
-            own = codes.of(indices) if soft else chosen
-            return mean_commitment_loss(given.vectors, own, known, pull=loss.pull)
+            own = chosen.codes if chosen.plain is None else chosen.plain
+            return mean_commitment_loss(given.vectors, own, chosen.known, pull=loss.pull)
         if isinstance(loss, CrossEntropyCommitment):
-            return codes.mean_cross_entropy(indices)
+            return codes.mean_cross_entropy(chosen.indices)
         if isinstance(loss, Diversity):
-            mean = codes.mean_softmax(known, loss.temperature)
-            return torch.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum()
+            return negative_entropy(codes.mean_softmax(chosen.known, loss.temperature))
         noise = None if self.training else torch.zeros_like(codes.base[:, 0])  # evaluation draws nothing
-        active = _active(indices, self.codebook_size) if loss.active_only else None
+        active = _active(chosen.indices, self.codebook_size) if loss.active_only else None
         return orthogonality_loss(codes.base, active, max_codes=loss.max_codes, noise=noise)
 
-    def _statistics(self, given: _Given, indices: Tensor, chosen: Tensor, own: Tensor | None) -> Any:
-        mask = given.mask
+    @torch.no_grad()
+    def _statistics(self, given: _Given, base: Tensor, chosen: _Chosen, own: Tensor | None) -> CodebookStatistics:
+        """Counted by index; the error is that of the codes of the vectors themselves."""
+        ignored = None if given.mask is None else ~given.mask
         if own is not None:
-            mask = own >= 0 if mask is None else mask & (own >= 0)
-        # What is not kept stands as 0 in the vectors; NaN is what the statistics count as not finite.
-        vectors = given.vectors.detach().where(given.kept.unsqueeze(-1), torch.nan)
-        return self.table.statistics(vectors.unsqueeze(0), indices.unsqueeze(0), mask=mask, quantized=chosen.detach().unsqueeze(0))
+            ignored = own < 0 if ignored is None else ignored | (own < 0)
+        vectors, indices = given.vectors.detach().unsqueeze(0), chosen.indices.unsqueeze(0)
+        found = coded(vectors, base.detach().unsqueeze(0), indices, estimator="none", count=True)
+        error = (vectors.squeeze(0) - chosen.codes).square_()
+        error = error.sum() if chosen.known is None else error.sum(-1).where(chosen.known, 0.0).sum()
+        found = found._replace(squared_error=error.unsqueeze(0))
+        ignored = None if ignored is None else ignored.unsqueeze(0)
+        return coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates)
 
     def _check_temperature(self, temperature: float | None, indices: Tensor | None) -> None:
         if temperature is None:
@@ -359,6 +367,18 @@ def _active(indices: Tensor, codebook_size: int) -> Tensor:
     """[C] bool: the codes that any of indices [N] chose."""
     chosen = torch.zeros(codebook_size + 1, dtype=torch.bool, device=indices.device)
     return chosen.scatter(0, indices.where(indices >= 0, codebook_size), True)[:-1]
+
+
+def _comparable_rows(vectors: Tensor, partial: Tensor, counted: Tensor | None) -> Tensor:
+    """[*positions] bool: which of those `counted` are finite, and so is what they are told; a length takes squares that overflow."""
+    lengths = [torch.linalg.vector_norm(own.detach(), dim=-1, keepdim=True) for own in (vectors, partial)]
+    kept = finite_rows(lengths[0]) & finite_rows(lengths[1])
+    return kept if counted is None else kept & counted
+
+
+def _of_kept(indices: Tensor, kept: Tensor | None) -> Tensor:
+    """indices [N], -1 where they are not kept."""
+    return indices if kept is None else indices.where(kept, -1)
 
 
 def _check_partial(partial: Tensor, like: Tensor) -> None:
@@ -405,12 +425,12 @@ class _Codes:
     chosen codes made once more are less work than a backward through all of them, unless these are very few.
     """
 
-    def __init__(self, network: nn.Module, base: Tensor, given: _Given, *, constant: bool, kept: int) -> None:
+    def __init__(self, network: nn.Module, base: Tensor, given: _Given, *, constant: bool, most: int) -> None:
         self.network, self.constant = network, constant
         self.base = base.detach() if constant else base
         self.given = given
         self._step = _chunk(network, base)
-        self._keeps = len(given.vectors) <= kept // _entries_of(network, base)
+        self._keeps = len(given.vectors) <= most // _entries_of(network, base)
 
     def _make(self, base: Tensor, partial: Tensor) -> Tensor:
         codes = self.network(base, partial)
@@ -427,23 +447,26 @@ class _Codes:
     def _table(self, partial: Tensor) -> OwnCodes:
         return OwnCodes(self._make(self.base, partial.unsqueeze(1)), "euclidean")
 
-    def of(self, indices: Tensor) -> Tensor:
-        """The codes of indices [N] -> [N, D]; 0 where -1."""
+    def of(self, indices: Tensor) -> _Chosen:
+        """Those of indices [N]."""
+        known = None if are_chosen(indices) else indices >= 0
         if self._keeps:
-            return self._whole.take(indices.unsqueeze(1)).squeeze(1)
-        return where_kept(indices >= 0, self._make(gather_codes(self.base, indices), self.given.partial))
+            return _Chosen(indices, self._whole.take(indices.unsqueeze(1), all_known=known is None).squeeze(1), known=known)
+        codes = self._make(gather_codes(self.base, indices, all_known=known is None), self.given.partial)
+        return _Chosen(indices, codes if known is None else codes.where(known.unsqueeze(-1), 0.0), known=known)
 
-    def nearest(self) -> tuple[Tensor, Tensor]:
-        """Indices [N] and codes [N, D] of the nearest."""
+    def nearest(self) -> _Chosen:
+        """The nearest."""
         given = self.given
         if self._keeps:
             indices = self._whole.nearest(given.vectors, 1, _comparable(self._scores.detach()))[0].squeeze(1)
-            indices = indices if given.whole else indices.where(given.kept, -1)
-            return indices, self.of(indices)
+            return self.of(_of_kept(indices, given.kept))
         indices, found = (part.squeeze(1) for part in nearest_implicit(self.network, given.vectors, given.partial, self.base))
-        if not given.whole:
-            indices, found = indices.where(given.kept, -1), found.where(given.kept.unsqueeze(-1), 0.0)
-        return indices, found if self.constant else self.of(indices)
+        indices = _of_kept(indices, given.kept)
+        if not self.constant:
+            return self.of(indices)
+        known = None if are_chosen(indices) else indices >= 0
+        return _Chosen(indices, found if known is None else found.where(known.unsqueeze(-1), 0.0), known=known)
 
     def mean_cross_entropy(self, targets: Tensor) -> Tensor:
         """The mean of -log softmax of targets [N] that are not -1 -> []; 0 where none is."""
@@ -452,36 +475,36 @@ class _Codes:
         parts = self._in_chunks(lambda _, scores, targets: cross_entropy(scores, targets).sum(), targets)
         return torch.stack(parts).sum() / (targets >= 0).sum().clamp(min=1)
 
-    def mean_softmax(self, counted: Tensor, temperature: float) -> Tensor:
-        """The mean over vectors counted [N] -> [C]; 0 where none is."""
+    def mean_softmax(self, counted: Tensor | None, temperature: float) -> Tensor:
+        """The mean over vectors counted [N] (None: all) -> [C]; 0 where none is."""
         if self._keeps:
             return mean_softmax(self._scores, counted, temperature)
 
-        def of_chunk(_: OwnCodes, scores: Tensor, counted: Tensor) -> Tensor:
-            return (scores / temperature).softmax(-1).where(counted.unsqueeze(-1), 0.0).sum(0)
+        def of_chunk(_: OwnCodes, scores: Tensor, *counted: Tensor) -> Tensor:
+            shares = (scores / temperature).softmax(-1)
+            return (shares.where(counted[0].unsqueeze(-1), 0.0) if counted else shares).sum(0)
 
-        return torch.stack(self._in_chunks(of_chunk, counted)).sum(0) / counted.sum().clamp(min=1)
+        parts = self._in_chunks(of_chunk, *(() if counted is None else (counted,)))
+        return torch.stack(parts).sum(0) / (max(1, len(self.given.vectors)) if counted is None else counted.sum().clamp(min=1))
 
-    def draw(self, assignment: Gumbel | Softmax, temperature: float) -> tuple[Tensor, Tensor]:
-        """Indices [N], drawn or the nearest, and their codes [N, D] with the gradient of the softmax if the assignment says so; -1 and 0
-        of vectors that do not count."""
-        given = self.given
-        drawn, estimator = isinstance(assignment, Gumbel), assignment.estimator
-        noise = torch.rand(len(given.kept), 1, dtype=self.base.dtype, device=self.base.device) if drawn else given.partial[:, :1]
+    def draw(self, assignment: Gumbel | Softmax, temperature: float) -> _Chosen:
+        """Drawn ones, or the nearest, with the gradient of the softmax if the assignment says so."""
+        given, estimator = self.given, assignment.estimator
+        drawn = isinstance(assignment, Gumbel)
+        noise = [torch.rand(len(given.vectors), 1, dtype=self.base.dtype, device=self.base.device)] if drawn else []
 
-        def of_chunk(own: OwnCodes, scores: Tensor, kept: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        def of_chunk(own: OwnCodes, scores: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
             seen = scores.detach()
-            indices = draw_by_logits(noise, seen / temperature) if drawn else seen.argmax(-1, keepdim=True)
-            indices = indices if given.whole else indices.where(kept.unsqueeze(-1), -1)
-            taken = own.take(indices)
-            codes = taken if estimator is None else own.soften(taken, scores, indices, temperature, estimator)
-            return indices.squeeze(1), codes.squeeze(1)
+            indices = draw_by_logits(noise[0], seen / temperature) if noise else seen.argmax(-1, keepdim=True)
+            plain = own.take(indices, all_known=True)
+            codes = plain if estimator is None else own.soften(plain, scores, indices, temperature, estimator)
+            return tuple(part.squeeze(1) for part in (indices, codes, plain))
 
-        found = self._in_chunks(of_chunk, given.kept, noise)
-        if len(found) == 1:
-            return found[0]
-        indices, codes = zip(*found, strict=True)
-        return torch.cat(indices), torch.cat(codes)
+        chunks = self._in_chunks(of_chunk, *noise)
+        indices, codes, plain = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
+        if given.kept is not None:
+            indices, codes = _of_kept(indices, given.kept), codes.where(given.kept.unsqueeze(-1), 0.0)
+        return _Chosen(indices, codes, None if estimator is None else plain, known=given.kept)
 
     def _in_chunks(self, function: Callable[..., Any], *rows: Tensor) -> list[Any]:
         """`function` of the codes, the scores, and `rows` of each chunk of vectors."""

@@ -460,7 +460,7 @@ class Residual(Quantizer):
         """Every layer in turn, on what is left by those before it. `known`: that all of it is finite, and counts."""
         layers = self._each()
         conditional = any(isinstance(layer, ImplicitVQ) for layer in layers)
-        residual, partial = vectors, torch.zeros_like(vectors) if conditional else vectors
+        residual, partial = vectors, None
         outputs: list[Tensor] = []
         found: list[Quantized] = []
         walked = layers[:used] if isinstance(used, int) else layers
@@ -487,7 +487,7 @@ class Residual(Quantizer):
             residual = residual - passed
             if conditional:
                 told = passed if self.condition_fraction == self.gradient_fraction else scale_gradient(output, self.condition_fraction)
-                partial = partial + told
+                partial = told if partial is None else partial + told
         told_all = freeze_codebook or not conditional or self.condition_fraction == 1.0
         return _Path(
             outputs,
