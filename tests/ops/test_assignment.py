@@ -356,7 +356,9 @@ def test_no_matrix_of_vectors_by_codes_is_made_or_kept(name, monkeypatch):
     """Of what autograd keeps, and of all that the passes make, which a dispatch mode sees."""
     monkeypatch.setitem(assignment._SCORES_PER_TILE, "cpu", 1 << 10)
     monkeypatch.setattr(assignment, "_FEWEST_ROWS_PER_TILE", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     num, codes, width = 512, 128, 4
+    monkeypatch.setattr(assignment, "_KEPT_SCORES", num * codes - 1)
     x, codebook = torch.randn(1, num, width, requires_grad=True), torch.randn(1, codes, width, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -381,6 +383,39 @@ def test_no_matrix_of_vectors_by_codes_is_made_or_kept(name, monkeypatch):
         with torch.no_grad(), _Sizes() as sizes:
             form(*arguments)
         assert 0 < sizes.largest <= num * (width + 2)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spread", [1e-3, 1.0])
+def test_what_the_softmax_keeps_of_few_scores_changes_no_gradient(metric, spread, tiles, monkeypatch):
+    """Vectors are `spread` away from a code, so that some pairs, or none, are near."""
+    codebook = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    x = codebook.detach()[:, torch.arange(13) % 7] + spread * torch.randn(3, 13, 4, dtype=torch.float64)
+    x.requires_grad_()
+    weight, found, sizes = torch.randn(3, 7, dtype=torch.float64), [], []
+    for limit in (3 * 13 * 7, 3 * 13 * 7 - 1):
+        monkeypatch.setattr(assignment, "_KEPT_SCORES", limit)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            mean = mean_assignment(x, codebook, temperature=0.7, metric=metric)
+        sizes.append(max(kept))
+        for _ in range(2):  # the graph stays
+            found.append((mean, *torch.autograd.grad((mean * weight).sum(), (x, codebook), retain_graph=True)))
+    assert sizes == [3 * 13 * 7, 3 * 13 * 4]
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked_for(monkeypatch):
+    asked, softmax = [], assignment._sum_softmax
+    monkeypatch.setattr(assignment, "_sum_softmax", lambda *given: asked.append(given[-1]) or softmax(*given))
+    x, codebook = draw()
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            mean_assignment(x, codebook)
+    mean_assignment(x.detach(), codebook.detach())
+    assert [kept is None for kept in asked] == [False, True, True]
 
 
 def test_bad_arguments_are_named():

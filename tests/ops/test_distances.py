@@ -30,9 +30,9 @@ def exact(x, codes):
 def test_each_distance_is_that_of_explicit_differences(spread, offset, scale):
     x, codes = (scale * tensor + offset for tensor in clusters(spread))
     found, rows = Distances(x, codes), slice(20, 290)
-    torch.testing.assert_close(found.tile(rows).double(), exact(x, codes)[:, rows], rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found.tile(rows).distances.double(), exact(x, codes)[:, rows], rtol=1e-5, atol=0.0)
     assert found._by_products
-    assert spread > 0 or (found.tile(rows) == 0).any(-1).all()
+    assert spread > 0 or (found.tile(rows).distances == 0).any(-1).all()
 
 
 @pytest.mark.parametrize("limit", [1, 16, 1 << 18])
@@ -42,7 +42,7 @@ def test_many_near_pairs_are_computed_some_at_a_time_or_all_at_once(limit, monke
     codes[:, 1:30] = codes[:, :1] + 1e-3 * torch.randn(2, 29, WIDTH)
     near = codes[:, :1] + 1e-3 * torch.randn(2, 10, WIDTH)
     for x in (torch.cat([near, torch.randn(2, 200, WIDTH)], dim=1), near.repeat(1, 3, 1)):
-        torch.testing.assert_close(Distances(x, codes).tile(slice(None)).double(), exact(x, codes), rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(Distances(x, codes).tile(slice(None)).distances.double(), exact(x, codes), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("scale", [1e-17, 1e18])
@@ -50,16 +50,20 @@ def test_numbers_at_the_end_of_their_range_are_left_to_differences(scale):
     x, codes = (scale * tensor for tensor in clusters(0.1))
     found = Distances(x, codes)
     assert not found._by_products
-    assert found.tile(slice(None)).isfinite().all()
+    assert found.tile(slice(None)).distances.isfinite().all()
 
 
-def test_the_gradient_is_that_of_the_dense_formula():
-    x, codes = (tensor.double().requires_grad_() for tensor in clusters(0.1, 40))
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+def test_the_gradient_is_that_of_the_dense_formula(by_row, spread):
+    x, codes = (tensor.double().requires_grad_() for tensor in clusters(spread, 40))
     weight = torch.randn(2, 40, CODES, dtype=torch.float64)
+    share = torch.rand(2, 40, 1, dtype=torch.float64) if by_row else None
+    given, weight = weight, weight if share is None else weight * share
     expected = torch.autograd.grad(((x.unsqueeze(-2) - codes.unsqueeze(-3)).square().sum(-1).sqrt() * weight).sum(), (x, codes))
     found, of_x, of_codes = Distances(x.detach(), codes.detach()), torch.zeros_like(x), torch.zeros_like(codes)
     for rows in (slice(0, 13), slice(13, 40)):
-        found.add_gradients_(weight[:, rows].clone(), found.tile(rows), rows, of_x, of_codes)
+        found.add_gradients_(given[:, rows].clone(), found.tile(rows), of_x, of_codes, None if share is None else share[:, rows])
     for a, b in zip((of_x, of_codes), expected, strict=True):
         torch.testing.assert_close(a.detach(), b)
 
@@ -67,7 +71,7 @@ def test_the_gradient_is_that_of_the_dense_formula():
 def test_a_vector_on_a_code_has_no_gradient_from_it():
     codes = torch.randn(1, CODES, WIDTH)
     found, of_x, of_codes = Distances(codes.clone(), codes), torch.zeros_like(codes), torch.zeros_like(codes)
-    found.add_gradients_(torch.eye(CODES).unsqueeze(0), found.tile(slice(None)), slice(None), of_x, of_codes)
+    found.add_gradients_(torch.eye(CODES).unsqueeze(0), found.tile(slice(None)), of_x, of_codes)
     assert not of_x.any() and not of_codes.any()
 
 
@@ -83,6 +87,6 @@ def test_gradients_near_a_code_are_those_of_explicit_differences(spread, near, m
     distance = (wide[0].unsqueeze(-2) - wide[1].unsqueeze(-3)).square().sum(-1).sqrt()
     expected = torch.autograd.grad((distance * weight)[:, rows].sum(), wide)
     found, given = Distances(x, codes), [torch.zeros_like(x), torch.zeros_like(codes)]
-    found.add_gradients_(weight[:, rows].clone(), found.tile(rows), rows, *given)
+    found.add_gradients_(weight[:, rows].clone(), found.tile(rows), *given)
     for gradient, exactly in zip(given, expected, strict=True):
         torch.testing.assert_close(gradient.double(), exactly, rtol=1e-4, atol=1e-4)

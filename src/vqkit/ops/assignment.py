@@ -1,7 +1,7 @@
 """Soft choices of codes: a softmax over the scores of all codes, whose N x C matrix never exists.
 
 A score is minus the euclidean distance, or the cosine (`Metric`). Every pass runs over tiles of vectors; the backward computes the
-softmax again, so that forward keeps nothing wider than its arguments. Each pass is one opaque node under compile.
+softmax again, so that forward keeps nothing wider than its arguments, unless that is little. Each pass is one opaque node under compile.
 
 Shapes: N vectors, C codes, K width, G different codebooks, R vectors of a tile.
 """
@@ -9,24 +9,28 @@ Shapes: N vectors, C codes, K width, G different codebooks, R vectors of a tile.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
-from vqkit.ops.distances import Distances
+from vqkit.ops.distances import Distances, Near, Tile
 from vqkit.ops.precision import finite_rows, full_precision, is_traced, known_finite, widest
 
 Metric = Literal["euclidean", "cosine", "product"]
 """The score is minus the euclidean distance, the cosine, or the inner product, which is the cosine of what has length 1."""
 SoftEstimator = Literal["straight_through", "reinmax"]
 
-_SCORES_PER_TILE = {"cpu": 1 << 16}  # which stay in cache
+_SCORES_PER_TILE = {"cpu": 1 << 16}  # of a thread, which stay in its cache
 _SCORES_PER_TILE_ELSEWHERE = 1 << 24
 _FEWEST_ROWS_PER_TILE = 32
+_KEPT_SCORES = 1 << 20
+"""So many at most, 4 MB in float32, are kept for the backward, which then need not make them again; more would cost memory that counts."""
 _ENTRIES_AT_ONCE = {"cpu": 1 << 18}  # of codes
 _ENTRIES_AT_ONCE_ELSEWHERE = 1 << 26
 
@@ -185,7 +189,8 @@ def mean_assignment(
         mask = mask if mask.shape == x.shape[:-1] else mask.expand(torch.broadcast_shapes(mask.shape, x.shape[:-1]))
         counted = counted * _one_each(mask, x, codebook)
     share = counted / counted.sum(-1, keepdim=True).clamp_(min=1.0)
-    return _run(_MEAN_SOFTMAX, _mean_softmax_opaque, scored.vectors, scored.codes, share, temperature, metric)
+    run = _mean_softmax_opaque if is_traced() else _MeanSoftmax.apply if torch.is_grad_enabled() else _mean_softmax
+    return run(scored.vectors, scored.codes, share, temperature, metric)
 
 
 def _one_each(values: Tensor, x: Tensor, codebook: Tensor) -> Tensor:
@@ -236,51 +241,138 @@ At = tuple[slice, slice]
 """Of some codebooks some vectors."""
 
 
+class _Tile(NamedTuple):
+    """Of some vectors."""
+
+    at: At  # where it is in [G, N]
+    values: Tensor  # [G', R, C] the logits, score / temperature, or their softmax
+    distances: Tile | None  # what they were made of, unless of products
+
+
+class _OfDistances:
+    """Logits that are minus the distance over temperature."""
+
+    def __init__(self, x: Tensor, codes: Tensor, temperature: float) -> None:
+        self.distances, self.unit = Distances(x, codes), -temperature
+
+    def tile(self, at: At, room: Tensor | None = None) -> _Tile:
+        found = self.distances.tile(at[1], room)
+        return _Tile(at, found.distances / self.unit, found)
+
+    def soften(self, at: At, room: Tensor | None) -> _Tile:
+        tile = self.tile(at, room)
+        return tile._replace(values=tile.values.softmax(-1))
+
+    def again(self, at: At, kept: Tensor, near: Near | None, all_near: bool) -> _Tile:
+        return _Tile(at, (kept / self.unit).softmax(-1), Tile(at[1], kept, near, all_near))
+
+    def add_gradients_(self, of_logits: Tensor, weight: Tensor, tile: _Tile, of_x: Tensor | None, of_codes: Tensor | None) -> None:
+        self.distances.add_gradients_(of_logits, cast(Tile, tile.distances), of_x, of_codes, weight / self.unit)
+
+
+class _OfProducts:
+    """Logits that are the inner product over temperature."""
+
+    def __init__(self, x: Tensor, codes: Tensor, temperature: float) -> None:
+        self.x, self.codes, self.temperature = x, codes / temperature, temperature
+
+    def tile(self, at: At) -> _Tile:
+        return _Tile(at, self.x[:, at[1]] @ self.codes.mT, None)
+
+    def soften(self, at: At, room: Tensor | None) -> _Tile:
+        return _Tile(at, torch.softmax(self.tile(at).values, -1, out=room), None)
+
+    def again(self, at: At, kept: Tensor, *_: object) -> _Tile:
+        return _Tile(at, kept, None)
+
+    def add_gradients_(self, of_logits: Tensor, weight: Tensor, tile: _Tile, of_x: Tensor | None, of_codes: Tensor | None) -> None:
+        rows = tile.at[1]
+        if of_x is not None:
+            of_x[:, rows] += (of_logits @ self.codes).mul_(weight)
+        if of_codes is not None:
+            of_codes += of_logits.mT @ (self.x[:, rows] * (weight / self.temperature))
+
+
+class _Kept(NamedTuple):
+    """What forward keeps of its tiles: of the softmax of products itself, else distances, of which it is made again."""
+
+    room: Tensor  # [G * N * C], tile after tile: in one piece an allocator has it ready the next time
+    near: list[Near | None]  # of each tile, as in `Tile`
+    all_near: list[bool]
+
+
 class _Scores:
-    """The scores of all codes for vectors x [G, N, K], tile by tile."""
+    """The scores of all codes for vectors x [G, N, K], tile by tile; of some codebooks at a time where all of them are more than a tile."""
 
     def __init__(self, x: Tensor, codes: Tensor, temperature: float, metric: str) -> None:
-        self.x, self.codes, self.metric = x, codes, metric
-        self.unit = -temperature if metric == "euclidean" else temperature  # by what a tile is divided to be logits
-        self.distances: Distances | None = None
+        self.x, self.codes, self.temperature = x, codes, temperature
+        self._kind: Any = _OfDistances if metric == "euclidean" else _OfProducts
+        entries = _ENTRIES_AT_ONCE.get(x.device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
+        self._together = max(1, entries // max(1, codes.shape[1:].numel()))
+        self._last: tuple[slice, Any] | None = None
 
-    def tiles(self) -> Iterator[tuple[At, Tensor, Tensor]]:
-        """Where it is in [G, N], its distances or cosines, and of these the logits, score / temperature: [G', R, C] each.
+    def tiles(self) -> Iterator[_Tile]:
+        """Of logits."""
+        return (self._of(at[0]).tile(at) for at in self._places())
 
-        Few codebooks at a time where all of them are more than a tile.
+    def softened(self, kept: _Kept | None = None) -> Iterator[_Tile]:
+        """Of probabilities; what the backward needs of them is kept."""
+        for at, room in self._rooms(kept):
+            tile = self._of(at[0]).soften(at, room)
+            if kept is not None:
+                kept.near.append(tile.distances and tile.distances.near)
+                kept.all_near.append(tile.distances is not None and tile.distances.all_near)
+            yield tile
+
+    def again(self, kept: _Kept | None) -> Iterator[_Tile]:
+        """Of probabilities, of what was kept, if anything was."""
+        if kept is None:
+            return self.softened()
+        return (self._of(at[0]).again(at, room, *own) for (at, room), *own in zip(self._rooms(kept), kept.near, kept.all_near, strict=True))
+
+    def _places(self) -> Iterator[At]:
+        budget = _SCORES_PER_TILE["cpu"] * torch.get_num_threads() if self.x.is_cpu else _SCORES_PER_TILE_ELSEWHERE
+        for first in range(0, len(self.x), self._together):
+            part = slice(first, min(first + self._together, len(self.x)))
+            num = max(_FEWEST_ROWS_PER_TILE, budget // max(1, (part.stop - first) * self.codes.shape[1]))
+            for start in range(0, self.x.shape[1], num):
+                yield part, slice(start, min(start + num, self.x.shape[1]))
+
+    def _rooms(self, kept: _Kept | None) -> Iterator[tuple[At, Tensor | None]]:
+        """[G', R, C] for each place, if anything is kept."""
+        first = 0
+        for at in self._places():
+            if kept is None:
+                yield at, None
+                continue
+            shape = (*(along.stop - along.start for along in at), self.codes.shape[1])
+            room = kept.room[first : first + math.prod(shape)].view(shape)
+            first += room.numel()
+            yield at, room
+
+    def _of(self, part: slice) -> Any:
+        """What knows the scores of some codebooks."""
+        if self._last is None or self._last[0] != part:
+            self._last = part, self._kind(self.x[part], self.codes[part], self.temperature)
+        return self._last[1]
+
+    def add_gradients_(self, of_logits: Tensor, weight: Tensor, tile: _Tile, of_x: Tensor | None, of_codes: Tensor | None) -> None:
+        """Add to those of x and codes, where given, what weight [G', R, 1] times `of_logits` makes of a tile; the latter is overwritten."""
+        part = tile.at[0]
+        own = (None if gradient is None else gradient[part] for gradient in (of_x, of_codes))
+        self._of(part).add_gradients_(of_logits, weight, tile, *own)
+
+    def gradients(
+        self, of_logits: Callable[[At, Tensor], tuple[Tensor, Tensor]], needed: Sequence[bool], kept: _Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of codes, [0] where not needed.
+
+        Those of the logits are the product of what `of_logits(at, probabilities)` gives, [G', R, C] and [G', R, 1].
         """
-        size, width = self.codes.shape[1:]
-        entries = _ENTRIES_AT_ONCE.get(self.x.device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
-        together = max(1, entries // max(1, size * width))
-        for first in range(0, len(self.x), together):
-            part = slice(first, first + together)
-            x, codes = self.x[part], self.codes[part]
-            self.distances = Distances(x, codes) if self.metric == "euclidean" else None
-            budget = _SCORES_PER_TILE.get(x.device.type, _SCORES_PER_TILE_ELSEWHERE)
-            num = max(_FEWEST_ROWS_PER_TILE, budget // max(1, len(x) * size))
-            for start in range(0, x.shape[1], num):
-                rows = slice(start, start + num)
-                tile = x[:, rows] @ codes.mT if self.distances is None else self.distances.tile(rows)
-                yield (part, rows), tile, tile / self.unit
-
-    def add_gradients_(self, of_tile: Tensor, tile: Tensor, at: At, of_x: Tensor | None, of_codes: Tensor | None) -> None:
-        """Add to those of x and codes, where given, what the gradient of a tile makes; that is overwritten."""
-        part, rows = at
-        of_codes = None if of_codes is None else of_codes[part]
-        if self.distances is not None:
-            self.distances.add_gradients_(of_tile, tile, rows, None if of_x is None else of_x[part], of_codes)
-            return
-        if of_x is not None:
-            of_x[at] += of_tile @ self.codes[part]
-        if of_codes is not None:
-            of_codes += of_tile.mT @ self.x[at]
-
-    def gradients(self, of_logits: Callable[[At, Tensor], Tensor], needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of codes, [0] where not needed; `of_logits(at, probabilities)` is that of the logits of a tile."""
         of_x, of_codes = (_zeros(own, asked) for own, asked in zip((self.x, self.codes), needed, strict=True))
         asked = (of_x if needed[0] else None, of_codes if needed[1] else None)
-        for at, tile, logits in self.tiles() if any(needed) else ():
-            self.add_gradients_(of_logits(at, logits.softmax(-1)).div_(self.unit), tile, at, *asked)
+        for tile in self.again(kept) if any(needed) else ():
+            self.add_gradients_(*of_logits(tile.at, tile.values), tile, *asked)
         return of_x, of_codes
 
 
@@ -292,8 +384,8 @@ def _draw(x: Tensor, codes: Tensor, noise: Tensor, temperature: float, metric: s
     """noise [G, N, num] -> [G, N, num]: the first code at which the cumulated probabilities exceed it, those drawn before left out."""
     indices = torch.empty(noise.shape, dtype=torch.int64, device=x.device)
     with full_precision(x.device.type):
-        for at, _, logits in _Scores(x, codes, temperature, metric).tiles():
-            indices[at] = draw_by_logits(noise[at], logits)
+        for tile in _Scores(x, codes, temperature, metric).tiles():
+            indices[tile.at] = draw_by_logits(noise[tile.at], tile.values)
     return indices
 
 
@@ -336,17 +428,17 @@ def _look_up_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, codes and values, [0] where not needed."""
     chosen = indices.clamp(min=0).unsqueeze(-1)
-    half = x.new_full((), 0.5).expand(chosen.shape)
+    one, half = x.new_ones(()).expand(chosen.shape), x.new_full((), 0.5).expand(chosen.shape)
     with full_precision(x.device.type):
         gradient = gradient.where(indices.unsqueeze(-1) >= 0, 0.0)
-        centre = values.mean(1, keepdim=True)  # what all codes have in common a softmax does not pass on
+        centred = (values - values.mean(1, keepdim=True)).mT  # what all codes have in common a softmax does not pass on
 
-        def of_logits(at: At, probability: Tensor) -> Tensor:
-            of_weights = gradient[at] @ (values[at[0]] - centre[at[0]]).mT
+        def of_logits(at: At, probability: Tensor) -> tuple[Tensor, Tensor]:
+            of_weights = gradient[at] @ centred[at[0]]
             if not reinmax:
-                return through_softmax(probability, of_weights)
+                return through_softmax(probability, of_weights), one[at]
             halfway = (probability / 2).scatter_add_(-1, chosen[at], half[at])
-            return 2 * through_softmax(halfway, of_weights) - through_softmax(probability, of_weights) / 2
+            return 2 * through_softmax(halfway, of_weights) - through_softmax(probability, of_weights) / 2, one[at]
 
         of_x, of_codes = _Scores(x, codes, temperature, metric).gradients(of_logits, needed[:2])
         of_values = _zeros(values, needed[2])
@@ -373,17 +465,17 @@ def _cross_entropy_and_gradients(
     """As `_cross_entropy`; adds to `of_x` and `of_codes`, where given, the gradients of the sum of share [G, N] times that."""
     loss = x.new_empty(x.shape[:-1])
     chosen = target.clamp(min=0).unsqueeze(-1)
+    minus_one = x.new_full((), -1.0).expand(chosen.shape)
     with full_precision(x.device.type):
         scores = _Scores(x, codes, temperature, metric)
-        weight = None if share is None else share.div(scores.unit).unsqueeze(-1)
-        minus_one = None if share is None else x.new_full((), -1.0).expand(chosen.shape)
-        for at, tile, logits in scores.tiles():
+        for tile in scores.tiles():
+            at, logits, _ = tile
             probability = logits.softmax(-1)
             log_sum = logits.amax(-1) - probability.amax(-1).log_()  # of the exponentials, without another pass of them
             loss[at] = log_sum - logits.gather(-1, chosen[at]).squeeze(-1)
-            if weight is not None and minus_one is not None:
-                of_tile = probability.scatter_add_(-1, chosen[at], minus_one[at]).mul_(weight[at])
-                scores.add_gradients_(of_tile, tile, at, of_x, of_codes)
+            if share is not None:
+                of_logits = probability.scatter_add_(-1, chosen[at], minus_one[at])
+                scores.add_gradients_(of_logits, share[at].unsqueeze(-1), tile, of_x, of_codes)
     return loss.masked_fill_(target < 0, 0.0)
 
 
@@ -392,9 +484,10 @@ def _cross_entropy_backward(
 ) -> tuple[Tensor, Tensor]:
     weight = gradient.where(target >= 0, 0.0).unsqueeze(-1)
     chosen = target.clamp(min=0).unsqueeze(-1)
+    minus_one = x.new_full((), -1.0).expand(chosen.shape)
 
-    def of_logits(at: At, probability: Tensor) -> Tensor:
-        return probability.mul_(weight[at]).scatter_add_(-1, chosen[at], -weight[at])
+    def of_logits(at: At, probability: Tensor) -> tuple[Tensor, Tensor]:
+        return probability.scatter_add_(-1, chosen[at], minus_one[at]), weight[at]
 
     with full_precision(x.device.type):
         return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
@@ -402,21 +495,42 @@ def _cross_entropy_backward(
 
 def _mean_softmax(x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str) -> Tensor:
     """[G, C]: the sum over vectors of share [G, N] times softmax."""
+    return _sum_softmax(x, codes, share, temperature, metric, None)
+
+
+def _sum_softmax(x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str, kept: _Kept | None) -> Tensor:
+    """As `_mean_softmax`; what backward needs of the tiles may be kept."""
     mean = codes.new_zeros(codes.shape[:-1])
     with full_precision(x.device.type):
-        for at, _, logits in _Scores(x, codes, temperature, metric).tiles():
-            mean[at[0]] += (share[at].unsqueeze(-2) @ logits.softmax(-1)).squeeze(-2)
+        for at, probability, _ in _Scores(x, codes, temperature, metric).softened(kept):
+            mean[at[0]] += (share[at].unsqueeze(-2) @ probability).squeeze(-2)
     return mean
 
 
 def _mean_softmax_backward(
     gradient: Tensor, x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    def of_logits(at: At, probability: Tensor) -> Tensor:
-        return through_softmax(probability, gradient[at[0]].unsqueeze(1)).mul_(share[at].unsqueeze(-1))
+    return _back_through_mean(gradient, x, codes, share, temperature, metric, needed, None)
+
+
+def _back_through_mean(
+    gradient: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    share: Tensor,
+    temperature: float,
+    metric: str,
+    needed: Sequence[bool],
+    kept: _Kept | None,
+) -> tuple[Tensor, Tensor]:
+    """As `_mean_softmax_backward`, from what `_sum_softmax` kept, if anything."""
+
+    def of_logits(at: At, probability: Tensor) -> tuple[Tensor, Tensor]:
+        of_mean = gradient[at[0]].unsqueeze(1)
+        return (of_mean - probability @ of_mean.mT).mul_(probability), share[at].unsqueeze(-1)
 
     with full_precision(x.device.type):
-        return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
+        return _Scores(x, codes, temperature, metric).gradients(of_logits, needed, kept)
 
 
 def through_softmax(probability: Tensor, gradient: Tensor) -> Tensor:
@@ -436,9 +550,9 @@ def _lasting(codes: Tensor, x: Tensor) -> Tensor:
     return codes if x.shape[1] == 1 or (owner is not None and not owner.is_leaf) else codes.clone()
 
 
-def _keep_pair(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+def _keep_pair(ctx: Any, inputs: Sequence[Any], output: Tensor, *more: Tensor) -> None:
     x, codes, chosen, *ctx.settings = inputs
-    ctx.save_for_backward(x, _lasting(codes, x), chosen)
+    ctx.save_for_backward(x, _lasting(codes, x), chosen, *more)
 
 
 def _keep_looked_up(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -482,6 +596,33 @@ def _gradients(ctx: Any, gradient: Tensor, backward: Callable[..., tuple[Tensor,
 _LOOK_UP = _Pass(_look_up, _keep_looked_up, _look_up_backward, 3)
 _CROSS_ENTROPY = _Pass(_cross_entropy, _keep_pair, _cross_entropy_backward, 2)
 _MEAN_SOFTMAX = _Pass(_mean_softmax, _keep_pair, _mean_softmax_backward, 2)
+
+
+class _MeanSoftmax(torch.autograd.Function):
+    """As `_MEAN_SOFTMAX`; backward has no softmax to compute where forward kept it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str) -> Tensor:
+        num = x.shape[:-1].numel() * codes.shape[1]
+        kept = _Kept(x.new_empty(num), [], []) if num <= _KEPT_SCORES and any(ctx.needs_input_grad) else None
+        mean = _sum_softmax(x, codes, share, temperature, metric, kept)
+        ctx.are_near = kept and [(near is not None, all_near) for near, all_near in zip(kept.near, kept.all_near, strict=True)]
+        more = () if kept is None else (kept.room, *(pairs for near in kept.near for pairs in near or ()))
+        _keep_pair(ctx, (x, codes, share, temperature, metric), mean, *more)
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        x, codes, share, *more = ctx.saved_tensors
+        (temperature, metric), needed, kept = ctx.settings, ctx.needs_input_grad[:2], None
+        if ctx.are_near is not None:
+            room, *rest = more
+            pairs = iter(rest)
+            near = [Near(*itertools.islice(pairs, 3)) if some else None for some, _ in ctx.are_near]
+            kept = _Kept(room, near, [all_near for _, all_near in ctx.are_near])
+        found = _back_through_mean(gradients[0], x, codes, share, temperature, metric, needed, kept)
+        return *(own if asked else None for own, asked in zip(found, needed, strict=True)), None, None, None
 
 
 class _MeanCrossEntropy(torch.autograd.Function):

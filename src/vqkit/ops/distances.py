@@ -10,12 +10,12 @@ Shapes: G codebooks, N vectors, C codes, K width, R vectors of a tile, P pairs o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from vqkit.ops.precision import may_look
 
 _FEW_DIFFERENCES = 1 << 17
 _FEW_VECTORS = 16
@@ -26,8 +26,21 @@ _COST_OF_A_PAIR = 8
 """Of one near pair among others, in pairs of a tile that are computed by differences altogether."""
 
 
-_Pairs = tuple[Tensor, Tensor, Tensor]
-"""Codebook, vector and code of each, [P]."""
+class Near(NamedTuple):
+    """Pairs of a tile whose distances are those of differences."""
+
+    place: Tensor  # [P] int64 of [G * R * C]
+    vector: Tensor  # [P] of [G * N]
+    code: Tensor  # [P] of [G * C]
+
+
+class Tile(NamedTuple):
+    """The distances of some vectors, and what their gradient needs beside them."""
+
+    rows: slice
+    distances: Tensor  # [G, R, C]
+    near: Near | None
+    all_near: bool  # all are those of differences
 
 
 class Distances:
@@ -35,10 +48,6 @@ class Distances:
 
     def __init__(self, x: Tensor, codes: Tensor) -> None:
         self.x, self.codes = x, codes
-        self._near: _Pairs | None = None  # of the last tile, by differences
-        self._all_near = False
-        many = x.shape[1] >= _FEW_VECTORS and x.shape[1] * codes.numel() >= _FEW_DIFFERENCES
-        self._by_products = many and x.device.type == "cpu" and self._prepare()
 
     @cached_property
     def centred(self) -> tuple[Tensor, Tensor]:
@@ -46,88 +55,116 @@ class Distances:
         origin = self.codes.mean(1, keepdim=True)
         return self.x - origin, self.codes - origin
 
+    @cached_property
+    def _by_products(self) -> bool:
+        many = self.x.shape[1] >= _FEW_VECTORS and self.x.shape[1] * self.codes.numel() >= _FEW_DIFFERENCES
+        return many and self.x.device.type == "cpu" and self._prepare()
+
     def _prepare(self) -> bool:
         """The factors of the product; False where it would leave the range of the numbers."""
         vectors, codes = self.centred
-        self._of_vectors, self._of_codes = vectors.square().sum(-1, keepdim=True), codes.square().sum(-1)
-        largest = self._of_codes.amax(-1)
-        top = float(torch.maximum(largest.amax(), self._of_vectors.amax()))
+        of_vectors, of_codes = vectors.square().sum(-1, keepdim=True), codes.square().sum(-1, keepdim=True)
+        largest = of_codes.amax(1)
+        top = float(torch.maximum(largest.amax(), of_vectors.amax()))
         info = torch.finfo(vectors.dtype)
         if not info.tiny / info.eps < top < info.max / 16:
             return False
-        ones = torch.ones_like(self._of_vectors), torch.ones_like(codes[..., :1])
-        self._left = torch.cat([vectors, self._of_vectors, ones[0]], dim=-1)
-        self._right = torch.cat([-2.0 * codes, ones[1], self._of_codes.unsqueeze(-1)], dim=-1).mT
-        self._doubtful = _NEAR * (self._of_vectors.squeeze(-1) + largest.unsqueeze(-1))
+        ones = torch.ones_like(of_vectors), torch.ones_like(of_codes)
+        self._left = torch.cat([vectors, of_vectors, ones[0]], dim=-1)
+        self._right = torch.cat([-2.0 * codes, ones[1], of_codes], dim=-1).mT
+        self._near_vectors, self._near_codes = _NEAR * of_vectors.squeeze(-1), _NEAR * of_codes.squeeze(-1)  # add up to what is near
+        self._doubtful = self._near_vectors + _NEAR * largest
         return True
 
-    def tile(self, rows: slice) -> Tensor:
-        """[G, R, C], of the caller."""
-        self._near, self._all_near = None, not self._by_products
-        if self._all_near:
-            return _by_differences(self.x[:, rows], self.codes)
-        squares = self._left[:, rows] @ self._right
-        doubtful = squares.amin(-1) < self._doubtful[:, rows]
-        if doubtful.any():
-            self._sharpen_(squares, doubtful, rows)
-        return squares.sqrt_()
+    def tile(self, rows: slice, out: Tensor | None = None) -> Tile:
+        """Of some vectors; the distances stand in `out` [G, R, C], contiguous, where given."""
+        if not self._by_products:
+            found = _by_differences(self.x[:, rows], self.codes)
+            return Tile(rows, found if out is None else out.copy_(found), None, all_near=True)
+        squares = torch.bmm(self._left[:, rows], self._right, out=out)
+        doubtful = squares.amin(-1) <= self._doubtful[:, rows]
+        near = self._find_near(squares, doubtful, rows) if doubtful.any() else None
+        if near is not None and len(near.place) * _COST_OF_A_PAIR > squares.numel():
+            return Tile(rows, squares.copy_(_by_differences(self.x[:, rows], self.codes)), None, all_near=True)
+        for place, vector, code in _parts(near, self.x):
+            squares.view(-1).scatter_(0, place, self._differences(vector, code).square_().sum(-1))
+        return Tile(rows, squares.sqrt_(), near, all_near=False)
 
-    def _sharpen_(self, squares: Tensor, doubtful: Tensor, rows: slice) -> None:
-        """The squares of near pairs, of which doubtful [G, R] vectors may have some, by differences."""
-        group, row = doubtful.nonzero(as_tuple=True)
-        bound = _NEAR * (self._of_vectors[:, rows][group, row] + self._of_codes[group])
-        place, code = (squares[group, row] < bound).nonzero(as_tuple=True)
-        group, row = group[place], row[place]
-        x = self.x[:, rows]
-        if len(place) * _COST_OF_A_PAIR > squares.numel():
-            squares.copy_(_by_differences(x, self.codes).square_())
-            self._all_near = True
-            return
-        self._near = group, row, code
-        at_once = max(1, _DIFFERENCES_AT_ONCE // x.shape[-1])
-        for g, r, c in zip(group.split(at_once), row.split(at_once), code.split(at_once), strict=True):
-            squares[g, r, c] = (x[g, r] - self.codes[g, c]).square_().sum(-1)
+    def _find_near(self, squares: Tensor, doubtful: Tensor, rows: slice) -> Near:
+        """Of squares [G, R, C], where doubtful [G, R] vectors may have some."""
+        num, size = squares.shape[1:]
+        row = doubtful.flatten().nonzero().squeeze(-1)
+        group = row.div(num, rounding_mode="floor")
+        beyond = squares.view(-1, size).index_select(0, row).sub_(self._near_codes.index_select(0, group))
+        found = (beyond <= self._near_vectors[:, rows].flatten().index_select(0, row).unsqueeze(-1)).view(-1).nonzero().squeeze(-1)
+        of_row = found.div(size, rounding_mode="floor")
+        code, row, group = found - of_row * size, row.index_select(0, of_row), group.index_select(0, of_row)
+        vector = row + group * (self.x.shape[1] - num) + (rows.start or 0)
+        return Near(row * size + code, vector, code + group * size)
 
-    def add_gradients_(self, of_tile: Tensor, tile: Tensor, rows: slice, of_x: Tensor | None, of_codes: Tensor | None) -> None:
-        """Add to `of_x` [G, N, K] and `of_codes` [G, C, K], where given, what the gradient of the last tile makes; that is overwritten.
+    def _differences(self, vector: Tensor, code: Tensor) -> Tensor:
+        """[P, K]."""
+        width = self.x.shape[-1]
+        return self.x.reshape(-1, width).index_select(0, vector).sub_(self.codes.reshape(-1, width).index_select(0, code))
 
-        A vector on a code has no gradient from that.
+    def add_gradients_(
+        self, of_tile: Tensor, tile: Tile, of_x: Tensor | None, of_codes: Tensor | None, weight: Tensor | None = None
+    ) -> None:
+        """Add to `of_x` [G, N, K] and `of_codes` [G, C, K], where given, what a tile's gradient [G, R, C] makes; that is overwritten.
+
+        With `weight` [G, R, 1] the gradient is that times as much. A vector on a code has no gradient from that.
         """
-        if self._all_near and tile.is_cpu:
-            x = self.x[:, rows].contiguous()
-            if of_x is not None:
-                of_x[:, rows] += torch.ops.aten._cdist_backward(of_tile, x, self.codes, 2.0, tile)
-            if of_codes is not None:
-                of_codes += torch.ops.aten._cdist_backward(of_tile.mT.contiguous(), self.codes, x, 2.0, tile.mT.contiguous())
+        if tile.all_near and tile.distances.is_cpu:
+            of_tile = of_tile if weight is None else of_tile.mul_(weight)
+            self._add_of_differences_(of_tile, tile, of_x, of_codes)
             return
         vectors, codes = self.centred
-        vectors, pull = vectors[:, rows], _divide_(of_tile, tile)
-        if self._near is not None:
-            self._add_of_near_(self._near, pull, rows, of_x, of_codes)
+        vectors = vectors[:, tile.rows]
+        pull = of_tile.div_(tile.distances) if tile.distances.is_cpu else _divide(of_tile, tile.distances)  # near ones alone may be 0
+        if tile.near is not None:
+            self._add_of_near_(pull, tile, tile.near, of_x, of_codes, weight)
         if of_x is not None:
-            of_x[:, rows] += vectors * pull.sum(-1, keepdim=True) - pull @ codes
+            found = (vectors * pull.sum(-1, keepdim=True)).sub_(pull @ codes)
+            of_x[:, tile.rows] += found if weight is None else found.mul_(weight)
         if of_codes is not None:
-            of_codes += codes * pull.sum(1).unsqueeze(-1) - pull.mT @ vectors
+            total = pull.sum(1).unsqueeze(-1) if weight is None else pull.mT @ weight
+            of_codes += (codes * total).sub_(pull.mT @ (vectors if weight is None else vectors * weight))
 
-    def _add_of_near_(self, near: _Pairs, pull: Tensor, rows: slice, of_x: Tensor | None, of_codes: Tensor | None) -> None:
+    def _add_of_differences_(self, of_tile: Tensor, tile: Tile, of_x: Tensor | None, of_codes: Tensor | None) -> None:
+        x = self.x[:, tile.rows].contiguous()
+        if of_x is not None:
+            of_x[:, tile.rows] += torch.ops.aten._cdist_backward(of_tile, x, self.codes, 2.0, tile.distances)
+        if of_codes is not None:
+            turned = of_tile.mT.contiguous(), tile.distances.mT.contiguous()
+            of_codes += torch.ops.aten._cdist_backward(turned[0], self.codes, x, 2.0, turned[1])
+
+    def _add_of_near_(
+        self, pull: Tensor, tile: Tile, near: Near, of_x: Tensor | None, of_codes: Tensor | None, weight: Tensor | None
+    ) -> None:
         """What near pairs make, by differences; they are taken out of `pull` [G, R, C]."""
-        x = self.x[:, rows]
-        at_once = max(1, _DIFFERENCES_AT_ONCE // x.shape[-1])
-        for g, r, c in zip(*(part.split(at_once) for part in near), strict=True):
-            found = (x[g, r] - self.codes[g, c]) * pull[g, r, c].unsqueeze(-1)
+        flat, width, size = pull.view(-1), self.x.shape[-1], pull.shape[-1]
+        for place, vector, code in _parts(near, self.x):
+            share = flat.index_select(0, place).masked_fill_(tile.distances.view(-1).index_select(0, place) == 0, 0.0)
+            if weight is not None:
+                share.mul_(weight.flatten().index_select(0, place.div(size, rounding_mode="floor")))
+            found = self._differences(vector, code).mul_(share.unsqueeze(-1))
             if of_x is not None:
-                of_x[:, rows].index_put_((g, r), found, accumulate=True)
+                of_x.view(-1, width).index_add_(0, vector, found)
             if of_codes is not None:
-                of_codes.index_put_((g, c), -found, accumulate=True)
-        pull[near] = 0.0
+                of_codes.view(-1, width).index_add_(0, code, found, alpha=-1)
+        flat.index_fill_(0, near.place, 0.0)
+
+
+def _parts(near: Near | None, x: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some pairs at a time."""
+    at_once = max(1, _DIFFERENCES_AT_ONCE // max(1, x.shape[-1]))
+    return iter(()) if near is None else zip(*(part.split(at_once) for part in near), strict=True)
 
 
 def _by_differences(x: Tensor, codes: Tensor) -> Tensor:
     return torch.cdist(x, codes, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _divide_(gradient: Tensor, distance: Tensor) -> Tensor:
+def _divide(gradient: Tensor, distance: Tensor) -> Tensor:
     """gradient / distance, 0 where that is 0."""
-    if may_look(distance) and (distance.numel() == 0 or distance.amin() > 0):
-        return gradient.div_(distance)
     return torch.where(distance > 0, gradient / distance, 0.0)
