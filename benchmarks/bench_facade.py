@@ -1,8 +1,9 @@
 """The facade for vector-quantize-pytorch beside the library itself, every row of the tests' covering arrays: `make bench-facade`.
 
-Each case (see facade_cases.py) is timed in a training step, forward and backward, and in an encoding call in eval mode, the two in turn
-in one process; a ratio is the library's time over the facade's, medians of the repeats. Cases that cannot run are listed with the reason.
-Writes facade.json, facade.md and facade.png to benchmarks/results/; `--classes` measures some and keeps the others' rows.
+Each case (see facade_cases.py) is timed in a training step, forward and backward, in an encoding call in eval mode, and, where the class
+decodes indices, in decoding those of that call, the two in turn in one process; a ratio is the library's time over the facade's, medians of
+the repeats. Cases that cannot run are listed with the reason. Writes facade.json, facade.md and facade.png to benchmarks/results/;
+`--classes` measures some and keeps the others' rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from vqkit.ops.nearest_code import compiled
 
 facade = importlib.import_module("vqkit.compat.vector_quantize_pytorch")
 
-PARTS = ("train", "encode")
+PARTS = ("train", "encode", "decode")
+DECODERS = ("get_output_from_indices", "indices_to_codes", "decode_bits")
 KEYS = ("class", "case", "size")
 
 
@@ -57,8 +59,22 @@ def batches(x: Tensor, number: int = 8) -> list[Tensor]:
     return [x, *(x + 0.3 * torch.randn(x.shape, generator=generator) for _ in range(number - 1))]
 
 
-def call(module: torch.nn.Module, part: str, case: Case) -> Callable[[], None]:
-    """A training step, or an encoding."""
+def indices_of(module: torch.nn.Module, case: Case) -> Any:
+    """Those of a call in eval mode: a tensor, or a tuple of them; None where it gives none."""
+    with torch.no_grad():
+        waiting = [module(case.x, **{name: value for name, value in case.eval_calls.items() if name != "indices"})]
+    while waiting:
+        part = waiting.pop(0)
+        several = isinstance(part, tuple) and part and all(isinstance(own, Tensor) and not own.is_floating_point() for own in part)
+        if several or (isinstance(part, Tensor) and not part.is_floating_point()):
+            return part
+        if isinstance(part, (tuple, list)):
+            waiting = [*part, *waiting]
+    return None
+
+
+def call(module: torch.nn.Module, part: str, case: Case) -> Callable[[], None] | None:
+    """A training step, an encoding, or a decoding; None where there is nothing to decode."""
 
     turns = itertools.cycle(batches(case.x))
 
@@ -73,7 +89,20 @@ def call(module: torch.nn.Module, part: str, case: Case) -> Callable[[], None]:
             module(next(turns), **case.eval_calls)
 
     module.train(part == "train")
-    return train if part == "train" else encode
+    if part != "decode":
+        return train if part == "train" else encode
+    decoder: Any = next((getattr(module, name) for name in DECODERS if hasattr(module, name)), None)
+    indices = indices_of(module, case)
+
+    def decode() -> None:
+        with torch.no_grad():
+            decoder(indices)
+
+    try:
+        decode()
+    except Exception:  # what there is nothing of, or what the library cannot decode
+        return None
+    return decode
 
 
 def interleaved(runs: list[Callable[[], None]], budget: float) -> list[float]:
@@ -115,7 +144,10 @@ def measure(case: Case, budget: float) -> dict[str, Any]:
         torch.manual_seed(0)
         modules = [getattr(package, case.kind)(**copy.deepcopy(case.kwargs)) for package in (peer, facade)]
         for part in PARTS:
-            seconds = interleaved([call(module, part, case) for module in modules], budget)
+            runs = [call(module, part, case) for module in modules]
+            if None in runs:
+                continue
+            seconds = interleaved(runs, budget)
             row[part] = {"peer": significant(seconds[0]), "facade": significant(seconds[1]), "ratio": significant(seconds[0] / seconds[1])}
     except Exception as error:
         row["not measured"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
@@ -137,7 +169,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def line(row: dict[str, Any]) -> str:
     """A row of a table."""
-    cells = [f"{1e3 * row[part]['facade']:.2f} | {row[part]['ratio']:.2f}" if part in row else "|" for part in PARTS]
+    cells = [f"{1e3 * row[part]['facade']:.3g} | {row[part]['ratio']:.2f}" if part in row else " | " for part in PARTS]
     return f"| {row['class']} | {row['case']} | {row['size']} | {' | '.join(cells)} |"
 
 
@@ -163,7 +195,7 @@ def table(result: dict[str, Any]) -> str:
         for kind in dict.fromkeys(row["class"] for row in known):
             lines.append(f"| {kind} | {summary([row for row in known if row['class'] == kind])} |")
         lines += [f"| all | {summary(known)} |", ""]
-    head = ["| class | case | size | train ms | ratio | encode ms | ratio |", "|---|---|---|---|---|---|---|"]
+    head = [f"| class | case | size | {' | '.join(f'{part} ms | ratio' for part in PARTS)} |", "|---" * (3 + 2 * len(PARTS)) + "|"]
     lines += ["## Settings that people use", "", *head]
     lines += [line(row) for row in rows if not row["case"].startswith("row")]
     lines += ["", "## Cases of the arrays that are slower", "", *head]
@@ -210,7 +242,8 @@ def main() -> None:
                 continue
             row = measure(case, options.budget)
             rows = [other for other in rows if [other[name] for name in KEYS] != [row[name] for name in KEYS]] + [row]
-            print(kind, case.name, case.size, row.get("not measured") or [f"{row[part]['ratio']:.2f}" for part in PARTS], flush=True)
+            ratios = [f"{row[part]['ratio']:.2f}" for part in PARTS if part in row]
+            print(kind, case.name, case.size, row.get("not measured") or ratios, flush=True)
     if options.dry:
         return
     result = {

@@ -85,7 +85,7 @@ def gather_codes(codebook: Tensor, indices: Tensor, *, all_known: bool = False) 
 
 def are_chosen(indices: Tensor) -> bool:
     """Whether it is known, where asking costs nothing, that none of indices is -1."""
-    return may_look(indices) and (indices.numel() == 0 or int(indices.amin()) >= 0)
+    return may_look(indices) and (indices.numel() == 0 or indices.min().item() >= 0)
 
 
 def by_codebook(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
@@ -127,7 +127,7 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     """`directions(x)` [..., K] and the lengths [..., 1]."""
     if x.dtype in _ORDINARY and x.numel() and may_look(x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        if are_ordinary(length):
+        if _are_ordinary(length):
             return x / length, length
         small = length.detach() <= _ORDINARY[x.dtype]
         divisor = length.masked_fill(small, 1.0)
@@ -143,10 +143,13 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def are_ordinary(length: Tensor) -> bool:
     """Whether it is known, where asking costs nothing, that no length is 0 and no square of one overflows or underflows."""
-    if length.dtype not in _ORDINARY or not length.numel() or not may_look(length):
-        return False
-    least, most = torch.aminmax(length.detach())
-    return least.item() > _ORDINARY[length.dtype] and most.item() < 1.0 / _ORDINARY[length.dtype]
+    return length.dtype in _ORDINARY and length.numel() > 0 and may_look(length) and _are_ordinary(length)
+
+
+def _are_ordinary(length: Tensor) -> bool:
+    least, most = torch.aminmax(length.detach() if length.requires_grad else length)
+    bound = _ORDINARY[length.dtype]
+    return least.item() > bound and most.item() < 1.0 / bound
 
 
 def codes_from_ema(sum: Tensor, count: Tensor, floor: float = COUNT_FLOOR) -> Tensor:

@@ -80,7 +80,7 @@ def may_keep(x: Tensor) -> bool:
 
 def is_traced() -> bool:
     """Whether a compiler, an exporter, a functorch transform or `torch.jit.trace` sees what is done."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_recorded()
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
 def is_recorded() -> bool:

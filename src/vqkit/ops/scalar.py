@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -162,9 +162,37 @@ def level_codes(
     return (digits - grid.half).div_(grid.unit)
 
 
+def sign_codes(digits: Tensor, levels: Sequence[int], dtype: torch.dtype, *, step: float) -> Tensor:
+    """-step and step [..., d] for the digits 0 and 1 of two `levels` each."""
+    digits = as_dtype(digits, dtype)
+    return torch.add(per_scalar(tuple, (-step,), digits), digits, alpha=2.0 * step)
+
+
 def level_steps(levels: Sequence[int], like: Tensor, *, symmetric: bool = False, scale: float | Sequence[float] = 1.0) -> Tensor:
     """How far neighbouring codes of each scalar are apart, [d]."""
     return 1.0 / _grid(levels, symmetric, "tanh", scale, like).unit
+
+
+def list_codes(
+    of: Callable[..., Tensor], levels: Sequence[int], like: Tensor, *, first: Literal["lowest", "highest"] = "lowest", **options: Hashable
+) -> Tensor | None:
+    """of(digits, levels, float32, **options) of the digits of all indices in order, [C, d] on the device of `like`, made once and kept.
+
+    None for more than 2^19 numbers, and where nothing may be kept.
+    """
+    if len(levels) * math.prod(levels) > _LISTED or not may_keep(like):
+        return None
+    return _kept_list(of, tuple(levels), first, tuple(options.items()), like.device)
+
+
+_LISTED = 2**19
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_list(of: Callable[..., Tensor], levels: tuple[int, ...], first: Any, options: Any, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        indices = torch.arange(math.prod(levels), device=device)
+        return of(split_digits(indices, levels, torch.float32, first=first), levels, torch.float32, **dict(options))
 
 
 class _Grid(NamedTuple):

@@ -206,15 +206,14 @@ class Codebook(Counting):
         codes = self._codes(self._settled())
         return codes.detach() if self._entered and self._entered.frozen else codes
 
-    def look_up(self, indices: Tensor, *, all_known: bool = False) -> Tensor:
-        """[H, N] int64, -1 for none -> of `codes()` those of these indices [H, N, K], zeros for none. `all_known`: there is none."""
-        few = self.metric == "euclidean" or indices.shape[-1] <= self.size
+    def rows(self, number: int) -> tuple[Tensor, bool]:
+        """What to look up so many codes of each head in, [H, C, K], and whether it is `codes()`: of few only these get length 1."""
+        few = self.metric == "euclidean" or number <= self.size
         if not few or self.affine or self.transform is not None or not self.initialized:
-            return gather_codes(self.codes(), indices, all_known=all_known)
+            return self.codes(), True
         codes = stored_codes(self.update, self._settled())
         detached = self._frozen or (self._entered is not None and self._entered.frozen)
-        found = gather_codes(codes.detach() if detached else codes, indices, all_known=all_known)
-        return directions(found) if self.metric == "cosine" else found
+        return codes.detach() if detached else codes, self.metric != "cosine"
 
     def codes_for(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """`codes()` as a training forward reads them for x [H, N, K], kept [H, N] bool or None: where affine, by the moments of x, too."""

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from vqkit.ops.scalar import Bound, Rounded, level_codes, level_steps, per_scalar, round_to_levels, side_by_side
+from vqkit.ops.scalar import Bound, Rounded, level_codes, level_steps, list_codes, per_scalar, round_to_levels, side_by_side
 from vqkit.quantizers.base import changed
 from vqkit.quantizers.config import Commit, check_choice, check_number, check_positive
 from vqkit.quantizers.layout import Layout
@@ -86,6 +86,9 @@ class FSQ(ScalarQuantizer):
         rows = side_by_side(digits)
         codes = level_codes(rows, self.levels, dtype, symmetric=self.symmetric, scale=self.scale)
         return codes if rows is digits else codes.view(digits.shape)
+
+    def _list(self, like: Tensor) -> Tensor | None:
+        return list_codes(level_codes, self.levels, like, symmetric=self.symmetric, scale=self.scale)
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
         output = super()._estimate(values, codes)

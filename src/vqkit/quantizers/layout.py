@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vqkit.ops.codebook import gather_codes
 from vqkit.ops.precision import may_look
 
 Layout = Literal["last", "first"]
@@ -87,6 +88,20 @@ def check_indices(name: str, indices: Tensor, codebook_size: int, shape: torch.S
         raise ValueError(f"{name} has shape {tuple(indices.shape)}: must be {tuple(shape)}")
     least = check_range(name, indices.to(torch.int64), -1, codebook_size - 1)  # in uint8, -1 is 255
     return least is not None and least >= 0
+
+
+def rows_at(table: Tensor, indices: Tensor) -> tuple[Tensor, bool]:
+    """table [C, K], indices [...] -> its rows [..., K], zeros for -1, and whether it is known that there is no -1.
+
+    Differentiable in the table. Raises as `check_indices`.
+    """
+    if indices.dtype in (torch.int64, torch.int32) and may_look(indices) and indices.numel() and indices.min().item() >= 0:
+        try:  # on CPU a gather itself refuses what is beyond the table, at no cost
+            return torch.embedding(table, indices), True
+        except IndexError:
+            check_indices("indices", indices, len(table))
+    complete = check_indices("indices", indices, len(table))
+    return gather_codes(table, indices.to(torch.int64), all_known=complete), complete
 
 
 def check_tensor(name: str, value: object) -> None:

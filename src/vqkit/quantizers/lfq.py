@@ -19,8 +19,8 @@ from vqkit.dist import default_reducer
 from vqkit.ops.bits import BitLosses, bit_logits, bit_losses, distribution_entropy, mean_bit_distribution
 from vqkit.ops.codebook import directions
 from vqkit.ops.losses import mean_commitment_loss
-from vqkit.ops.precision import as_dtype, may_look
-from vqkit.ops.scalar import Rounded, join_digits, per_scalar, split_digits
+from vqkit.ops.precision import may_look
+from vqkit.ops.scalar import Rounded, join_digits, list_codes, per_scalar, sign_codes, split_digits
 from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.commit import sum_in_forward
 from vqkit.quantizers.config import Commit, Commitment, Diversity, Entropy, check_choice, check_count, check_number
@@ -154,8 +154,10 @@ class LFQ(ScalarQuantizer):
         return Rounded(vectors, torch.heaviside(vectors.detach(), per_scalar(tuple, (0.0,), vectors)))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        digits, step = as_dtype(digits, dtype), self._step
-        return torch.add(per_scalar(tuple, (-step,), digits), digits, alpha=2.0 * step)
+        return sign_codes(digits, self.levels, dtype, step=self._step)
+
+    def _list(self, like: Tensor) -> Tensor | None:
+        return list_codes(sign_codes, self.levels, like, first=self.first_bit, step=self._step)
 
     def _losses(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.dist import Reducer
-from vqkit.ops.codebook import CodebookStatistics, merge_statistics
+from vqkit.ops.codebook import CodebookStatistics, are_chosen, merge_statistics
 from vqkit.ops.estimators import scale_gradient
 from vqkit.ops.precision import as_dtype, finite_rows, known_finite, may_look, widest
 from vqkit.ops.scalar import per_scalar
@@ -300,10 +300,13 @@ class Residual(Quantizer):
         if axis < 0 or not 1 <= indices.shape[axis] <= self.num_quantizers or indices.shape[axis + 1 :] != self.code_shape[1:]:
             shape = ", ".join(map(str, ("positions", f"1 to {self.num_quantizers}", *self.code_shape[1:])))
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be [{shape}]")
+        layers, chosen = self._each(), indices.movedim(axis, 0).contiguous().unbind()
+        if not any(isinstance(layer, ImplicitVQ) for layer in layers):
+            return [layer.decode(own) for layer, own in zip(layers, chosen, strict=False)]
         found: list[Tensor] = []
         partial = None
-        for layer, chosen in zip(self._each(), indices.unbind(axis), strict=False):
-            codes = layer.decode(chosen, **conditions(layer, partial))
+        for layer, own in zip(layers, chosen, strict=False):
+            codes = layer.decode(own, **conditions(layer, partial))
             partial = codes if partial is None else partial + codes
             found.append(codes)
         return found
@@ -416,7 +419,8 @@ class Residual(Quantizer):
     def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
         if isinstance(self.project_out, nn.Identity):
             return codes  # zeros where there is no code
-        return where_kept(has_code(indices, codes.dim() - 1), _linear(self.project_out, codes))
+        output = _linear(self.project_out, codes)
+        return output if are_chosen(indices) else where_kept(has_code(indices, codes.dim() - 1), output)
 
     def _fill(self, indices: Tensor) -> Tensor:
         """Those of the first layers [P..., L, ...], with -1 for all others [P..., Q, ...]."""

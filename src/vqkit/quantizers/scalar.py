@@ -35,6 +35,7 @@ from vqkit.quantizers.layout import (
     is_all,
     is_integer,
     position_mask,
+    rows_at,
     where_kept,
     width_back,
     width_last,
@@ -402,12 +403,20 @@ class ScalarQuantizer(Quantizer):
         check_tensor("indices", indices)
         if not is_integer(indices):
             raise TypeError(f"indices is {indices.dtype}: must be an integer type")
-        if indices.dim() <= len(self.code_shape) or indices.shape[indices.dim() - len(self.code_shape) :] != self.code_shape:
+        if indices.dim() < 1 or (self.heads > 1 and (indices.dim() < 2 or indices.shape[-1] != self.heads)):
             shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
-        check_indices("indices", indices, self.codebook_size)
-        codes = where_kept(indices >= 0, self._codes_of(indices))
+        if (table := self._list(indices)) is not None:
+            codes = self._turn_back(rows_at(table, indices)[0])
+        elif check_indices("indices", indices, self.codebook_size):
+            codes = self._codes_of(indices)
+        else:
+            codes = where_kept(indices >= 0, self._codes_of(indices))
         return codes if self.heads == 1 else codes.flatten(-2)
+
+    def _list(self, like: Tensor) -> Tensor | None:
+        """All codes [C, d] before they are turned back, float32 on the device of `like`: where they are kept, as they never change."""
+        return None
 
     def _codes_of(self, indices: Tensor) -> Tensor:
         """[...] -> [..., d], float32; those of -1 mean nothing."""

@@ -62,6 +62,7 @@ from vqkit.quantizers.layout import (
     check_tensor,
     position_mask,
     require,
+    rows_at,
     where_kept,
     width_back,
     width_last,
@@ -440,12 +441,12 @@ class VectorQuantize(Quantizer):
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P...] or [P..., heads] -> vectors in the layout and width of the input; zeros where all heads are -1."""
-        codes = self._look_up(indices)
-        return width_back(self._project_out(codes, indices), self.layout)
+        codes, complete = self._look_up(indices)
+        return width_back(self._project_out(codes, indices, complete), self.layout)
 
     def decode_codes(self, indices: Tensor) -> Tensor:
         """As `decode`, without the output projection: of width heads * codebook_dim."""
-        return width_back(self._look_up(indices), self.layout)
+        return width_back(self._look_up(indices)[0], self.layout)
 
     @torch.no_grad()
     def nearest(self, x: Tensor, num: int, *, temperature: float | None = 0.0) -> tuple[Tensor, Tensor]:
@@ -634,25 +635,31 @@ class VectorQuantize(Quantizer):
 
     def _project_out(self, codes: Tensor, indices: Tensor, complete: bool = False) -> Tensor:
         """Codes, 0 where no head of a position has one, in the width of the input."""
-        if self.project_out is None:
+        layer = self.project_out
+        if layer is None:
             return codes
-        output = self.project_out(as_dtype(codes, _dtype_of(self.project_out, codes)))
+        output = layer(as_dtype(codes, _dtype_of(layer, codes)))
         if complete or are_chosen(indices):
             return output
         valid = indices >= 0 if indices.dim() == codes.dim() - 1 else (indices >= 0).any(-1)
         return where_kept(valid, output)
 
-    def _look_up(self, indices: Tensor) -> Tensor:
-        """[P...] or [P..., heads] -> codes [P..., heads * K]."""
+    def _look_up(self, indices: Tensor) -> tuple[Tensor, bool]:
+        """[P...] or [P..., heads] -> codes [P..., heads * K], and whether it is known that no index is -1."""
         check_tensor("indices", indices)
-        if indices.dim() <= len(self.code_shape) or indices.shape[indices.dim() - len(self.code_shape) :] != self.code_shape:
+        if indices.dim() < 1 or (self.heads > 1 and (indices.dim() < 2 or indices.shape[-1] != self.heads)):
             shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
-        all_known = check_indices("indices", indices, self.codebook_size)
-        positions = indices.shape[: indices.dim() - len(self.code_shape)]
-        chosen = self._to_heads(indices.to(torch.int64).reshape(positions.numel(), self.heads))
-        codes = self._from_heads(self.table.look_up(chosen, all_known=all_known))
-        return codes.reshape(*positions, self.heads * self.codebook_dim)
+        number = indices.numel()
+        table, as_read = self.table.rows(number // self.heads if self.separate_heads else number)
+        if not self.separate_heads:
+            codes, complete = rows_at(table[0], indices)
+        else:
+            complete = check_indices("indices", indices, self.codebook_size)
+            chosen = self._to_heads(indices.to(torch.int64).reshape(-1, self.heads))
+            codes = self._from_heads(gather_codes(table, chosen, all_known=complete)).reshape(*indices.shape, self.codebook_dim)
+        codes = codes if as_read else directions(codes)
+        return codes if self.heads == 1 else codes.flatten(-2), complete
 
     def _to_heads(self, values: Tensor) -> Tensor:
         """[N, heads, ...] -> [H, M, ...]."""
@@ -901,7 +908,7 @@ def _keep(x: Tensor, kept: Tensor | None, has_meaning: Callable[[Tensor], Tensor
 def _dtype_of(layer: nn.Module, x: Tensor) -> torch.dtype:
     """That of its parameters; of x where it has none."""
     first = next(iter(layer)) if isinstance(layer, nn.Sequential) and len(layer) else layer
-    weight = getattr(first, "weight", None)
+    weight = first._parameters.get("weight")
     return weight.dtype if isinstance(weight, Tensor) else next((parameter.dtype for parameter in layer.parameters()), x.dtype)
 
 

@@ -349,7 +349,8 @@ def _constructor(construct: Callable[..., None], parameters: _Parameters) -> Cal
 
 def _method(function: Callable[..., Any], of_class: Sequence[str]) -> Callable[..., Any]:
     parameters = _Parameters(function)
-    known, more = (*parameters.names, *of_class), int(function.__name__ == "forward")  # its input is looked at by whatever takes it
+    known = (*parameters.names, *of_class)
+    more = int(function.__name__ == "forward" or parameters.in_order == ["indices"])  # which is looked at by whatever takes it
 
     @functools.wraps(function)
     def called(self: Any, *args: Any, **options: Any) -> Any:

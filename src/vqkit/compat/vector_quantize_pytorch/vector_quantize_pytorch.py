@@ -305,12 +305,21 @@ class VectorQuantize(OwnsOptimizer, Settable):
 
         A number, a list of numbers or an array are as good as a tensor. Raises ValueError for indices outside -1 ... codebook_size - 1.
         """
-        return _decode(self.native.decode_codes, indices, self.zero.device)
+        return self._decode(self.native.decode_codes, indices)
 
     def get_output_from_indices(self, indices: Tensor | Any) -> Tensor:
         """indices as a call gives them -> vectors as a call gives them; index -1 gives zeros."""
         own = overrides(self, VectorQuantize, "get_codes_from_indices")
-        return _decode(self._output_of_codes if own else self.native.decode, indices, self.zero.device)
+        return self._decode(self._output_of_codes if own else self.native.decode, indices)
+
+    def _decode(self, decode: Callable[[Tensor], Tensor], indices: Any) -> Tensor:
+        """`decode` of indices, of one that has no axis, and of what is none of tensors but can index one."""
+        if isinstance(indices, Tensor):
+            return decode(indices) if indices.dim() else decode(indices.reshape(1)).squeeze(0)
+        numbers = indices if isinstance(indices, (list, tuple)) else (indices,)
+        if all(isinstance(number, Integral) for number in numbers) or hasattr(indices, "__array__"):
+            return self._decode(decode, torch.as_tensor(indices, device=self.zero.device))
+        return decode(indices)
 
     def _output_of_codes(self, indices: Tensor) -> Tensor:
         codes, first = self.get_codes_from_indices(indices), self.native.layout == "first"
@@ -564,15 +573,6 @@ class VectorQuantize(OwnsOptimizer, Settable):
             codes = codes.movedim(1, -1)
         rows = codes.reshape(codes.shape[0], -1, *several, codes.shape[-1])
         return self.maybe_split_heads_from_input(rows)
-
-
-def _decode(decode: Callable[[Tensor], Tensor], indices: Any, device: torch.device) -> Tensor:
-    """`decode` of indices, of one that has no axis, and of what is none of tensors but can index one."""
-    numbers = indices if isinstance(indices, (list, tuple)) else (indices,)
-    if all(isinstance(number, Integral) for number in numbers) or (hasattr(indices, "__array__") and not isinstance(indices, Tensor)):
-        indices = torch.as_tensor(indices, device=device)
-    one = isinstance(indices, Tensor) and indices.dim() == 0
-    return decode(indices.reshape(1)).squeeze(0) if one else decode(indices)
 
 
 def _own_optimizer(make: Callable[..., Optimizer] | None, codebook: Codebook) -> Optimizer | None:
