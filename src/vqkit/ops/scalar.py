@@ -48,19 +48,20 @@ def split_digits(
     indices: Tensor, levels: Sequence[int], dtype: torch.dtype = torch.int64, *, first: Literal["lowest", "highest"] = "lowest"
 ) -> Tensor:
     """The digits [..., d] of integers [...] from 0 to C - 1; those of -1 are 0."""
-    if first == "highest":
-        return split_digits(indices, levels[::-1], dtype).flip(-1)
     size = math.prod(levels)
     if may_look(indices) and size <= _whole_up_to(torch.float64):
         # A quotient of whole numbers that a float holds is never rounded up to the next whole number.
-        wide = indices.to(torch.float32 if size <= _whole_up_to(torch.float32) else torch.float64).clamp(min=0).unsqueeze(-1)
-        above = wide.div(per_scalar(_places, (*levels, 1), wide)).floor_()
-        return torch.addcmul(above[..., :-1], above[..., 1:], per_scalar(tuple, levels, wide), value=-1).to(dtype)
+        wide = indices.to(torch.float32 if size <= _whole_up_to(torch.float32) else torch.float64).clamp_(min=0).unsqueeze(-1)
+        above = wide.div(per_scalar(_places_of[first], (*levels, 1) if first == "lowest" else (1, *levels), wide)).floor_()
+        own, next_higher = above[..., :-1], above[..., 1:]
+        if first == "highest":
+            own, next_higher = next_higher, own
+        return as_dtype(torch.addcmul(own, next_higher, per_scalar(tuple, levels, wide), value=-1), dtype)
     rest, digits = indices.to(torch.int64).clamp(min=0), []
-    for number in levels:
+    for number in levels if first == "lowest" else reversed(levels):
         digits.append(rest % number)
         rest = rest // number
-    return torch.stack(digits, dim=-1).to(dtype)
+    return torch.stack(digits if first == "lowest" else digits[::-1], dim=-1).to(dtype)
 
 
 _WHOLE = {torch.float32: 2.0**24, torch.float64: 2.0**53}
@@ -76,12 +77,19 @@ def _places(levels: Sequence[int]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(levels[:-1], operator.mul, initial=1))
 
 
+def _places_from_highest(levels: Sequence[int]) -> tuple[int, ...]:
+    return _places(levels[::-1])[::-1]
+
+
+_places_of = {"lowest": _places, "highest": _places_from_highest}
+
+
 @functools.lru_cache(maxsize=1024)
 def _kept_places(levels: tuple[int, ...], first: str, dtype: torch.dtype) -> Tensor | None:
     """[d], what digits of a dtype are worth, on CPU; None where it holds no sums of them."""
     if not dtype.is_floating_point or math.prod(levels) > _whole_up_to(dtype):
         return None
-    places = _places(levels) if first == "lowest" else _places(levels[::-1])[::-1]
+    places = _places_of[first](levels)
     with torch.inference_mode(False):
         return torch.tensor(places, dtype=dtype, device="cpu")
 
@@ -166,6 +174,16 @@ def sign_codes(digits: Tensor, levels: Sequence[int], dtype: torch.dtype, *, ste
     """-step and step [..., d] for the digits 0 and 1 of two `levels` each."""
     digits = as_dtype(digits, dtype)
     return torch.add(per_scalar(tuple, (-step,), digits), digits, alpha=2.0 * step)
+
+
+def level_places(digits: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The place of each scalar's level [..., d] where the levels of all scalars stand side by side."""
+    digits = as_dtype(digits, dtype)
+    return digits + per_scalar(_first_of_each, levels, digits)
+
+
+def _first_of_each(levels: Sequence[float]) -> list[float]:
+    return [0, *itertools.accumulate(levels[:-1])]
 
 
 def level_steps(levels: Sequence[int], like: Tensor, *, symmetric: bool = False, scale: float | Sequence[float] = 1.0) -> Tensor:

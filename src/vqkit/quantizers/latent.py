@@ -6,6 +6,7 @@ Shapes: P... positions of the input, H heads, d scalars of a head, L levels of a
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.losses import mean_commitment_loss
-from vqkit.ops.precision import is_traced, may_keep
-from vqkit.ops.scalar import Rounded, per_scalar
+from vqkit.ops.precision import as_dtype, is_traced, may_keep
+from vqkit.ops.scalar import Rounded, level_places, list_codes
 from vqkit.quantizers.config import Commit, Commitment, check_kind
-from vqkit.quantizers.layout import Layout
-from vqkit.quantizers.scalar import CodeCounts, ScalarQuantizer, first_of_each
+from vqkit.quantizers.layout import Layout, where_kept
+from vqkit.quantizers.scalar import CodeCounts, ScalarQuantizer
 
 
 def _table_places(levels: tuple[int, ...], device: torch.device) -> Tensor:
     """Where a table [L, d] has its values from, the first level in place of what a scalar has less than others: of equals it is taken."""
-    firsts = first_of_each(levels)
+    firsts = [0, *itertools.accumulate(levels[:-1])]
     rows = [
         [first + (level if level < number else 0) for first, number in zip(firsts, levels, strict=True)] for level in range(max(levels))
     ]
@@ -123,9 +124,18 @@ class LatentQuantize(ScalarQuantizer):
         return Rounded(vectors, _nearest_levels(vectors.detach(), table).to(vectors.dtype))
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._at(level_places(digits, self.levels, digits.dtype), dtype)
+
+    def _at(self, places: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.counts.weight.detach() if self.counts.constant else self.counts.weight
-        places = (digits + per_scalar(first_of_each, self.levels, digits)).to(torch.int64)
-        return weight.to(dtype).index_select(0, places.flatten()).view_as(places)
+        return as_dtype(weight, dtype).index_select(0, places.to(torch.int64).flatten()).view_as(places)
+
+    def _list(self, like: Tensor) -> Tensor | None:
+        return list_codes(level_places, self.levels, like)
+
+    def _of_listed(self, rows: Tensor, complete: bool, indices: Tensor) -> Tensor:
+        codes = self._at(rows, torch.float32)
+        return codes if complete else where_kept(indices >= 0, codes)
 
     def _losses(self, vectors: Tensor, values: Tensor, codes: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
         if self.commitment is None:

@@ -8,7 +8,6 @@ Shapes: P... positions of the input, D width of the input, H heads, d scalars of
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from vqkit.ops.codebook import CodebookStatistics, zero_statistics
 from vqkit.ops.estimators import straight_through
 from vqkit.ops.nearest_code import nearest_codes
 from vqkit.ops.precision import as_dtype, finite_rows, is_traced, known_finite, may_look, widest, without_autocast
-from vqkit.ops.scalar import Rounded, join_digits, per_scalar, rounding_stats, split_digits
+from vqkit.ops.scalar import Rounded, join_digits, level_places, rounding_stats, split_digits
 from vqkit.ops.usage import active_fraction, perplexity
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.committed import Counting
@@ -94,8 +93,7 @@ class CodeCounts(Counting):
         """Of x and codes [N, H, d], indices and counted [N, H]; see `rounding_stats`."""
         used, size = indices.unsqueeze(-1), self.size
         if self.by_level:
-            digits = split_digits(indices, self.levels)
-            used, size = digits + per_scalar(first_of_each, self.levels, digits), sum(self.levels)
+            used, size = level_places(split_digits(indices, self.levels), self.levels, torch.int64), sum(self.levels)
         return rounding_stats(x, codes, used, size, indices, counted, whole=whole)
 
     def _usage(self, count: Tensor) -> dict[str, Tensor]:
@@ -407,7 +405,7 @@ class ScalarQuantizer(Quantizer):
             shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
         if (table := self._list(indices)) is not None:
-            codes = self._turn_back(rows_at(table, indices)[0])
+            codes = self._of_listed(*rows_at(table, indices), indices)
         elif check_indices("indices", indices, self.codebook_size):
             codes = self._codes_of(indices)
         else:
@@ -415,8 +413,12 @@ class ScalarQuantizer(Quantizer):
         return codes if self.heads == 1 else codes.flatten(-2)
 
     def _list(self, like: Tensor) -> Tensor | None:
-        """All codes [C, d] before they are turned back, float32 on the device of `like`: where they are kept, as they never change."""
+        """What all codes [C, d] are made of, float32 on the device of `like`: where it never changes, and is kept."""
         return None
+
+    def _of_listed(self, rows: Tensor, complete: bool, indices: Tensor) -> Tensor:
+        """Codes [..., d] of rows of the list, zeros for -1; `complete`: it is known that there is none."""
+        return self._turn_back(rows)
 
     def _codes_of(self, indices: Tensor) -> Tensor:
         """[...] -> [..., d], float32; those of -1 mean nothing."""
@@ -431,11 +433,6 @@ class ScalarQuantizer(Quantizer):
         x, codes = (tensor.reshape(-1, self.heads, self.width) for tensor in (values, codes))
         counted = None if counted is None else counted.reshape(-1, self.heads)
         return self.counts.statistics(x, codes, found.reshape(-1, self.heads), counted, whole=given.finite is None and own is None)
-
-
-def first_of_each(levels: Sequence[float]) -> list[float]:
-    """Where the levels of each scalar begin, side by side."""
-    return [0, *itertools.accumulate(levels[:-1])]
 
 
 def _draw_rotation(width: int, device: torch.device | str | None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from vqkit.compat.vector_quantize_pytorch.rows import (
 from vqkit.compat.vector_quantize_pytorch.settings import Settable
 from vqkit.ops.estimators import scale_gradient, straight_through
 from vqkit.ops.losses import mean_commitment_loss
+from vqkit.ops.precision import as_dtype
 from vqkit.quantizers import latent
 from vqkit.quantizers.committed import WIDE, in_backward
 from vqkit.quantizers.config import check_number
@@ -138,8 +139,13 @@ class LatentQuantize(OwnsOptimizer, Settable):
 
     def _settle(self) -> latent.LatentQuantize:
         """The native quantizer with the values of now."""
-        hide(self.native.counts, weight=torch.cat([*self.values_per_latent]))
+        hide(self.native.counts, weight=torch.cat(self._values()))
         return self.native
+
+    def _values(self) -> list[Tensor]:
+        """Those of each scalar, without the price of asking a list of parameters for them."""
+        held = cast(Module, self._modules["values_per_latent"])
+        return cast(list[Tensor], [*(held._parameters or held._buffers).values()])
 
     def __getstate__(self) -> Any:
         """Copies hold the values alone: what a call made of them has a graph, which cannot be copied."""
@@ -177,7 +183,7 @@ class LatentQuantize(OwnsOptimizer, Settable):
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
         """What the indices of a call stand for, [B, dim, ...]. Raises ValueError for an index that there is not; -1 gives zeros."""
         found = without_codebooks(indices, self.num_codebooks, self.keep_num_codebooks_dim)
-        codes = self._settle().decode_codes(found).to(self.values_per_latent[0].dtype)
+        codes = as_dtype(self._settle().decode_codes(found), self._values()[0].dtype)
         return (_project_out(self.project_out, codes, found) if project_out else codes).movedim(-1, 1)
 
     def quantize_and_project(self, z: Tensor, is_img_or_video: bool, ps: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +230,7 @@ class LatentQuantize(OwnsOptimizer, Settable):
         """A step of the values alone."""
         found = self._settle()._round(vectors)
         loss = self._weights[1] * _apart(self.native._codes(found.digits, vectors.dtype), vectors, kept)
-        values = list(self.values_per_latent)
+        values = self._values()
         own = [value.grad for value in values]
         for value, gradient in zip(values, torch.autograd.grad(loss, values), strict=True):
             value.grad = gradient
