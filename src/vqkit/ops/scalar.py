@@ -51,7 +51,7 @@ def split_digits(
     size = math.prod(levels)
     if may_look(indices) and size <= _whole_up_to(torch.float64):
         # A quotient of whole numbers that a float holds is never rounded up to the next whole number.
-        wide = indices.to(torch.float32 if size <= _whole_up_to(torch.float32) else torch.float64).clamp_(min=0).unsqueeze(-1)
+        wide = indices.to(torch.float32 if size <= _whole_up_to(torch.float32) else torch.float64).clamp(min=0).unsqueeze(-1)
         above = wide.div(per_scalar(_places_of[first], (*levels, 1) if first == "lowest" else (1, *levels), wide)).floor_()
         own, next_higher = above[..., :-1], above[..., 1:]
         if first == "highest":

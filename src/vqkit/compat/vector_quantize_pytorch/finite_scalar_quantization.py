@@ -198,7 +198,7 @@ class FSQ(Settable):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.project_out.weight.dtype if self.has_projections else torch.float32
+        return cast(Tensor, self.project_out.weight).dtype if self.has_projections else torch.float32
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         first = bool(self.channel_first) or z.dim() >= 4
