@@ -2,7 +2,7 @@
 
 Both start from the peer's state dict and see the same inputs and the same random numbers. A part of the comparison is one of
 
-    raises               the facade raised where the peer did not
+    raises               the facade raised where the peer did not, but for decoding
     state_layout         names, shapes and dtypes in the state dict at the start, and whether the peer's loads strictly
     state_back           whether the peer loads the state dict at the end strictly
     parameters           their names in order: an optimizer's state goes by it
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from facade import peer as _peer
-from facade.deviations import excused, of_residuals
+from facade.deviations import excused, of_input, of_residuals
 
 RTOL = 1e-5
 FLOOR = 1e-2
@@ -103,7 +103,7 @@ def compare_kinds(
     """As `compare`, of any two classes, the reference first."""
     calls = dict(calls or {})
     eval_calls = calls if eval_calls is None else dict(eval_calls)
-    facts = {"an optimizer": optimize, "sequences": (x(0) if callable(x) else x).dim() > 2, **of_residuals(kwargs, calls)}
+    facts = {"an optimizer": optimize, **of_input(x(0) if callable(x) else x, kwargs, calls), **of_residuals(kwargs, calls)}
     comparison = Comparison(name, dict(kwargs), calls, facts)
     sides = _Sides(comparison)
     reference = _seeded(seed, lambda: kinds[0](**copy.deepcopy(dict(kwargs))))
@@ -125,6 +125,9 @@ def compare_kinds(
             return comparison
         _compare_trees(comparison, f"step {step}", expected, found)
         _compare_states(comparison, f"step {step}", reference, made)
+        indices = _indices({name: leaf for part in expected.values() for name, leaf in part.items()})
+        if indices is not None and (indices == -1).any():  # of layers that were dropped
+            _compare_decoding(comparison, sides, reference, made, indices)
     _compare_evaluation(comparison, sides, reference, made, x(0) if callable(x) else x, eval_calls, seed)
     _load_back(comparison, made, _seeded(seed, lambda: kinds[0](**copy.deepcopy(dict(kwargs)))))
     return comparison
@@ -134,12 +137,12 @@ def compare_kinds(
 class _Sides:
     comparison: Comparison
 
-    def candidate(self, where: str, run: Callable[[], Any]) -> Any:
+    def candidate(self, where: str, run: Callable[[], Any], part: str = "raises") -> Any:
         """What the facade gives; None where it raises a ValueError or TypeError, which is noted."""
         try:
             return run()
         except (ValueError, TypeError) as error:
-            self.comparison.note("raises", float("inf"), f"{where}: {type(error).__name__}: {error}")
+            self.comparison.note(part, float("inf"), f"{where}: {type(error).__name__}: {error}")
             return None
 
 
@@ -195,14 +198,14 @@ def _train_step(
         parameter.grad = None
     given = copy.deepcopy(dict(calls))
     output = _seeded(seed, lambda: module(x, **given))
-    leaves = dict(_leaves(output, ""))
+    found = dict(leaves(output, ""))
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())
-    for where, leaf in leaves.items():
+    for where, leaf in found.items():
         weights = torch.rand(leaf.shape, generator=generator) + 0.5  # drawn for all, so that both sides have the same
         if leaf.requires_grad and not where.endswith("inplace_optimize"):  # whose backward has run
             total = total + (leaf * weights.to(leaf.dtype)).sum()
-    kept = {where: leaf.detach().clone() for where, leaf in leaves.items()}
+    kept = {where: leaf.detach().clone() for where, leaf in found.items()}
     if total.requires_grad:
         total.backward()
     parts = {f"output.{where}": {where: leaf} for where, leaf in kept.items()}
@@ -217,19 +220,19 @@ def _train_step(
     return parts
 
 
-def _leaves(output: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def leaves(output: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of what a call returned, by their places; the kind of a container is part of the place."""
     if isinstance(output, Tensor):
         yield path or "0", output
     elif isinstance(output, tuple) and hasattr(output, "_fields"):
         for name, part in zip(output._fields, output, strict=True):
-            yield from _leaves(part, f"{path}.{name}".lstrip("."))
+            yield from leaves(part, f"{path}.{name}".lstrip("."))
     elif isinstance(output, (tuple, list)):
         for number, part in enumerate(output):
-            yield from _leaves(part, f"{path}.{number}".lstrip("."))
+            yield from leaves(part, f"{path}.{number}".lstrip("."))
     elif isinstance(output, dict):
         for key, part in output.items():
-            yield from _leaves(part, f"{path}.{key}".lstrip("."))
+            yield from leaves(part, f"{path}.{key}".lstrip("."))
     elif output is not None:
         yield path or "0", torch.as_tensor(output)
 
@@ -264,21 +267,30 @@ def _compare_evaluation(
     found = sides.candidate("eval", lambda: evaluate(made))
     if found is None:
         return
-    there, here = ({f"eval.{k}": {k: leaf} for k, leaf in _leaves(output, "")} for output in (expected, found))
+    there, here = ({f"eval.{k}": {k: leaf} for k, leaf in leaves(output, "")} for output in (expected, found))
     _compare_trees(comparison, "eval", there, here)
-    indices = next((leaf for _, leaf in _leaves(expected, "") if leaf.dtype in (torch.int64, torch.int32)), None)
+    indices = _indices(dict(leaves(expected, "")))
+    if indices is not None:
+        _compare_decoding(comparison, sides, reference, made, indices)
+
+
+def _indices(output: Mapping[str, Tensor]) -> Tensor | None:
+    return next((leaf for leaf in output.values() if leaf.dtype in (torch.int64, torch.int32)), None)
+
+
+def _compare_decoding(comparison: Comparison, sides: _Sides, reference: nn.Module, made: nn.Module, indices: Tensor) -> None:
+    if comparison.name == "VectorQuantize":
+        indices = indices.clamp(min=0)  # there -1 is the last code
     for decoder in DECODERS:
-        if indices is None or not hasattr(reference, decoder):
+        if not hasattr(reference, decoder):
             continue
-        if comparison.name == "VectorQuantize":
-            indices = indices.clamp(min=0)  # there -1 is the last code
         try:
             codes = getattr(reference, decoder)(indices)
         except Exception:  # what the peer cannot do is nothing to compare with
             continue
-        decoded = sides.candidate(decoder, partial(getattr(made, decoder), indices))
+        decoded = sides.candidate(decoder, partial(getattr(made, decoder), indices), f"decode.{decoder}")
         if decoded is not None:
-            trees = ({f"decode.{decoder}": dict(_leaves(output, ""))} for output in (codes, decoded))
+            trees = ({f"decode.{decoder}": dict(leaves(output, ""))} for output in (codes, decoded))
             _compare_trees(comparison, "decode", *trees)
 
 

@@ -1,19 +1,20 @@
 """FSQ and its residual forms beside the peer's: all pairs of options, and what is right where the two differ."""
 
 import copy
-import functools
+import math
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from facade import strict
 from facade.compare import compare
-from facade.covering import covering_array
 from facade.peer import peer
+from facade.strict import Array, draw, in_double
 from vqkit.compat.vector_quantize_pytorch import FSQ, GroupedResidualFSQ, ResidualFSQ
 
 OPTIONS = {
-    "levels": ([8, 5, 5], [4, 4, 4], [2, 3, 6]),
+    "levels": ([8, 5, 5], (4, 4, 4), [2, 3, 6]),
     "dim": (None, 7),
     "num_codebooks": (1, 2),
     "keep_num_codebooks_dim": (None, True, False),
@@ -24,103 +25,219 @@ OPTIONS = {
     "return_indices": (True, False),
     "force_quantization_f32": (True, False),
     "preserve_symmetry": (False, True),
-    "noise_dropout": (0.0, 0.5),
+    "noise_dropout": (0.0, 0.5, 0.1),
     "bound_hard_clamp": (False, True),
     "orthogonal_rotation": (False, True),
-    "input": ((2, 5), (2, 3, 4)),
+    "dtype": (torch.float32, torch.float64),
+    "input": ("sequence", "image", "video", "vectors", "empty", "no batch"),
 }
 
+
+def setting(row, seed=0):
+    kwargs = {name: value for name, value in row.items() if name not in ("dtype", "input")}
+    first = row["channel_first"] or row["input"] in ("image", "video")
+    return kwargs, strict.placed(row, row["dim"] or 3 * row["num_codebooks"], first=first, seed=seed), {}
+
+
+NARROWED = (
+    {"dtype": torch.float64, "allowed_dtypes": (torch.float32,), "orthogonal_rotation": True},
+    lambda row: row["dtype"] not in row["allowed_dtypes"] and row["orthogonal_rotation"] and row["force_quantization_f32"],
+)
+"""Codes of another dtype than the rotation."""
+REFUSED = (
+    ({"levels": [2, 3, 6]}, lambda row: 2 in row["levels"] and not row["preserve_symmetry"]),
+    ({"noise_dropout": 0.5}, lambda row: row["noise_dropout"] and not row["preserve_symmetry"]),
+    (
+        {"num_codebooks": 2, "keep_num_codebooks_dim": False},
+        lambda row: row["num_codebooks"] > 1 and row["keep_num_codebooks_dim"] is False,
+    ),
+    ({"input": "vectors"}, lambda row: row["input"] == "vectors" and not row["channel_first"]),
+    ({"input": "no batch", "channel_first": True}, lambda row: row["input"] == "no batch" and row["channel_first"]),
+    NARROWED,
+)
+DEVIATING = {
+    "scale": {"scale": 2.0},
+    "noise_dropout but 0.5": {"noise_dropout": 0.1, "preserve_symmetry": True},
+    "noise_dropout & float64": {"noise_dropout": 0.5, "preserve_symmetry": True, "dtype": torch.float64, "levels": (4, 4, 4)},
+}
+ARRAY = Array("FSQ", OPTIONS, setting, REFUSED, DEVIATING, around=in_double)
+
+OF_LAYER = ("scale", "allowed_dtypes", "projection_has_bias", "force_quantization_f32", "noise_dropout", "orthogonal_rotation")
+FIXED = {"num_codebooks": (1,), "keep_num_codebooks_dim": (None, True, False), "channel_first": (False, True), "return_indices": (True,)}
 RESIDUAL_OPTIONS = {
-    "levels": ([5, 5, 5], [8, 5, 3], [4, 4, 2]),
+    "levels": ([5, 5, 5], [8, 5, 3], (4, 4, 2)),
     "num_quantizers": (3, 1),
     "dim": (None, 7),
     "is_channel_first": (False, True),
     "quantize_dropout": (False, True),
-    "quantize_dropout_cutoff_index": (0, 1),
+    "quantize_dropout_cutoff_index": (0, 1, 3),
     "quantize_dropout_multiple_of": (1, 2),
-    "soft_clamp_input_value": (None, 1.5, [1.2, 1.5, 2.0]),
+    "soft_clamp_input_value": (None, 1.5, [1.2, 1.5, 2.0], torch.tensor(1.5)),
     "bound_hard_clamp": (True, False),
-    "noise_dropout": (0.0, 0.5),
-    "orthogonal_rotation": (False, True),
-    "scale": (None, 2.0),
-    "allowed_dtypes": ((torch.float32, torch.float64), (torch.float32,)),
-    "projection_has_bias": (True, False),
-    "force_quantization_f32": (True, False),
+    **{name: OPTIONS[name] for name in OF_LAYER},
+    **FIXED,
+    "preserve_symmetry": (None,),
     "return_all_codes": (False, True),
-    "rand_quantize_dropout_fixed_seed": (None, 1),
-    "input": ((2, 5), (2, 3, 4), (2, 3)),
+    "rand_quantize_dropout_fixed_seed": (None, 1, 5),
+    "dtype": (torch.float32, torch.float64),
+    "input": ("sequence", "image", "video", "vectors", "square", "empty", "no batch"),
 }
-
-NOT_IN_GROUPS = ("rand_quantize_dropout_fixed_seed", "input", "is_channel_first", "dim")
-GROUPED_OPTIONS = {
-    "groups": (1, 2),
-    "accept_image_fmap": (False, True),
-    "dim": (6, 8),
-    **{name: values for name, values in RESIDUAL_OPTIONS.items() if name not in NOT_IN_GROUPS},
-}
-
 CALLS = ("return_all_codes", "rand_quantize_dropout_fixed_seed")
 
 
-def valid(row):
-    symmetric = row["preserve_symmetry"]
-    if (2 in row["levels"] or row["noise_dropout"] > 0) and not symmetric:
-        return False
-    return not (row["num_codebooks"] > 1 and row["keep_num_codebooks_dim"] is False)
+def residual_setting(row, seed=0):
+    kwargs = {name: value for name, value in row.items() if name not in ("dtype", "input", *CALLS)}
+    if row["preserve_symmetry"] is None:
+        del kwargs["preserve_symmetry"]
+    width = row["dim"] or 3
+    x = strict.placed(row, width, first=row["is_channel_first"], seed=seed)
+    return kwargs, x, {name: row[name] for name in CALLS}
 
 
-def valid_residual(row):
-    if row["soft_clamp_input_value"] is not None and row["bound_hard_clamp"]:
-        return False
-    if row["is_channel_first"] and row["return_all_codes"] and (row["input"] != (2, 3) or row["num_quantizers"] != 3):
-        return False  # the peer reads its own indices in another layout than it writes them: an error unless the layouts look alike
-    return row["is_channel_first"] or len(row["input"]) == 2
+def positions(row):
+    return row.get("positions", strict.SHAPES[row["input"]])
 
 
-def valid_grouped(row):
-    first = row["accept_image_fmap"]
-    return valid_residual({**row, "is_channel_first": first, "input": (2, 3) if first and row["return_all_codes"] else (2, 5)})
+def indices_look_alike(row):
+    """Whether indices with the layers first can be read as if they had them last."""
+    last, number = positions(row)[-1], row["num_quantizers"]
+    return row["input"] == "vectors" or last == number or (last < number and row["quantize_dropout"])
 
 
-def place(x, width_at, noise=0.0):
-    """In the layout of the input; where noise is drawn, which the peer does in the order of memory, that of vectors stays."""
-    x = x.movedim(-1, 1) if width_at == 1 else x
-    return x if noise else x.contiguous()
+def in_a_row(row):
+    """The positions that a layer sees in a row, as many as scalars of a code or it takes them for something else."""
+    return math.prod(positions(row)[1:]) if row["is_channel_first"] else positions(row)[1]
 
 
-@functools.cache
-def rows():
-    return covering_array(OPTIONS, valid), covering_array(RESIDUAL_OPTIONS, valid_residual), covering_array(GROUPED_OPTIONS, valid_grouped)
+def fixed(name, value):
+    """What layers are not made with, whatever else there is."""
+    return ({name: value}, lambda row: row[name] == value)
 
 
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 1.2
+RESIDUAL_REFUSED = (
+    ({"soft_clamp_input_value": 1.5}, lambda row: row["soft_clamp_input_value"] is not None and row["bound_hard_clamp"]),
+    (
+        {"quantize_dropout": True, "quantize_dropout_cutoff_index": 3},
+        lambda row: row["quantize_dropout"] and row["quantize_dropout_cutoff_index"] >= row["num_quantizers"] > 1,
+    ),
+    ({"input": "vectors"}, lambda row: len(positions(row)) == 1 and not row["is_channel_first"] and not row["channel_first"]),
+    ({"input": "video"}, lambda row: len(positions(row)) > 2 and not row["is_channel_first"] and positions(row)[1] != 3),
+    ({"input": "no batch", "is_channel_first": True}, lambda row: positions(row)[0] == 0 and row["is_channel_first"]),
+    ({"input": "empty", "return_all_codes": True}, lambda row: 0 in positions(row) and row["return_all_codes"]),
+    (
+        {"input": "image", "quantize_dropout": True, "rand_quantize_dropout_fixed_seed": 1},
+        lambda row: len(positions(row)) != 2 and not row["is_channel_first"] and strict.may_drop(row),
+    ),
+    (
+        {"is_channel_first": True, "return_all_codes": True},
+        lambda row: row["is_channel_first"] and row["return_all_codes"] and not indices_look_alike(row),
+    ),
+    (
+        {"is_channel_first": True, "keep_num_codebooks_dim": True},
+        lambda row: row["is_channel_first"] and row["keep_num_codebooks_dim"],
+    ),
+    (
+        {"keep_num_codebooks_dim": True, "quantize_dropout": True, "rand_quantize_dropout_fixed_seed": 1},
+        lambda row: row["keep_num_codebooks_dim"] and strict.may_drop(row),
+    ),
+    (
+        {"channel_first": True},
+        lambda row: row["channel_first"] and (row["is_channel_first"] or len(positions(row)) == 2) and in_a_row(row) != 3,
+    ),
+    NARROWED,
+    fixed("num_codebooks", 2),
+    fixed("return_indices", False),
+    fixed("preserve_symmetry", True),
+)
+RESIDUAL_DEVIATING = {
+    "scale": {"scale": 2.0},
+    "noise_dropout but 0.5": {"noise_dropout": 0.1},
+    "noise_dropout & float64": {"noise_dropout": 0.5, "dtype": torch.float64, "levels": (4, 4, 2), "bound_hard_clamp": False},
+    "is_channel_first": {"is_channel_first": True, "input": "square"},
+    "is_channel_first & return_all_codes": {"is_channel_first": True, "return_all_codes": True, "input": "square"},
+    "orthogonal_rotation": {"orthogonal_rotation": True},
+    "orthogonal_rotation & unequal levels": {"orthogonal_rotation": True, "levels": [8, 5, 3]},
+    "channel_first": {"channel_first": True, "input": "square"},
+    "images & not is_channel_first": {"input": "image"},
+}
+RESIDUAL = Array("ResidualFSQ", RESIDUAL_OPTIONS, residual_setting, RESIDUAL_REFUSED, RESIDUAL_DEVIATING, around=in_double)
+
+NOT_IN_GROUPS = ("rand_quantize_dropout_fixed_seed",)
+GROUPED_OPTIONS = {
+    "groups": (1, 2),
+    "accept_image_fmap": (False, True),
+    **{name: values for name, values in RESIDUAL_OPTIONS.items() if name not in NOT_IN_GROUPS},
+    "dim": (6, 8),
+}
 
 
-def test_every_pair_of_options_of_fsq():
-    for number, row in enumerate(rows()[0]):
-        kwargs = {name: value for name, value in row.items() if name != "input"}
-        width = row["dim"] or 3 * row["num_codebooks"]
-        first = row["channel_first"] or len(row["input"]) > 2
-        x = place(draw(*row["input"], width, seed=number), 1 if first else -1, row["noise_dropout"])
-        compare("FSQ", kwargs, x, seed=number).check()
+def grouped_setting(row, seed=0):
+    kwargs, _, _ = residual_setting({**row, "rand_quantize_dropout_fixed_seed": None}, seed)
+    x = strict.placed(row, row["dim"], first=row["accept_image_fmap"], side=row["dim"] // row["groups"], seed=seed)
+    return kwargs, x, {"return_all_codes": row["return_all_codes"]}
 
 
-def test_every_pair_of_options_of_the_residual_form():
-    for number, row in enumerate(rows()[1]):
-        kwargs = {name: value for name, value in row.items() if name not in ("input", *CALLS)}
-        x = place(draw(*row["input"], row["dim"] or 3, seed=number), 1 if row["is_channel_first"] else -1, row["noise_dropout"])
-        compare("ResidualFSQ", kwargs, x, calls={name: row[name] for name in CALLS}, seed=number).check()
+def of_a_group(row):
+    """The row of ResidualFSQ that a group is: where groups are split along another axis than layers have, positions are others."""
+    width = row["dim"] // row["groups"]
+    batch, *rest = (2, width) if row["input"] == "square" else strict.SHAPES[row["input"]]
+    if row["accept_image_fmap"] and not row["is_channel_first"]:
+        seen = [width, *rest]
+    elif row["is_channel_first"] and not row["accept_image_fmap"]:
+        seen = [*rest[1:], width, *rest[:1]]
+    else:
+        seen = [*rest, width]
+    return {**row, "positions": (batch, *seen[:-1]), "width": seen[-1]}
 
 
-def test_every_pair_of_options_of_the_grouped_form():
-    for number, row in enumerate(rows()[2]):
-        kwargs = {name: value for name, value in row.items() if name != "return_all_codes"}
-        kwargs |= {"is_channel_first": row["accept_image_fmap"]}
-        image = row["accept_image_fmap"]
-        shape = ((3, 3) if row["return_all_codes"] else (3, 4)) if image else (5,)  # see `valid_residual`
-        x = place(draw(2, *shape, row["dim"], seed=200 + number), 1 if image else -1, row["noise_dropout"])
-        compare("GroupedResidualFSQ", kwargs, x, calls={"return_all_codes": row["return_all_codes"]}, seed=number).check()
+GROUPED_REFUSED = (
+    ({"accept_image_fmap": True}, lambda row: of_a_group(row)["width"] != row["dim"] // row["groups"]),
+    *(
+        (case | ({"accept_image_fmap": True} if case.get("is_channel_first") else {}), lambda row, rule=rule: rule(of_a_group(row)))
+        for case, rule in RESIDUAL_REFUSED
+    ),
+)
+FIRST = {"is_channel_first": True, "accept_image_fmap": True, "groups": 2}
+GROUPED_DEVIATING = {
+    **RESIDUAL_DEVIATING,
+    "channel_first": {"channel_first": True, "groups": 2, "input": "square"},
+    "is_channel_first": {**FIRST, "input": "square"},
+    "is_channel_first & return_all_codes": {**FIRST, "return_all_codes": True, "input": "square"},
+    "accept_image_fmap & not is_channel_first": {"accept_image_fmap": True, "input": "square"},
+    "is_channel_first & not accept_image_fmap & groups=2": {"is_channel_first": True, "groups": 2, "input": "square"},
+}
+GROUPED = Array("GroupedResidualFSQ", GROUPED_OPTIONS, grouped_setting, GROUPED_REFUSED, GROUPED_DEVIATING, around=in_double)
+ARRAYS = (ARRAY, RESIDUAL, GROUPED)
+
+
+@pytest.mark.parametrize("row", ARRAY.rows, ids=range(len(ARRAY.rows)))
+def test_every_pair_of_options_of_fsq(row):
+    ARRAY.compared(compare, row).check()
+
+
+@pytest.mark.parametrize("row", RESIDUAL.rows, ids=range(len(RESIDUAL.rows)))
+def test_every_pair_of_options_of_the_residual_form(row):
+    RESIDUAL.compared(compare, row).check()
+
+
+@pytest.mark.parametrize("row", GROUPED.rows, ids=range(len(GROUPED.rows)))
+def test_every_pair_of_options_of_the_grouped_form(row):
+    GROUPED.compared(compare, row).check()
+
+
+@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*ARRAYS))
+def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
+    array.check_refused(changes, is_refused)
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
+def test_each_deviation_has_its_case(array):
+    array.check_table()
+
+
+@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
+def test_what_deviates_stands_in_the_table(array, option, monkeypatch):
+    array.check_deviates(compare, option, monkeypatch)
 
 
 # What is right where the two differ
@@ -139,6 +256,15 @@ def test_noise_moves_the_share_that_was_asked_for():
     x = draw(1, 4000, 2) * 0.3
     quantized, indices = quantizer(x)
     assert 0.08 < (quantized != quantizer.indices_to_codes(indices)).double().mean() < 0.11
+
+
+def test_the_outermost_codes_have_a_gradient_in_float64():
+    quantizer = FSQ([4, 4, 4], preserve_symmetry=True, noise_dropout=1e-9)
+    x = torch.full((1, 2, 3), 3.0, dtype=torch.float64, requires_grad=True)
+    quantized, _ = quantizer(x)
+    quantized.sum().backward()
+    assert (quantized == 1).all()
+    torch.testing.assert_close(x.grad, 1 - x.detach().tanh().square())
 
 
 def test_narrow_inputs_are_rounded_in_float32():
@@ -232,6 +358,40 @@ def test_channel_first_decodes_to_what_it_gave(grouped, shape):
     torch.testing.assert_close(made.get_codes_from_indices(indices), torch.stack(codes) if grouped else codes)
     assert indices.shape == ((2,) if grouped else ()) + (2, 4, *shape)
     assert torch.stack(codes).shape == (2, 4, 2, *shape, 3) if grouped else codes.shape == (4, 2, *shape, 3)
+
+
+def test_layouts_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="channel_first = True: must be False in the layers of a residual quantizer"):
+        residual(channel_first=True)
+    for grouped in (False, True):
+        made = GroupedResidualFSQ(dim=6, levels=[5, 5, 3], num_quantizers=2) if grouped else residual()
+        with pytest.raises(ValueError, match=r"x has shape \(2, 3, 4, 6\): must be \[batch, time, 6\]"):
+            made(draw(2, 3, 4, 6))
+
+
+@pytest.mark.parametrize("name", ["accept_image_fmap", "is_channel_first"])
+def test_images_of_groups_need_to_be_announced_once(name):
+    options = {"dim": 6, "groups": 2, "levels": [5, 5, 3], "num_quantizers": 2}
+    once, twice = (
+        GroupedResidualFSQ(**options, **{name: True}),
+        GroupedResidualFSQ(**options, is_channel_first=True, accept_image_fmap=True),
+    )
+    once.load_state_dict(twice.state_dict())
+    for shape in ((2, 6, 3), (2, 6, 3, 4)):
+        for found, expected in zip(once(draw(*shape)), twice(draw(*shape)), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_an_axis_of_one_codebook_stands_before_that_of_the_layers(dropped):
+    made, plain = (residual(keep_num_codebooks_dim=kept, quantize_dropout=dropped, levels=[5, 5, 5]) for kept in (True, False))
+    plain.load_state_dict(made.state_dict())
+    for shape in ((2, 5, 6), (1, 3, 6)):
+        calls = {"return_all_codes": True, "rand_quantize_dropout_fixed_seed": 1}
+        (quantized, indices, codes), expected = made(draw(*shape), **calls), plain(draw(*shape), **calls)
+        assert torch.equal(quantized, expected[0]) and torch.equal(indices, expected[1].unsqueeze(-2))
+        assert torch.equal(codes, expected[2].unsqueeze(-2))
+        assert torch.equal(made.get_output_from_indices(indices).squeeze(-2), plain.get_output_from_indices(expected[1]))
 
 
 def test_turned_layers_decode_to_what_they_gave():

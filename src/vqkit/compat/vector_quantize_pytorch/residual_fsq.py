@@ -36,11 +36,13 @@ class ResidualFSQ(Settable):
     """As the peer's: x [B, N, dim], or with `is_channel_first` [B, dim, ...] -> (quantized, indices [B, N, q] or [B, q, ...]).
 
     With `return_all_codes` the codes of all layers [q, P..., d] follow. Indices are int32, or int64 where layers were dropped (-1).
+    With `keep_num_codebooks_dim` an axis of one codebook stands before q, which decoding takes for one of P.
     """
 
     made_of = frozenset(("layers",))
     fixed = frozenset(("scales", "soft_clamp_input_value"))
 
+    scales: Tensor
     native: Residual
     parts: Any
     seeds: Seeds
@@ -113,13 +115,13 @@ class ResidualFSQ(Settable):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> the codes of all layers [q, P..., d], zeros for -1 and what is missing."""
         rows = self._rows_of_indices(indices)
-        return all_layers(self._settle().decode_layers(rows), self.num_quantizers)
+        return all_layers(self._settle().decode_layers(rows).to(self.scales.dtype), self.num_quantizers)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> its output."""
         rows = self._rows_of_indices(indices)
         own = overrides(self, ResidualFSQ, "get_codes_from_indices")
-        codes = self.get_codes_from_indices(indices).sum(0) if own else self._settle().decode_codes(rows)
+        codes = self.get_codes_from_indices(indices).sum(0) if own else self._settle().decode_codes(rows).to(self.scales.dtype)
         output = project_out(self.project_out, codes, rows)
         return output.movedim(-1, 1) if self.is_channel_first else output
 
@@ -139,16 +141,18 @@ class ResidualFSQ(Settable):
         found = native.quantize_vectors(vectors, finite, freeze_codebook=True, depth=depth)
         output = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         indices = found.indices if depth < number else found.indices.to(torch.int32)
+        kept = self.layers[0].keep_num_codebooks_dim
+        indices = indices.unsqueeze(-2) if kept else indices
         if self.is_channel_first:
             output, indices = output.movedim(-1, 1), indices.movedim(-1, 1)
         if not return_all_codes:
             return output, indices
         moved = any(part.training and part.noise_dropout > 0.0 for part in self.parts)  # then outputs are no codes
         moved = moved or overrides(self, ResidualFSQ, "get_codes_from_indices")
-        return output, indices, self.get_codes_from_indices(indices) if moved else self._codes_of_layers(found.outputs)
-
-    def _codes_of_layers(self, outputs: Sequence[Tensor]) -> Tensor:
-        return all_layers(torch.stack([*outputs]).detach(), self.num_quantizers)
+        if moved:
+            return output, indices, self.get_codes_from_indices(indices)
+        codes = all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers)
+        return output, indices, codes.unsqueeze(-2) if kept else codes
 
 
 def _limit(levels: Sequence[int], given: float | Sequence[float] | Tensor | None, hard: bool) -> Tensor | None:
@@ -161,7 +165,7 @@ def _limit(levels: Sequence[int], given: float | Sequence[float] | Tensor | None
 
 def _refuse_layer_options(options: dict[str, Any]) -> None:
     """Raise ValueError for options of FSQ that have no meaning for a layer."""
-    only = {"num_codebooks": 1, "channel_first": False, "return_indices": True, "keep_num_codebooks_dim": False}
+    only = {"num_codebooks": 1, "channel_first": False, "return_indices": True}
     for name, value in only.items():
         if options.get(name, value) not in (value, None):
             raise ValueError(f"{name} = {options[name]!r}: must be {value!r} in the layers of a residual quantizer")

@@ -38,7 +38,9 @@ __all__ = ["LFQ", "GroupedResidualLFQ", "ResidualLFQ", "get_maybe_sync_seed", "i
 class ResidualLFQ(Settable):
     """As the peer's: x [B, N, dim], images and more [B, dim, ...] -> (quantized, indices [P..., q], losses [q]).
 
-    With `return_all_codes` the codes of all layers [q, P..., d] follow. Indices of -1: dropped. `mask` is that of `LFQ`.
+    `channel_first` says where the width of all inputs is. With `return_all_codes` the codes of all layers [q, P..., d] follow. Indices
+    of -1: dropped. `mask` is that of `LFQ`.
+    With `keep_num_codebooks_dim` an axis of one codebook stands before q, which decoding takes for one of P.
     """
 
     made_of = frozenset(("layers",))
@@ -112,14 +114,14 @@ class ResidualLFQ(Settable):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> the codes of all layers [q, P..., d], zeros for -1 and what is missing."""
-        return all_layers(self._settle().decode_layers(indices), self.num_quantizers)
+        return all_layers(self._settle().decode_layers(indices).to(self.layers[0].dtype), self.num_quantizers)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> its output: [B, dim, ...] of images, whose indices have 4 axes or more."""
         own = overrides(self, ResidualLFQ, "get_codes_from_indices")
-        codes = self.get_codes_from_indices(indices).sum(0) if own else self._settle().decode_codes(indices)
+        codes = self.get_codes_from_indices(indices).sum(0) if own else self._settle().decode_codes(indices).to(self.layers[0].dtype)
         output = project_out(self.project_out, codes, indices)
-        return output.movedim(-1, 1) if indices.dim() >= 4 else output
+        return output.movedim(-1, 1) if self._is_first(indices.dim() - self._keeps) else output
 
     def forward(
         self,
@@ -128,8 +130,8 @@ class ResidualLFQ(Settable):
         return_all_codes: bool = False,
         rand_quantize_dropout_fixed_seed: int | None = None,
     ) -> tuple[Tensor, ...]:
-        image = x.dim() >= 4
-        rows = rows_of(x, self.dim, image)
+        first = self._is_first(x.dim())
+        rows = rows_of(x, self.dim, first)
         native, depth = self._settle(), len(self.layers)
         if self.training and self.quantize_dropout:
             seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
@@ -144,13 +146,25 @@ class ResidualLFQ(Settable):
         vectors, finite = projected(self.project_in, rows)
         found = native.quantize_vectors(vectors if learns else vectors.detach(), finite, freeze_codebook=True, **options)
         output = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
-        output = output.movedim(-1, 1) if image else output
-        result = (output, found.indices, self._losses(found.losses, depth))
+        output = output.movedim(-1, 1) if first else output
+        indices = found.indices.unsqueeze(-2) if self._keeps else found.indices
+        result = (output, indices, self._losses(found.losses, depth))
         if not return_all_codes:
             return result
         if overrides(self, ResidualLFQ, "get_codes_from_indices"):
-            return (*result, self.get_codes_from_indices(result[1]))
-        return (*result, all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers))
+            return (*result, self.get_codes_from_indices(indices))
+        codes = all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers)
+        return (*result, codes.unsqueeze(-2) if self._keeps else codes)
+
+    def _is_first(self, rank: int) -> bool:
+        """Whether an input of this rank, or one that gives indices of this rank, has its width first."""
+        given = self.layers[0].channel_first
+        return rank >= 4 if given is None else bool(given)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether indices have an axis of one codebook before that of the layers."""
+        return self.layers[0].keep_num_codebooks_dim
 
     def _losses(self, losses: dict[str, Tensor], depth: int) -> Tensor:
         """[q], 0 for layers that took no part."""
@@ -197,7 +211,7 @@ _WEIGHTS = (
 
 def _refuse_layer_options(options: dict[str, Any]) -> None:
     """Raise ValueError for options of LFQ that have no meaning for a layer."""
-    only = {"num_codebooks": 1, "channel_first": None, "has_projections": False, "keep_num_codebooks_dim": False}
+    only = {"num_codebooks": 1, "has_projections": False}
     for name, value in only.items():
         if options.get(name, value) not in (value, None):
             raise ValueError(f"{name} = {options[name]!r}: must be {value!r} in the layers of a residual quantizer")
