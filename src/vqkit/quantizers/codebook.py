@@ -24,7 +24,7 @@ from vqkit.ops.codebook import (
     zero_statistics,
 )
 from vqkit.ops.kmeans import kmeans
-from vqkit.ops.precision import without_autocast
+from vqkit.ops.precision import may_look, without_autocast
 from vqkit.ops.usage import dead_fraction
 from vqkit.quantizers.bridge import Bridge
 from vqkit.quantizers.commit import sum_in_forward
@@ -121,6 +121,7 @@ class Codebook(Counting):
         self.num_candidates = num_candidates
         self._frozen = isinstance(update, Frozen)
         self._code_moments: tuple[Tensor, Tensor] | None = None
+        self._followed: tuple[State, Tensor | None] | None = None
         self.initialized = not isinstance(init, KMeans)
         empty = torch.empty(heads, size, dim, dtype=dtype, device=device)
         start = start_state(update, empty, empty.new_empty(heads, size))
@@ -220,29 +221,35 @@ class Codebook(Counting):
         if not self.affine or not self.affine.current:
             return self.codes()
         state = self._settled()
-        return self._codes({**state, **self._follow(self.affine, state, state, *self._moments_of(x, kept))})
+        followed = self._follow(self.affine, state, state, *self._moments_of(x, kept))
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_followed", (followed, None))
+        return self._codes({**state, **followed})
+
+    def recognize_(self, statistics: CodebookStatistics) -> None:
+        """These are of the vectors for which `codes_for` has just been asked, so that a step from them alone follows no others."""
+        if self._followed is not None:
+            object.__setattr__(self, "_followed", (self._followed[0], statistics.moments))
 
     @torch.no_grad()
-    def _moments_of(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The number [H] of the vectors of all ranks, their sum and that of their squared differences from the mean, [H, 2, K]."""
+    def _moments_of(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The number [H] of the vectors of all ranks (None: there are some), their mean and variance [H, K]."""
         x, reducer = x.to(self.dtype), self._entered.reducer if self._entered else None
         alone = reducer.world_size == 1 if reducer else not torch.compiler.is_compiling() and not has_default_group()
-        if kept is None and alone:
-            total = x.sum(1)
-            squares = (x - (total / max(1, x.shape[1])).unsqueeze(1)).square_().sum(1)
-            return x.new_full((len(x),), x.shape[1]), torch.stack([total, squares], dim=1)
+        if kept is None and alone and x.shape[1] > 0:
+            variance, mean = torch.var_mean(x, 1, correction=0)
+            return None, mean, variance
         kept = x.new_ones(x.shape[:2], dtype=torch.bool) if kept is None else kept
         x = x.where(kept.unsqueeze(-1), 0.0)
         counted = torch.cat([kept.sum(-1, keepdim=True).to(x.dtype), x.sum(1)], dim=-1)
         vectors, total = sum_in_forward(counted, reducer).tensor_split([1], dim=-1)
-        mean = (total / vectors.clamp(min=1)).unsqueeze(1)
-        squares = sum_in_forward((x - mean).where(kept.unsqueeze(-1), 0.0).square().sum(1), reducer)
-        return vectors.squeeze(-1), torch.stack([total, squares], dim=1)
+        number = vectors.clamp(min=1)
+        mean = total / number
+        squares = sum_in_forward((x - _row(mean)).where(kept.unsqueeze(-1), 0.0).square().sum(1), reducer)
+        return vectors.squeeze(-1), mean, squares / number
 
     def _codes(self, state: State) -> Tensor:
-        codes = stored_codes(self.update, state)
-        if codes is state.get("weight") and not isinstance(self.update, Frozen):
-            codes = codes.clone()  # a backward reads what the forward read, whatever a commit writes meanwhile
+        codes = self._to_read(state)
         if self._frozen:
             codes = codes.detach()  # a transform of them may still learn
         if self.affine:
@@ -251,6 +258,11 @@ class Codebook(Counting):
             with without_autocast(codes.device.type):
                 codes = self.transform(codes)
         return directions(codes) if self.metric == "cosine" else codes
+
+    def _to_read(self, state: State) -> Tensor:
+        """What is stored, where no commit writes into it meanwhile: a backward reads what the forward read."""
+        codes = stored_codes(self.update, state)
+        return codes.clone() if codes is state.get("weight") and not isinstance(self.update, Frozen) else codes
 
     @property
     def codebook(self) -> Tensor:
@@ -344,17 +356,19 @@ class Codebook(Counting):
         code_moments: tuple[Tensor, Tensor] | None = None,
     ) -> State:
         """The state after a step by `rule`; with affine.current, `code_moments` are those of the codes (None: of `state`)."""
-        moments = statistics.vectors, statistics.moments
+        learned = statistics
+        if self.affine and self.affine.current:
+            state = {**state, **self._follow_current(self.affine, state, statistics, code_moments)}
+        if isinstance(rule, StoredEMA) and not rule.count:
+            return state
         if self.affine:
-            if self.affine.current:
-                state = {**state, **self._follow(self.affine, state, state, *moments, code_moments)}
             statistics = self._without_affine(statistics, state)
         rows = {name: state[name] for name in self._rule_names}
         after = advance(rule, dead_codes, rows, statistics, self._weigh_codes(statistics), unit=self.metric == "cosine")
         if self.metric == "cosine" and isinstance(rule, StoredEMA):
             after = {**after, "weight": directions(after["weight"])}
         if self.affine and not self.affine.current:
-            after = after | self._follow(self.affine, state, after, *moments)
+            after = after | self._follow(self.affine, state, after, *_mean_of_moments(learned))
         return {**state, **after}
 
     def _write_(self, applied: Tensor | None) -> None:
@@ -425,31 +439,42 @@ class Codebook(Counting):
             candidates=(statistics.candidates - batch_mean) / scale + code_mean,
         )
 
+    def _follow_current(
+        self, affine: Affine, state: State, statistics: CodebookStatistics, code_moments: tuple[Tensor, Tensor] | None
+    ) -> State:
+        """What `codes_for` has followed, if these are the statistics of its vectors."""
+        if self._followed is not None and self._followed[1] is statistics.moments:
+            return self._followed[0]
+        return self._follow(affine, state, state, *_mean_of_moments(statistics), code_moments)
+
     @torch.no_grad()
     def _follow(
         self,
         affine: Affine,
         state: State,
         after: State,
-        vectors: Tensor,
-        moments: Tensor,
+        vectors: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
         of_codes: tuple[Tensor, Tensor] | None = None,
     ) -> State:
-        """The mean and variance of vectors, whose number and moments are new, and of codes: `of_codes`, or those of `after`.
+        """Mean and variance of vectors that are new, so many [H] (None: some), and of codes: `of_codes`, or those of `after`.
 
         The first vectors set those of the vectors at once.
         """
-        mean, variance = (moments / vectors.clamp(min=1)[:, None, None]).unbind(1)
         code_mean, code_variance = _mean_and_variance(stored_codes(self.update, after)) if of_codes is None else of_codes
-        seen = state["batch_seen"]
-        batch_decay = torch.where(vectors > 0, affine.batch_decay * seen, 1.0).unsqueeze(-1)
-        code_decay = (affine.codebook_decay * seen).unsqueeze(-1)
+        seen = now = state["batch_seen"]
+        decays: tuple[float | Tensor, float | Tensor] = affine.batch_decay, affine.codebook_decay
+        if not (may_look(seen) and seen.min().item() > 0 and (vectors is None or vectors.min().item() > 0)):
+            some = torch.ones_like(seen, dtype=torch.bool) if vectors is None else vectors > 0
+            decays = torch.where(some, decays[0] * seen, 1.0).unsqueeze(-1), (decays[1] * seen).unsqueeze(-1)
+            now = torch.where(some, 1.0, seen)
         return {
-            "batch_mean": torch.lerp(mean, state["batch_mean"], batch_decay),
-            "batch_variance": torch.lerp(variance, state["batch_variance"], batch_decay),
-            "code_mean": torch.lerp(code_mean.to(seen.device), state["code_mean"], code_decay),
-            "code_variance": torch.lerp(code_variance.to(seen.device), state["code_variance"], code_decay),
-            "batch_seen": torch.where(vectors > 0, 1.0, seen),
+            "batch_mean": torch.lerp(mean, state["batch_mean"], decays[0]),
+            "batch_variance": torch.lerp(variance, state["batch_variance"], decays[0]),
+            "code_mean": torch.lerp(code_mean.to(seen.device), state["code_mean"], decays[1]),
+            "code_variance": torch.lerp(code_variance.to(seen.device), state["code_variance"], decays[1]),
+            "batch_seen": now,
         }
 
     # The forward of the outermost quantizer
@@ -629,8 +654,14 @@ def _row(values: Tensor) -> Tensor:
 
 def _mean_and_variance(codes: Tensor) -> tuple[Tensor, Tensor]:
     """[H, C, K] -> [H, K] each."""
-    codes = codes.detach()
-    return codes.mean(1), codes.var(1, correction=0)
+    variance, mean = torch.var_mean(codes.detach(), 1, correction=0)
+    return mean, variance
+
+
+def _mean_of_moments(statistics: CodebookStatistics) -> tuple[Tensor, Tensor, Tensor]:
+    """The number [H] of vectors, their mean and variance [H, K]."""
+    mean, variance = (statistics.moments / statistics.vectors.clamp(min=1)[:, None, None]).unbind(1)
+    return statistics.vectors, mean, variance
 
 
 def _make_transform(

@@ -805,7 +805,10 @@ class VectorQuantize(Quantizer):
         vectors = given.vectors.detach()
         if found is None:
             found = coded(vectors, codes.detach().to(vectors.dtype), indices, estimator="none", count=True)
-        return self._count_once(coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates))
+        statistics = coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates)
+        if own is None:
+            self.table.recognize_(statistics)
+        return self._count_once(statistics)
 
     @torch.no_grad()
     def _weighted_statistics(self, given: _Vectors, chosen: _Chosen, indices: Tensor | None, weights: Weights | None) -> CodebookStatistics:

@@ -211,7 +211,7 @@ class Codebook(Overridable, _Codebook):
         found |= {there: found.pop(name) for name, there in _OWN.items() if name in found}
         self._buffers |= {name: found[name] for name in _BUFFERS if name in found}
         codes = found["embed_avg"]
-        self._read, self._unseen = {"weight": torch.empty_like(codes)}, cast(dict[str, Tensor], {})
+        self._read, self._recent, self._unseen = {"weight": torch.empty_like(codes)}, cast(State, {}), cast(State, {})
         if self.affine:
             self._unseen |= {name: found[name].unsqueeze(1) for name in _OF_VECTORS}
             self._buffers |= dict.fromkeys(_OF_VECTORS)
@@ -299,24 +299,25 @@ class Codebook(Overridable, _Codebook):
     def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
         """As in vqkit; and a forward in training keeps what it reads, a recomputation reads what was kept."""
         super().enter_(learning=learning, frozen=frozen, reducer=reducer)
-        if self.training:
-            self._keep()
+        if not self.training:
+            return
+        outside = outside_backward(self.count)
+        if outside is not True:
+            self.recalls = True
+        if isinstance(outside, Tensor):
+            self._keep(outside)
 
     def leave_(self) -> None:
         super().leave_()
         if self.recalls:
             self.recalls = False
 
-    def _keep(self) -> None:
-        outside = outside_backward(self.count)
-        if outside is not True:
-            self.recalls = True
-        if outside is False:
-            return
+    def _keep(self, outside: Tensor) -> None:
+        """In a compiled program, which makes no attributes."""
         state = self.committed_state()
         for name in self._kept_names():
             kept, now = self._read[name], state[name].detach()
-            kept.copy_(now if outside is True else torch.where(outside, now, kept))
+            kept.copy_(torch.where(outside, now, kept))
 
     def _kept_names(self) -> list[str]:
         """What is read and may be changed by the step of a call: codes that only an optimizer moves stay as they are until the backward."""
@@ -324,11 +325,22 @@ class Codebook(Overridable, _Codebook):
         moves = follows or self.dead_codes is not None or not self.learnable_codebook
         return [name for name in self._read if moves or name != "weight"]
 
+    def _to_read(self, state: State) -> Tensor:
+        codes = super()._to_read(state)
+        if self.training and self._entered is not None and not self.recalls and not torch.compiler.is_compiling():
+            kept = {name: of.clone() if of._is_view() else of for name, of in state.items() if name in self._read}  # a view of a buffer
+            object.__setattr__(self, "_recent", {**kept, "weight": codes.detach()})
+        return codes
+
+    def codes_for(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """As in vqkit; what was kept has followed these vectors."""
+        return self.codes() if self.recalls and not torch.compiler.is_compiling() else super().codes_for(x, kept)
+
     def _settled(self) -> State:
         state = self.committed_state()
         if not self.recalls:
             return state
-        found = {name: self._read[name] for name in self._kept_names()}
+        found = {name: self._read[name] for name in self._kept_names()} if torch.compiler.is_compiling() else {**self._recent}
         if "weight" in found and (weight := state["weight"]).requires_grad:
             found["weight"] = found["weight"] + (weight - weight.detach())  # 0, with the gradient of the parameter
         return {**state, **found}
@@ -435,7 +447,7 @@ class Codebook(Overridable, _Codebook):
     def _map_pending_(self, fn: Callable[[Tensor], Tensor]) -> None:
         super()._map_pending_(fn)
         self.updates = fn(self.updates)
-        for tensors in (self._read, self._unseen):
+        for tensors in (self._read, self._recent, self._unseen):
             tensors.update({name: fn(tensor) for name, tensor in tensors.items()})
 
     def _follow_device_(self) -> None:
@@ -502,8 +514,6 @@ class Codebook(Overridable, _Codebook):
         super().initialize_(x, mask, seed=seed, reducer=reducer)
         self.sum.copy_(self.weight * self.count.unsqueeze(-1))
         self.update_ema()
-        if self._entered:
-            self._keep()
 
     # The peer's methods
 
