@@ -141,6 +141,12 @@ def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     return scaled / torch.where(length == 0, 1.0, length), length * scale
 
 
+def known_directions(x: Tensor) -> Tensor | None:
+    """`directions(x)`, if it is known that no vector is 0 and none so long or so short that its square overflows or underflows."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length if are_ordinary(length) else None
+
+
 def are_ordinary(length: Tensor) -> bool:
     """Whether it is known, where asking costs nothing, that no length is 0 and no square of one overflows or underflows."""
     return length.dtype in _ORDINARY and length.numel() > 0 and may_look(length) and _are_ordinary(length)

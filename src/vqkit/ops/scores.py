@@ -66,6 +66,8 @@ def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 
 def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     """The mean of `cross_entropy` over the targets that are not -1; 0 where there are none."""
+    if targets.numel() and are_chosen(targets):
+        return F.cross_entropy(scores.flatten(0, -2), targets.flatten())
     total = F.nll_loss(scores.log_softmax(-1).flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="sum")
     if may_look(targets):
         return total / max(1, int(torch.count_nonzero(targets >= 0)))

@@ -415,12 +415,16 @@ class Codebook(Counting):
         check_range("code_weights", weights, 0.0, 1 / (1 - decay) if decay < 1 else math.inf)
         return weights
 
-    def add_gradient_(self, gradient: Tensor, x: Tensor, kept: Tensor | None) -> None:
-        """Add to the gradients of the parameters what `gradient` [H, C, K] of `codes_for(x, kept)` gives, without any hook of theirs."""
+    def codes_to_pull(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """`codes_for(x, kept)` for `add_gradient_`, whatever the mode."""
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # hides those of a checkpoint
         with torch.enable_grad(), hooks:
-            parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            found = torch.autograd.grad(self.codes_for(x, kept), parameters, gradient, allow_unused=True)
+            return self.codes_for(x, kept)
+
+    def add_gradient_(self, codes: Tensor, gradient: Tensor) -> None:
+        """Add to the gradients of the parameters what `gradient` [H, C, K] of `codes_to_pull` gives, without any hook of theirs."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(codes, parameters, gradient, allow_unused=True)
         for parameter, part in zip(parameters, found, strict=True):
             if part is not None:
                 parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)

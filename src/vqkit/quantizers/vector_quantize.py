@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from vqkit.dist import Reducer
 from vqkit.ops.assignment import Metric as ScoreMetric
 from vqkit.ops.assignment import SoftEstimator, has_scores, sample_indices, soft_codes
-from vqkit.ops.codebook import CodebookStatistics, are_chosen, directions, gather_codes
+from vqkit.ops.codebook import CodebookStatistics, are_chosen, directions, gather_codes, known_directions
 from vqkit.ops.coding import Coded, PlainEstimator, coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, straight_through
 from vqkit.ops.losses import Reduction, cross_entropy_commitment, diversity_loss, mean_commitment_loss, negative_entropy, orthogonality_loss
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
-from vqkit.ops.precision import as_dtype, finite_rows, is_finite
+from vqkit.ops.precision import as_dtype, finite_rows, is_finite, may_look
 from vqkit.ops.scores import OwnCodes, cross_entropy, draw, few_scores, mean_cross_entropy, mean_softmax
 from vqkit.quantizers.base import Quantized, Quantizer, changed
 from vqkit.quantizers.codebook import Codebook, CodeWeights
@@ -389,9 +389,9 @@ class VectorQuantize(Quantizer):
         """Counted by index; the error is that of the codes of the vectors themselves."""
         vectors = given.vectors.detach()
         found = coded(vectors, table.detach().to(vectors.dtype), chosen.indices, estimator="none", count=True)
-        error = (vectors - chosen.codes).square_().sum(-1)
-        error = error.where(chosen.indices >= 0, 0.0).sum(-1)
-        return self._statistics(given, table, chosen.indices, None, found._replace(squared_error=error))
+        error = (vectors - chosen.codes).square_()
+        error = error if chosen.complete else error.where((chosen.indices >= 0).unsqueeze(-1), 0.0)
+        return self._statistics(given, table, chosen.indices, None, found._replace(squared_error=error.sum((1, 2))))
 
     def _join_losses(self, losses: dict[str, Tensor], positions: torch.Size, several: tuple[int, ...]) -> dict[str, Tensor]:
         """Those that have a number for each vector [H, M], or for each of several codes of it, in the shape of the indices."""
@@ -506,18 +506,18 @@ class VectorQuantize(Quantizer):
                 given = self._read(x, mask, lengths)
                 kept = self._spread(given.kept)
                 self.table.start_(given.vectors, kept)
-                error, gradient = self._pull(given, kept, self._temperature(temperature), codes_of)
+                codes = self.table.codes_to_pull(given.vectors, kept)
+                error, gradient = self._pull(given, kept, self._temperature(temperature), codes.detach(), codes_of)
             if not in_backward():
-                self.table.add_gradient_(gradient, given.vectors, kept)
+                self.table.add_gradient_(codes, gradient)
         finally:
             self.table.leave_()
         return error
 
     def _pull(
-        self, given: _Vectors, kept: Tensor | None, temperature: float, codes_of: Callable[[Tensor], Tensor] | None
+        self, given: _Vectors, kept: Tensor | None, temperature: float, codes: Tensor, codes_of: Callable[[Tensor], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """The mean squared error of the vectors of all ranks to their codes, and its gradient of the codes [H, C, K]."""
-        codes = self.table.codes_for(given.vectors, kept).detach()
         if codes_of is not None:
             return self._pull_own_codes(given, kept, temperature, codes, codes_of)
         indices = _of_kept(self._pick(given.vectors, codes, temperature), kept)
@@ -537,13 +537,15 @@ class VectorQuantize(Quantizer):
             own, shape = self._as_own_codes(codes_of(codes), given), given.vectors.shape[:-1]
             vectors = own.arrange(given.vectors)
             scores = own.scores(vectors).detach() if temperature > 0 else None
-            indices = self._choose_own(own, vectors, kept, scores, temperature, 1).indices
-            counted = own.restore(indices, shape).flatten(1) >= 0
-            taken = own.restore(own.take(indices), shape).flatten(1, 2)
-            error = (taken - given.vectors).where(counted.unsqueeze(-1), 0.0).square().sum()
-            (gradient,) = torch.autograd.grad(error, codes)
-        parts = [error.detach().reshape(1), counted.sum().to(error).reshape(1), gradient.flatten()]
-        error, vectors, gradient = sum_in_forward(torch.cat(parts), self.reducer).split([len(part) for part in parts])
+            chosen = self._choose_own(own, vectors, kept, scores, temperature, 1)
+            taken = own.restore(chosen.codes if chosen.plain is None else chosen.plain, shape).flatten(1, 2)
+            counted = None if chosen.complete else own.restore(chosen.indices, shape).flatten(1) >= 0
+            difference = taken.detach() - given.vectors
+            difference = difference if counted is None else difference.where(counted.unsqueeze(-1), 0.0)
+            (gradient,) = torch.autograd.grad(taken, codes, 2 * difference)
+        number = difference.new_full((1,), shape.numel()) if counted is None else counted.sum().to(difference).reshape(1)
+        parts = [difference.square().sum().reshape(1), number, gradient.flatten()]
+        error, vectors, gradient = sum_in_forward(torch.cat(parts), self.reducer).split([1, 1, gradient.numel()])
         share = (vectors * self.codebook_dim).clamp(min=1)
         return (error / share).squeeze(0), (gradient / share).view_as(codes)
 
@@ -583,30 +585,44 @@ class VectorQuantize(Quantizer):
         mask = position_mask(rows.shape[:-1], mask, lengths)
         if not self.input_gradient:
             rows = rows.detach()
-        # Before the projections, whose gradients what is not finite would reach even with weight 0.
         project_in, norm = self._layers_in()
+        if mask is None and may_look(rows) and _is_plain(project_in, nn.Linear) and _is_plain(norm, nn.LayerNorm):
+            projected = rows if project_in is None else project_in(_for_layer(project_in, rows))
+            projected = projected if norm is None else norm(projected)
+            vectors = self._known(self._as_vectors(projected))  # what is not finite shows behind the layers
+            if vectors is not None:
+                return _Vectors(rows, vectors, None, None, projected.dtype)
+        # Before the projections, whose gradients what is not finite would reach even with weight 0.
         projected, kept = _keep(rows, mask, finite_rows if project_in is not None else self._has_scores)
         if project_in is not None:
             has_meaning = finite_rows if norm is not None else self._has_scores
-            rows_in = as_dtype(
-                projected, _dtype_of(project_in, projected)
-            ).contiguous()  # of strided rows a product takes several times as long
-            projected, kept = _keep(project_in(rows_in), kept, has_meaning)
+            projected, kept = _keep(project_in(_for_layer(project_in, projected)), kept, has_meaning)
         if norm is not None:
             projected, kept = _keep(norm(projected), kept, self._has_scores)
-        vectors = projected
-        if vectors.dtype is not (dtype := self.table.dtype):
-            vectors = as_dtype(vectors, torch.promote_types(vectors.dtype, dtype))
-        vectors = self._to_heads(vectors.reshape(-1, self.heads, self.codebook_dim)) if self.separate_heads else self._as_one(vectors)
+        vectors = self._as_vectors(projected)
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
+
+    def _as_vectors(self, projected: Tensor) -> Tensor:
+        """[P..., heads * K] -> [H, M, K], as wide as the codes or wider."""
+        if projected.dtype is not (dtype := self.table.dtype):
+            projected = as_dtype(projected, torch.promote_types(projected.dtype, dtype))
+        return self._to_heads(projected.reshape(-1, self.heads, self.codebook_dim)) if self.separate_heads else self._as_one(projected)
+
+    def _known(self, vectors: Tensor) -> Tensor | None:
+        """Vectors as they are compared with codes, if it is known that all can be."""
+        if self.metric == "cosine":
+            return known_directions(vectors)
+        return vectors if is_finite(vectors) else None
 
     def _layers_in(self) -> tuple[nn.Module | None, nn.Module | None]:
         """The projection and its norm, between which what is not finite is left out, also where a Sequential is these two."""
         layer: nn.Module | None = self.project_in
-        if type(layer) is not nn.Sequential or [type(part) for part in layer] != [nn.Linear, nn.LayerNorm]:
+        if type(layer) is not nn.Sequential:
             return layer, self.norm
-        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        return (layer, self.norm) if hooks else (layer[0], layer[1])
+        parts = tuple(layer._modules.values())
+        if [type(part) for part in parts] != [nn.Linear, nn.LayerNorm] or _has_hooks(layer):
+            return layer, self.norm
+        return parts[0], parts[1]
 
     def _has_scores(self, rows: Tensor) -> Tensor:
         """[P..., heads * K] -> [P...] bool: whether the vectors of all heads can be compared with codes."""
@@ -906,6 +922,20 @@ def _keep(x: Tensor, kept: Tensor | None, has_meaning: Callable[[Tensor], Tensor
         found = has_meaning(x)
         kept = found if kept is None else kept & found
     return (x, None) if kept is None else (where_kept(kept, x), kept)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _is_plain(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether it may be called twice, if it is there: it is of this very kind, and nothing else listens."""
+    return layer is None or (type(layer) is kind and not _has_hooks(layer))
+
+
+def _for_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """x in its dtype; contiguous, as of strided rows a product takes several times as long."""
+    return as_dtype(x, _dtype_of(layer, x)).contiguous()
 
 
 def _dtype_of(layer: nn.Module, x: Tensor) -> torch.dtype:
