@@ -794,10 +794,10 @@ class VectorQuantize(Quantizer):
         if isinstance(loss, CrossEntropyCommitment):
             return self._cross_entropy(vectors, codes, chosen.indices, reduction, scores)
         if isinstance(loss, Diversity):
-            own = vectors[:, :: chosen.each], chosen.indices[:, :: chosen.each] >= 0  # a mean over vectors is that over their candidates
+            counted = None if chosen.complete else chosen.indices[:, :: chosen.each] >= 0  # a mean over vectors is that over their candidates
             if scores is not None:
-                return negative_entropy(mean_softmax(scores, own[1], loss.temperature))
-            return diversity_loss(own[0], codes, own[1], temperature=loss.temperature, metric=self._score)
+                return negative_entropy(mean_softmax(scores, counted, loss.temperature))
+            return diversity_loss(vectors[:, :: chosen.each], codes, counted, temperature=loss.temperature, metric=self._score)
         noise = None if self.training else torch.zeros_like(codes[..., 0])  # evaluation draws nothing
         active = _active(chosen.indices, self.codebook_size) if loss.active_only else None
         return orthogonality_loss(codes, active, max_codes=loss.max_codes, noise=noise)
