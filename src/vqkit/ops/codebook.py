@@ -336,20 +336,28 @@ def replace_dead_codes(
     candidates, those of the lowest counts are served, of equal counts those of the lowest index; the others stay as they are. Of the codes
     that are served the r-th, by index, takes the head's r-th candidate. No synchronisation with the host.
     """
-    size = count.shape[-1]
-    num = min(keys.shape[-1], size)
-    if num == 0:
+    if keys.shape[-1] == 0:
         return sum, count
-    code, served = _lowest_dead(count, threshold, (keys[:, :num] > 0).sum(-1, keepdim=True), num)
-    # Codes that are not served are written back as they are: all are different, so no order of writing matters.
-    code = (code + size * ~served).sort(-1).values
-    served, code = code < size, code % size
-    index = code.unsqueeze(-1).expand(-1, -1, sum.shape[-1])
-    rows = torch.where(served.unsqueeze(-1), candidates[:, :num].to(sum.dtype) * reset_count, sum.gather(1, index))
-    return sum.scatter(1, index, rows), count.scatter(1, code, torch.where(served, reset_count, count.gather(1, code)))
+    anew, rows = new_rows(count, candidates, keys, threshold)
+    return torch.where(anew.unsqueeze(-1), rows.to(sum.dtype) * reset_count, sum), count.masked_fill(anew, reset_count)
 
 
-def _lowest_dead(count: Tensor, threshold: float, present: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Of count [H, C] the `num` codes [H, num] that are served first, and whether each is dead and among the first `present` [H, 1]."""
-    waiting, code = count.masked_fill(~(count < threshold), torch.inf).sort(dim=-1, stable=True)
-    return code[:, :num], waiting[:, :num].isfinite() & (torch.arange(num, device=count.device) < present)
+def new_rows(count: Tensor, candidates: Tensor, keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """As `replace_dead_codes`, of at least one candidate: which codes start anew, [H, C] bool, and where [H, C, K]; of others any rows."""
+    anew = count < threshold
+    if not _are_enough(keys, anew):
+        num = min(keys.shape[-1], count.shape[-1])
+        code = count.masked_fill(~anew, torch.inf).sort(dim=-1, stable=True).indices[:, :num]
+        first = torch.arange(num, device=count.device) < (keys[:, :num] > 0).sum(-1, keepdim=True)
+        anew = torch.zeros_like(anew).scatter_(1, code, anew.gather(1, code) & first)
+    place = anew.cumsum(-1).sub_(1).clamp_(min=0)
+    return anew, candidates.gather(1, place.unsqueeze(-1).expand(-1, -1, candidates.shape[-1]))
+
+
+def _are_enough(keys: Tensor, dead: Tensor) -> bool:
+    """Whether it is known, where asking costs nothing, that every head has as many candidates as dead codes [H, C]."""
+    if not may_look(keys):
+        return False
+    if keys.shape[-1] >= dead.shape[-1] and keys.amin().item() > 0:
+        return True
+    return (dead.sum(-1) <= (keys > 0).sum(-1)).all().item() is True

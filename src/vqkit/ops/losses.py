@@ -158,8 +158,8 @@ def diversity_loss(
 
 def negative_entropy(shares: Tensor) -> Tensor:
     """Of distributions [..., C], in nats, averaged over them; a distribution of zeros has none."""
-    most = torch.special.entr(shares.clamp(min=torch.finfo(shares.dtype).tiny)).sum()
-    return most / -max(1, shares.shape[:-1].numel())
+    least = (shares * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum()
+    return least / max(1, shares.shape[:-1].numel())
 
 
 def _spread(name: str, mask: Tensor, shape: torch.Size) -> Tensor:

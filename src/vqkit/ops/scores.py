@@ -66,11 +66,10 @@ def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 
 def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     """The mean of `cross_entropy` over the targets that are not -1; 0 where there are none."""
-    if targets.numel() and are_chosen(targets):
-        return F.cross_entropy(scores.flatten(0, -2), targets.flatten())
-    total = F.nll_loss(scores.log_softmax(-1).flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="sum")
-    if may_look(targets):
-        return total / max(1, int(torch.count_nonzero(targets >= 0)))
+    logits, flat = scores.flatten(0, -2), targets.flatten()
+    if may_look(flat) and flat.numel() and flat.amax().item() >= 0:
+        return F.cross_entropy(logits, flat, ignore_index=-1)
+    total = F.cross_entropy(logits, flat, ignore_index=-1, reduction="sum")
     return total / (targets >= 0).sum().clamp(min=1)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkit.ops.codebook import CodebookStatistics, codes_from_ema, directions, ema_update, laplace_codes_from_ema, replace_dead_codes
-from vqkit.ops.precision import may_look
+from vqkit.ops.codebook import CodebookStatistics, codes_from_ema, directions, ema_update, laplace_codes_from_ema, new_rows
+from vqkit.ops.precision import as_dtype, may_look
 from vqkit.quantizers.config import EMA, ClipEMA, DeadCodes, Frozen, OwnOptimizer, StoredEMA, Update
 
 State = dict[str, Tensor]
@@ -100,20 +100,21 @@ def expire(rule: Update, state: State, candidates: Tensor, keys: Tensor, thresho
     """The state in which codes of a count below `threshold` stand at candidates [H, E, K] (keys [H, E]; 0 = absent) with `reset_count`."""
     if may_look(state["count"]) and not (state["count"] < threshold).any():
         return state
-    rows = state["weight"] if "weight" in state else state["sum"]
-    rows, count = replace_dead_codes(rows, state["count"], candidates, keys, threshold, reset_count)
-    replaced = (count != state["count"]).unsqueeze(-1)
-    if isinstance(rule, ClipEMA):
-        return {"sum": rows, "count": count}
-    if isinstance(rule, EMA):  # smoothing counts a new code a little more or less than reset_count
-        return {"sum": torch.where(replaced, rows / reset_count * _weights(rule, count).unsqueeze(-1), rows), "count": count}
-    state = {**state, "weight": torch.where(replaced, rows / reset_count, state["weight"]), "count": count}
-    if isinstance(rule, StoredEMA):
-        state["sum"] = torch.where(replaced, rows, state["sum"])
+    if keys.shape[-1] == 0:
+        return state
+    anew, rows = new_rows(state["count"], candidates, keys, threshold)
+    anew, count = anew.unsqueeze(-1), state["count"].masked_fill(anew, reset_count)
+    rows = as_dtype(rows, count.dtype)
+    new = {"count": count}
+    if "sum" in state:  # smoothing counts a new code a little more or less than reset_count
+        weights = _weights(rule, count).unsqueeze(-1) if isinstance(rule, EMA) else reset_count
+        new["sum"] = torch.where(anew, rows * weights, state["sum"])
+    if "weight" in state:
+        new["weight"] = torch.where(anew, rows, state["weight"])
     for name in ("first_moment", "second_moment"):
         if name in state:
-            state[name] = torch.where(replaced, 0.0, state[name])
-    return state
+            new[name] = state[name].masked_fill(anew, 0.0)
+    return {**state, **new}
 
 
 def _weights(rule: EMA | ClipEMA | StoredEMA, count: Tensor) -> Tensor:

@@ -780,7 +780,7 @@ class VectorQuantize(Quantizer):
             losses[_LOSS_NAMES[type(loss)]] = self._loss(loss, vectors, codes, chosen, reduction, scores) if known is None else known
         if targets is not None:
             own = vectors[:, :: chosen.each]  # one of a vector with several candidates
-            known = None if chosen.complete else chosen.indices[:, :: chosen.each] >= 0
+            known = None if chosen.complete or are_chosen(chosen.indices) else chosen.indices[:, :: chosen.each] >= 0
             losses["cross_entropy"] = self._cross_entropy(own, codes, _of_kept(targets, known), reduction, scores)
         return losses
 

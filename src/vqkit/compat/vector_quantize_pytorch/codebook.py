@@ -416,15 +416,17 @@ class Codebook(Overridable, _Codebook):
         if self._accumulating:
             statistics = merge_statistics(self.pending, statistics)
         if call.accumulate:
-            self._accumulating = True
+            if not self._accumulating:
+                self._accumulating = True
             self._write_pending_(statistics, outside)
             return
         expires = self.dead_codes if self.training and not call.averages_alone else None
         state = self.committed_state()
         after = self._learn(state, statistics, self._rule_of_call(), expires)  # what weights are not raises before anything changes
-        self._accumulating = False
+        if self._accumulating:
+            self._accumulating = False
         if not torch.compiler.is_compiling():
-            self.last = statistics._replace(sum=self.last.sum)  # for the metrics
+            object.__setattr__(self, "last", statistics._replace(sum=self.last.sum))  # for the metrics
         for name, old in state.items():
             if after[name] is not old and name != "batch_seen":
                 _write_(old, after[name], outside)

@@ -412,13 +412,13 @@ class VectorQuantize(OwnsOptimizer, Settable):
         show = self._watch(x, mask, lens, frozen, sample_codebook_temp, topk, codebook_transform_fn)
         says = self.training and (ema_update is not None or ema_update_weight is not None or accum_ema_update)
         if says:
-            codebook.call = Call(ema_update, ema_update_weight, accum_ema_update, checked=not callable(ema_update_weight))
+            hide(codebook, call=Call(ema_update, ema_update_weight, accum_ema_update, checked=not callable(ema_update_weight)))
         try:
             quantize = native.quantize_and_learn if self.walked is None else native.quantize
             found = quantize(x, mask, freeze_codebook=frozen, temperature=temperature, **options)
         finally:
             if says:
-                codebook.call = None
+                hide(codebook, call=None)
         if show is not None:
             show()
         if self.walked is not None:
