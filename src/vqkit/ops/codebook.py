@@ -275,10 +275,11 @@ def draw_candidates(x: Tensor, dropped: Tensor | None, num: int) -> tuple[Tensor
     if x.dim() > 3:
         x = x.movedim(-3, 0).reshape(heads, -1, width)
         dropped = None if dropped is None else dropped.movedim(-2, 0).reshape(heads, -1)
-    draws = torch.rand(x.shape[:2], dtype=x.dtype, device=x.device).neg_().add_(1.0)  # (0, 1]: 0 says absent
+    draws = torch.rand(x.shape[:2], dtype=x.dtype, device=x.device)
     if dropped is None and x.shape[1] >= num:
-        keys, chosen = draws.topk(num, dim=-1)
-        return x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width)), keys
+        draws, chosen = draws.topk(num, dim=-1, largest=False)
+        return x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width)), 1.0 - draws
+    draws = draws.neg_().add_(1.0)  # (0, 1]: 0 says absent
     return largest_keys(x, draws if dropped is None else draws.masked_fill_(dropped, 0.0), num)
 
 

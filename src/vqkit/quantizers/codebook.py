@@ -384,7 +384,7 @@ class Codebook(Counting):
         """
         if self.dead_codes is None:
             return
-        codes = self.committed_state()["weight" if "weight" in self._names else "sum"]
+        codes = self.weight if "weight" in self._names else self.sum
         if is_sharded(codes) or (self.auto and isinstance(codes, nn.Parameter) and is_managed(self)):
             raise ValueError(
                 "dead_codes: the codes are a sharded parameter and cannot be replaced; "

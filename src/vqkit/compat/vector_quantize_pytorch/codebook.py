@@ -328,8 +328,10 @@ class Codebook(Overridable, _Codebook):
     def _to_read(self, state: State) -> Tensor:
         codes = super()._to_read(state)
         if self.training and self._entered is not None and not self.recalls and not torch.compiler.is_compiling():
-            kept = {name: of.clone() if of._is_view() else of for name, of in state.items() if name in self._read}  # a view of a buffer
-            object.__setattr__(self, "_recent", {**kept, "weight": codes.detach()})
+            recent = {"weight": codes.detach()}
+            for name in self._read if self.affine else ():
+                recent.setdefault(name, state[name].clone() if state[name]._is_view() else state[name])  # a view is one of a buffer
+            object.__setattr__(self, "_recent", recent)
         return codes
 
     def codes_for(self, x: Tensor, kept: Tensor | None) -> Tensor:

@@ -516,10 +516,13 @@ class VectorQuantize(OwnsOptimizer, Settable):
             parts.append(losses.commitment * self.commitment_weight)
         if self.has_codebook_orthogonal_loss:
             parts.append(losses.orthogonal_reg * self.orthogonal_reg_weight)
-        loss = functools.reduce(torch.add, parts) if parts else torch.zeros_like(self.zero)
-        if not loss.requires_grad and not torch.compiler.is_compiling():
-            loss = loss + torch.zeros_like(loss, requires_grad=True)  # so that a loop may call backward whatever is trained
-        return loss
+        loss = functools.reduce(torch.add, parts) if parts else None
+        if torch.compiler.is_compiling():
+            return torch.zeros_like(self.zero) if loss is None else loss
+        # A loop may call backward whatever is trained.
+        if loss is None:
+            return torch.zeros_like(self.zero, requires_grad=True)
+        return loss if loss.requires_grad else loss + torch.zeros_like(loss, requires_grad=True)
 
     # Checks and shapes
 
