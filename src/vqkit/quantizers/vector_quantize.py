@@ -794,7 +794,8 @@ class VectorQuantize(Quantizer):
         if isinstance(loss, CrossEntropyCommitment):
             return self._cross_entropy(vectors, codes, chosen.indices, reduction, scores)
         if isinstance(loss, Diversity):
-            counted = None if chosen.complete else chosen.indices[:, :: chosen.each] >= 0  # a mean over vectors is that over their candidates
+            # A mean over vectors is that over their candidates.
+            counted = None if chosen.complete else chosen.indices[:, :: chosen.each] >= 0
             if scores is not None:
                 return negative_entropy(mean_softmax(scores, counted, loss.temperature))
             return diversity_loss(vectors[:, :: chosen.each], codes, counted, temperature=loss.temperature, metric=self._score)
