@@ -45,7 +45,7 @@ from vqkit.quantizers.config import (
     VQBridge,
     check_choice,
 )
-from vqkit.quantizers.layout import check_range
+from vqkit.quantizers.layout import check_range, is_all
 from vqkit.quantizers.update import State, advance, expire, next_count, start_state, stored_codes
 
 _MAX_CANDIDATES = 64
@@ -236,7 +236,7 @@ class Codebook(Counting):
         """The number [H] of the vectors of all ranks (None: there are some), their mean and variance [H, K]."""
         x, reducer = x.to(self.dtype), self._entered.reducer if self._entered else None
         alone = reducer.world_size == 1 if reducer else not torch.compiler.is_compiling() and not has_default_group()
-        if kept is None and alone and x.shape[1] > 0:
+        if alone and x.shape[1] > 0 and (kept is None or is_all(kept)):
             variance, mean = torch.var_mean(x, 1, correction=0)
             return None, mean, variance
         kept = x.new_ones(x.shape[:2], dtype=torch.bool) if kept is None else kept
