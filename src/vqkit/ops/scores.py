@@ -83,6 +83,11 @@ def mean_softmax(scores: Tensor, counted: Tensor | None, temperature: float) -> 
         return (share.unsqueeze(-2) @ (scores / temperature).softmax(-1)).squeeze(-2)
 
 
+def comparable(scores: Tensor) -> Tensor:
+    """Those that are no number are the worst."""
+    return scores if known_finite(scores) else scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+
+
 def _highest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """The `num` highest of scores [L, C], highest first, the first among equals: values and indices [L, num]."""
     if num == 1:
@@ -152,8 +157,9 @@ class OwnCodes:
         if scores is None or self.metric != "euclidean":
             scores = _scores(x, codes, "euclidean").squeeze(1)
         values, indices = _highest(scores.detach(), num)
-        if known_finite(values):
+        if known_finite(values):  # and so are those that they were the highest of
             return indices, True
+        values, indices = _highest(comparable(scores.detach()), num)
         return indices.where(values.isfinite(), -1), False
 
     def take(self, indices: Tensor, *, all_known: bool = False) -> Tensor:

@@ -25,8 +25,8 @@ from vqkit.ops.codebook import CodebookStatistics, are_chosen, gather_codes
 from vqkit.ops.coding import coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, scale_gradient, straight_through
 from vqkit.ops.losses import mean_commitment_loss, negative_entropy, orthogonality_loss
-from vqkit.ops.precision import as_dtype, finite_rows, is_finite, known_finite, without_autocast
-from vqkit.ops.scores import OwnCodes, cross_entropy, draw, mean_cross_entropy, mean_softmax
+from vqkit.ops.precision import as_dtype, finite_rows, is_finite, without_autocast
+from vqkit.ops.scores import OwnCodes, comparable, cross_entropy, draw, mean_cross_entropy, mean_softmax
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
 from vqkit.quantizers.config import (
@@ -459,7 +459,7 @@ class _Codes:
         """The nearest."""
         given = self.given
         if self._keeps:
-            indices = self._whole.nearest(given.vectors, 1, _comparable(self._scores.detach()))[0].squeeze(1)
+            indices = self._whole.nearest(given.vectors, 1, self._scores)[0].squeeze(1)
             return self.of(_of_kept(indices, given.kept))
         indices, found = (part.squeeze(1) for part in nearest_implicit(self.network, given.vectors, given.partial, self.base))
         indices = _of_kept(indices, given.kept)
@@ -595,15 +595,11 @@ def nearest_implicit(
 
 def _nearest(network: nn.Module, x: Tensor, partial: Tensor, codebook: Tensor, num: int, temperature: float) -> tuple[Tensor, Tensor]:
     own = OwnCodes(network(codebook, partial.unsqueeze(1)), "euclidean")  # [N, C, D]
-    scores = _comparable(own.scores(x))
-    if temperature > 0:
-        indices = draw(scores, num, temperature)
-        indices, complete = indices.where(scores.gather(1, indices).isfinite(), -1), False
-    else:
+    scores = own.scores(x)
+    if not temperature > 0:
         indices, complete = own.nearest(x, num, scores)
-    return indices, own.take(indices, all_known=complete)
-
-
-def _comparable(scores: Tensor) -> Tensor:
-    """Those that are no number are the worst."""
-    return scores if known_finite(scores) else scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        return indices, own.take(indices, all_known=complete)
+    scores = comparable(scores)
+    indices = draw(scores, num, temperature)
+    indices = indices.where(scores.gather(1, indices).isfinite(), -1)
+    return indices, own.take(indices)

@@ -47,7 +47,7 @@ from vqkit.quantizers.vector_quantize import VectorQuantize
 
 class _Path(NamedTuple):
     outputs: list[Tensor]  # [P..., d] of each layer; 0 where it has no code
-    are_codes: bool  # whether it is known that outputs are codes, in value and in gradient
+    told_all: bool  # whether a code may hand on all of the gradient of what later layers are told of it
     indices: Tensor  # [P..., Q, ...]
     losses: dict[str, Tensor]
     statistics: Statistics
@@ -242,7 +242,8 @@ class Residual(Quantizer):
         options: dict[str, Any],
     ) -> tuple[_Path, Tensor]:
         """The path, and the sum of its codes with the gradient that they have."""
-        self._start_shared(vectors, counted, options)
+        if self._shared:
+            self._start_shared(vectors, counted, options)
         if indices is None and beam_size > 1 and all(codebook.initialized for codebook in self.codebooks()):
             indices = self._search(vectors, _or_all(finite, vectors), used, beam_size, options)
             options = {name: value for name, value in options.items() if name != "temperature"}
@@ -348,8 +349,6 @@ class Residual(Quantizer):
     @torch.no_grad()
     def _start_shared(self, vectors: Tensor, counted: Tensor | None, options: dict[str, Any]) -> None:
         """Before a training forward: where shared codebooks wait for k-means, start all layers, and these at what all their uses see."""
-        if not self._shared:
-            return
         codebooks = self.codebooks()
         uses = [tuple(slots) for slots in self._slots]
         waiting = {own for own in self._shared if not all(codebooks[slot].initialized for slot in own)}
@@ -420,7 +419,8 @@ class Residual(Quantizer):
         if isinstance(self.project_out, nn.Identity):
             return codes  # zeros where there is no code
         output = _linear(self.project_out, codes)
-        return output if are_chosen(indices) else where_kept(has_code(indices, codes.dim() - 1), output)
+        all_have_codes = are_chosen(indices.select(codes.dim() - 1, 0))  # of the first layer, as a rule
+        return output if all_have_codes else where_kept(has_code(indices, codes.dim() - 1), output)
 
     def _fill(self, indices: Tensor) -> Tensor:
         """Those of the first layers [P..., L, ...], with -1 for all others [P..., Q, ...]."""
@@ -481,7 +481,7 @@ class Residual(Quantizer):
             else:
                 part = layer.quantize(residual, mask, freeze_codebook=freeze_codebook, **own, **options)
             output = part.quantized
-            if getattr(layer, "masked", None) != "zero":
+            if (masked := getattr(layer, "masked", None)) is None or (masked == "input" and mask is not None):
                 output = where_kept(has_code(part.indices, vectors.dim() - 1), output)
             outputs.append(output)
             found.append(part)
@@ -492,10 +492,9 @@ class Residual(Quantizer):
             if conditional:
                 told = passed if self.condition_fraction == self.gradient_fraction else scale_gradient(output, self.condition_fraction)
                 partial = told if partial is None else partial + told
-        told_all = freeze_codebook or not conditional or self.condition_fraction == 1.0
         return _Path(
             outputs,
-            told_all and all(_gives_codes(layer) for layer in layers),
+            freeze_codebook or not conditional or self.condition_fraction == 1.0,
             self._fill(torch.stack([part.indices for part in found], dim=vectors.dim() - 1)),
             {numbered(name, i): loss for i, part in enumerate(found) for name, loss in part.losses.items()},
             self.gather([*(part.statistics for part in found), *[None] * (self.num_quantizers - len(found))]),
@@ -513,7 +512,7 @@ class Residual(Quantizer):
         own = isinstance(self.estimator, DiVeQ) or self.estimator == "none"  # then the codes have a gradient, whatever that of the layers
         if not own and self.sync_update == 0:
             codes = _add([output.detach() for output in path.outputs])
-        elif path.are_codes:
+        elif path.told_all and all(_gives_codes(layer) for layer in self._each()):
             codes = _add(path.outputs)
         else:
             codes = self.decode_codes(path.indices).to(x.dtype)
