@@ -21,7 +21,7 @@ from vqkit.ops.codebook import are_chosen, are_ordinary, directions
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
 from vqkit.ops.precision import as_dtype, full_precision, is_traced, known_finite, may_look, widest
 
-_FEW_DIFFERENCES = 1 << 17
+_FEW_DIFFERENCES = 1 << 19
 _ENTRIES_AT_ONCE = {"cpu": 1 << 18}  # of codes
 _ENTRIES_AT_ONCE_ELSEWHERE = 1 << 26
 
