@@ -16,10 +16,9 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
-from vqkit.ops.distances import Distances, Near, Tile
+from vqkit.ops.distances import Distances, Near, Tile, dense_distances
 from vqkit.ops.precision import finite_rows, full_precision, is_traced, known_finite, widest
 
 Metric = Literal["euclidean", "cosine", "product"]
@@ -165,7 +164,7 @@ def mean_assignment_cross_entropy(
         counted = target >= 0
         loss = _cross_entropy(scored.vectors, scored.codes, target, temperature, metric)
         return loss.sum() / counted.sum().clamp_(min=1)
-    return _MeanCrossEntropy.apply(scored.vectors, scored.codes, target, temperature, metric)
+    return _MeanCrossEntropy.apply(*_last((scored.vectors, scored.codes, target, temperature, metric), 2))
 
 
 def _score_targets(x: Tensor, codebook: Tensor, indices: Tensor, temperature: float, metric: Metric) -> tuple[_Scored, Tensor]:
@@ -189,8 +188,10 @@ def mean_assignment(
         mask = mask if mask.shape == x.shape[:-1] else mask.expand(torch.broadcast_shapes(mask.shape, x.shape[:-1]))
         counted = counted * _one_each(mask, x, codebook)
     share = counted / counted.sum(-1, keepdim=True).clamp_(min=1.0)
-    run = _mean_softmax_opaque if is_traced() else _MeanSoftmax.apply if torch.is_grad_enabled() else _mean_softmax
-    return run(scored.vectors, scored.codes, share, temperature, metric)
+    inputs = scored.vectors, scored.codes, share, temperature, metric
+    if is_traced():
+        return _mean_softmax_opaque(*inputs)
+    return _MeanSoftmax.apply(*_last(inputs, 2)) if torch.is_grad_enabled() else _mean_softmax(*inputs)
 
 
 def _one_each(values: Tensor, x: Tensor, codebook: Tensor) -> Tensor:
@@ -367,13 +368,26 @@ class _Scores:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of x and of codes, [0] where not needed.
 
-        Those of the logits are the product of what `of_logits(at, probabilities)` gives, [G', R, C] and [G', R, 1].
+        Those of the logits are the product of what `of_logits(at, probabilities)` gives, [G', R, C] and [G', R, 1]; it overwrites nothing.
         """
+        if torch.is_grad_enabled():  # the gradients themselves are to be differentiated
+            return self._dense_gradients(of_logits, needed)
         of_x, of_codes = (_zeros(own, asked) for own, asked in zip((self.x, self.codes), needed, strict=True))
         asked = (of_x if needed[0] else None, of_codes if needed[1] else None)
         for tile in self.again(kept) if any(needed) else ():
             self.add_gradients_(*of_logits(tile.at, tile.values), tile, *asked)
         return of_x, of_codes
+
+    def _dense_gradients(self, of_logits: Callable[[At, Tensor], tuple[Tensor, Tensor]], needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """As `gradients`, of all scores at once, differentiable."""
+        if self._kind is _OfDistances:
+            logits = dense_distances(self.x, self.codes) / -self.temperature
+        else:
+            logits = self.x @ self.codes.mT / self.temperature
+        of_all, weight = of_logits((slice(None), slice(None)), logits.softmax(-1))
+        asked = [own for own, asked in zip((self.x, self.codes), needed, strict=True) if asked]
+        found = iter(torch.autograd.grad(logits, asked, of_all * weight, create_graph=True) if asked else ())
+        return next(found) if needed[0] else _zeros(self.x, False), next(found) if needed[1] else _zeros(self.codes, False)
 
 
 def _zeros(like: Tensor, asked: bool) -> Tensor:
@@ -487,7 +501,7 @@ def _cross_entropy_backward(
     minus_one = x.new_full((), -1.0).expand(chosen.shape)
 
     def of_logits(at: At, probability: Tensor) -> tuple[Tensor, Tensor]:
-        return probability.scatter_add_(-1, chosen[at], minus_one[at]), weight[at]
+        return probability.scatter_add(-1, chosen[at], minus_one[at]), weight[at]
 
     with full_precision(x.device.type):
         return _Scores(x, codes, temperature, metric).gradients(of_logits, needed)
@@ -550,21 +564,22 @@ def _lasting(codes: Tensor, x: Tensor) -> Tensor:
     return codes if x.shape[1] == 1 or (owner is not None and not owner.is_leaf) else codes.clone()
 
 
-def _keep_pair(ctx: Any, inputs: Sequence[Any], output: Tensor, *more: Tensor) -> None:
-    x, codes, chosen, *ctx.settings = inputs
-    ctx.save_for_backward(x, _lasting(codes, x), chosen, *more)
+def _last(inputs: Sequence[Any], num: int) -> Sequence[Any]:
+    """The inputs of a pass, of which the first `num` are vectors and codebooks, with codebooks as they are now."""
+    x, *codebooks = inputs[:num]
+    return x, *(_lasting(codes, x) for codes in codebooks), *inputs[num:]
 
 
-def _keep_looked_up(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    x, codes, values, indices, *ctx.settings = inputs
-    ctx.save_for_backward(x, _lasting(codes, x), _lasting(values, x), indices)
+def _keep(ctx: Any, inputs: Sequence[Any], *more: Tensor | None) -> None:
+    num = sum(isinstance(given, Tensor) for given in inputs)  # which come first
+    ctx.settings = inputs[num:]
+    ctx.save_for_backward(*inputs[:num], *more)
 
 
 class _Pass(NamedTuple):
-    """What autograd needs of a pass; the gradients are of its first tensors."""
+    """What autograd needs of a pass; the gradients are of its first tensors, vectors and codebooks."""
 
     forward: Callable[..., Tensor]
-    keep: Callable[[Any, Sequence[Any], Tensor], None]
     backward: Callable[..., tuple[Tensor, ...]]
     num_gradients: int
 
@@ -575,12 +590,10 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *given, ctx.passing = inputs
-        output = ctx.passing.forward(*given)
-        ctx.passing.keep(ctx, given, output)
-        return output
+        _keep(ctx, given)
+        return ctx.passing.forward(*given)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         return _gradients(ctx, gradients[0], ctx.passing.backward, ctx.passing.num_gradients)
 
@@ -593,9 +606,9 @@ def _gradients(ctx: Any, gradient: Tensor, backward: Callable[..., tuple[Tensor,
     return *own, *(None for _ in ctx.needs_input_grad[num:])
 
 
-_LOOK_UP = _Pass(_look_up, _keep_looked_up, _look_up_backward, 3)
-_CROSS_ENTROPY = _Pass(_cross_entropy, _keep_pair, _cross_entropy_backward, 2)
-_MEAN_SOFTMAX = _Pass(_mean_softmax, _keep_pair, _mean_softmax_backward, 2)
+_LOOK_UP = _Pass(_look_up, _look_up_backward, 3)
+_CROSS_ENTROPY = _Pass(_cross_entropy, _cross_entropy_backward, 2)
+_MEAN_SOFTMAX = _Pass(_mean_softmax, _mean_softmax_backward, 2)
 
 
 class _MeanSoftmax(torch.autograd.Function):
@@ -608,11 +621,10 @@ class _MeanSoftmax(torch.autograd.Function):
         mean = _sum_softmax(x, codes, share, temperature, metric, kept)
         ctx.are_near = kept and [(near is not None, all_near) for near, all_near in zip(kept.near, kept.all_near, strict=True)]
         more = () if kept is None else (kept.room, *(pairs for near in kept.near for pairs in near or ()))
-        _keep_pair(ctx, (x, codes, share, temperature, metric), mean, *more)
+        _keep(ctx, (x, codes, share, temperature, metric), *more)
         return mean
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         x, codes, share, *more = ctx.saved_tensors
         (temperature, metric), needed, kept = ctx.settings, ctx.needs_input_grad[:2], None
@@ -634,20 +646,24 @@ class _MeanCrossEntropy(torch.autograd.Function):
         num = counted.sum().clamp_(min=1)
         share = counted.to(x.dtype) / num if any(needed) else None
         loss = _cross_entropy_and_gradients(x, codes, target, temperature, metric, share, *gradients)
-        ctx.save_for_backward(*gradients)
+        _keep(ctx, (x, codes, target, temperature, metric), *gradients)
         return loss.sum() / num
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        found = [None if own is None else own * gradients[0] for own in ctx.saved_tensors]
-        return *found, None, None, None
+        x, codes, target, *known = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            each = gradients[0] / (target >= 0).sum().clamp(min=1)
+            (temperature, metric), needed = ctx.settings, ctx.needs_input_grad[:2]
+            made = _cross_entropy_backward(each.expand(target.shape), x, codes, target, temperature, metric, needed)
+            return *(own if asked else None for own, asked in zip(made, needed, strict=True)), None, None, None
+        return *(None if own is None else own * gradients[0] for own in known), None, None, None
 
 
 def _run(passing: _Pass, opaque: Callable[..., Tensor], *inputs: Any) -> Tensor:
     if is_traced():
         return opaque(*inputs)
-    return _Function.apply(*inputs, passing)
+    return _Function.apply(*_last(inputs, passing.num_gradients), passing)
 
 
 def _opaque(name: str, form: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -664,7 +680,11 @@ def _differentiable(name: str, passing: _Pass, fake: Callable[..., Tensor]) -> A
     forward = _opaque(name, passing.forward, fake)
     backward = _opaque(f"{name}_backward", passing.backward, fake_gradients)
     gradients = functools.partial(_gradients, backward=backward, num=passing.num_gradients)
-    forward.register_autograd(gradients, setup_context=passing.keep)
+
+    def keep(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+        _keep(ctx, _last(inputs, passing.num_gradients))
+
+    forward.register_autograd(gradients, setup_context=keep)
     return forward
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,3 +168,25 @@ def _by_differences(x: Tensor, codes: Tensor) -> Tensor:
 def _divide(gradient: Tensor, distance: Tensor) -> Tensor:
     """gradient / distance, 0 where that is 0."""
     return torch.where(distance > 0, gradient / distance, 0.0)
+
+
+def dense_distances(x: Tensor, codes: Tensor) -> Tensor:
+    """[G, N, C], with derivatives of any order; a vector on a code has no gradient from that."""
+    return _Dense.apply(x, codes)
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor) -> Tensor:
+        distances = _by_differences(x, codes)
+        ctx.save_for_backward(x, codes, distances)
+        return distances
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]
+        x, codes, distances = ctx.saved_tensors
+        apart = distances > 0
+        pull = torch.where(apart, gradients[0] / distances.where(apart, 1.0), 0.0)
+        origin = codes.detach().mean(1, keepdim=True)
+        x, codes = x - origin, codes - origin
+        return x * pull.sum(-1, keepdim=True) - pull @ codes, codes * pull.sum(1).unsqueeze(-1) - pull.mT @ x

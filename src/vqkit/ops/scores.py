@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqkit.ops.assignment import Metric, SoftEstimator, draw_by_logits, through_softmax
 from vqkit.ops.codebook import are_chosen, are_ordinary, directions
@@ -172,7 +171,7 @@ class OwnCodes:
 
     def soften(self, taken: Tensor, scores: Tensor, indices: Tensor, temperature: float, estimator: SoftEstimator) -> Tensor:
         """What `take` gave, as `soft_codes`: with the gradient of a softmax of scores [L, C] beside its own."""
-        return _Softened.apply(taken, scores / temperature, self.codes.detach(), indices, estimator == "reinmax", self.metric == "cosine")
+        return _Softened.apply(taken, scores / temperature, self.codes, indices, estimator == "reinmax", self.metric == "cosine")
 
 
 class _Softened(torch.autograd.Function):
@@ -183,7 +182,6 @@ class _Softened(torch.autograd.Function):
         return taken.view_as(taken)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         (logits, codes, indices), (reinmax, cosine) = ctx.saved_tensors, ctx.settings
         gradient = gradients[0].where(indices.unsqueeze(-1) >= 0, 0.0)
