@@ -100,6 +100,10 @@ _LAWS = [
     Law("nothing_to_quantize_works", "an empty or fully masked input gives finite outputs, losses, gradients and codebooks"),
     Law("training_returns_one_codebook", "output and indices of a training call are those of the codebook before it, and of eval"),
     Law("the_same_seed_repeats", "the same seed gives the same steps"),
+    Law(
+        "second_derivatives_are_given_or_refused",
+        "a gradient is not taken for a constant: whichever way it is asked for, the same curvature",
+    ),
     # State
     Law("eval_changes_nothing", "eval calls of every verb, with gradients, leave state and random generator as they were"),
     Law("frozen_changes_nothing", "training calls with freeze_codebook leave the state as it was", **_QUANTIZERS),

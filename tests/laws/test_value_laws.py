@@ -255,3 +255,23 @@ def test_the_same_seed_repeats(case):
             module.initialize_(case.input(seed=99))
         results.append([step(module, case.input(seed=s), seed=s) for s in (4, 5)])
     assert_same(*results)
+
+
+@law
+def test_second_derivatives_are_given_or_refused(case):
+    """A function that knows first ones alone says so only where the gradient that comes in is itself differentiable."""
+    found = []
+    for module, differentiable in zip(twins(trained(case)), (False, True), strict=True):
+        torch.manual_seed(7)
+        x, share = case.input().requires_grad_(), torch.ones((), requires_grad=differentiable)
+        total = objective(call(module, x)) * share
+        first = torch.autograd.grad(total, x, create_graph=True, materialize_grads=True)[0] if total.requires_grad else torch.zeros(())
+        try:
+            found.append(
+                torch.autograd.grad(first.sin().sum(), x, materialize_grads=True)[0] if first.requires_grad else torch.zeros_like(x)
+            )
+        except NotImplementedError:
+            found.append(None)
+    without, within = found
+    assert (without is None) == (within is None)
+    assert without is None or torch.equal(without, within)
