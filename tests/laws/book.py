@@ -102,7 +102,7 @@ _LAWS = [
     Law("the_same_seed_repeats", "the same seed gives the same steps"),
     Law(
         "second_derivatives_are_given_or_refused",
-        "a gradient is not taken for a constant: whichever way it is asked for, the same curvature",
+        "no gradient is taken for a constant, whichever way it is asked for",
     ),
     # State
     Law("eval_changes_nothing", "eval calls of every verb, with gradients, leave state and random generator as they were"),

@@ -265,13 +265,14 @@ def test_second_derivatives_are_given_or_refused(case):
         torch.manual_seed(7)
         x, share = case.input().requires_grad_(), torch.ones((), requires_grad=differentiable)
         total = objective(call(module, x)) * share
-        first = torch.autograd.grad(total, x, create_graph=True, materialize_grads=True)[0] if total.requires_grad else torch.zeros(())
+        first = torch.autograd.grad(total, x, create_graph=True, materialize_grads=True)[0] if total.requires_grad else total
         try:
-            found.append(
-                torch.autograd.grad(first.sin().sum(), x, materialize_grads=True)[0] if first.requires_grad else torch.zeros_like(x)
-            )
-        except NotImplementedError:
+            if first.requires_grad:
+                first.sin().sum().backward()
+        except NotImplementedError:  # as torch refuses
             found.append(None)
+        else:
+            found.append(gradient_of(x))
     without, within = found
     assert (without is None) == (within is None)
     assert without is None or torch.equal(without, within)
