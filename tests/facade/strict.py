@@ -105,10 +105,12 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "video": (2, 2, 3, 2),
     "vectors": (6,),
     "square": (2, 3),
+    "one": (1,),
+    "alone": (),
     "empty": (2, 0),
     "no batch": (0, 5),
 }
-"""The positions of inputs, those of the batch first; a square has as many as some are wide."""
+"""The positions of inputs, those of the batch first; a square has as many as some are wide, and a vector alone has none."""
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.2) -> Tensor:
@@ -131,6 +133,7 @@ def of_row(row: Row) -> dict[str, bool]:
         "images": len(positions) > 2,
         "images whose width is last": row.get("input") == "image last",
         "no vectors": 0 in positions or row.get("mask") == "none",
+        "one vector": positions in ((), (1,)),
         "a mask of positions": row.get("mask") == "positions",
         "float64": row.get("dtype") == torch.float64,
     }

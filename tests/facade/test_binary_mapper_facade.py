@@ -1,17 +1,19 @@
 """The facade's BinaryMapper beside the peer's: every pair of options, and what is right where the two differ."""
 
 import itertools
+from math import log
 
 import pytest
 import torch
 
+from facade import strict
 from facade.compare import compare
-from facade.covering import covering_array
 from facade.peer import facade, facade_module, peer
+from facade.strict import Array
 
 OPTIONS = {
     "bits": (4, 1),
-    "kl_loss_threshold": (0.1, 1.0),
+    "kl_loss_threshold": (log(2), 0.1, 1.0),
     "deterministic_on_eval": (False, True),
     "temperature": (1.0, 0.5),
     "straight_through": (None, True, False),
@@ -19,15 +21,34 @@ OPTIONS = {
     "deterministic": (None, True, False),
     "return_indices": (False, True),
     "reduce_aux_kl_loss": (True, False),
+    "input": ("sequence", "image", "vectors", "alone", "empty", "no batch"),
 }
 CONSTRUCTOR = ("bits", "kl_loss_threshold", "deterministic_on_eval")
 
 
-@pytest.mark.parametrize("row", covering_array(OPTIONS), ids=str)
+def setting(row, seed=0):
+    calls = {name: value for name, value in row.items() if name not in (*CONSTRUCTOR, "input") and value is not None}
+    return {name: row[name] for name in CONSTRUCTOR}, strict.placed(row, row["bits"], first=False, seed=seed, scale=1.0), calls
+
+
+DEVIATING = {"temperature=0.5": {"temperature": 0.5}, "no vectors": {"input": "empty"}}
+ARRAY = Array("BinaryMapper", OPTIONS, setting, (), DEVIATING)
+ARRAYS = (ARRAY,)
+
+
+@pytest.mark.parametrize("row", ARRAY.rows, ids=range(len(ARRAY.rows)))
 def test_a_pair_of_options_is_the_peers(row):
-    x = torch.randn(3, 5, row["bits"], generator=torch.Generator().manual_seed(1))
-    calls = {name: value for name, value in row.items() if name not in CONSTRUCTOR and value is not None}
-    compare("BinaryMapper", {name: row[name] for name in CONSTRUCTOR}, x, calls=calls).check()
+    ARRAY.compared(compare, row).check()
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
+def test_each_deviation_has_its_case(array):
+    array.check_table()
+
+
+@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
+def test_what_deviates_stands_in_the_table(array, option, monkeypatch):
+    array.check_deviates(compare, option, monkeypatch)
 
 
 def test_the_parts_are_the_peers():

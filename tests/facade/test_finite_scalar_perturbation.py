@@ -1,14 +1,18 @@
 """The facade's FSP beside the peer's: every pair of options, and what is right where the two differ."""
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from facade import strict
 from facade.compare import compare
-from facade.covering import covering_array
 from facade.peer import facade, facade_module, peer
+from facade.strict import Array
 
 OPTIONS = {
-    "levels": ([8, 5, 3], [4, 4, 2]),
+    "levels": ([8, 5, 3], (4, 4, 2)),
     "dim": (None, 7),
     "channel_first": (False, True),
     "projection_has_bias": (True, False),
@@ -17,16 +21,60 @@ OPTIONS = {
     "need_inv_act": (False, True),
     "vector_norm": ("var_tanh", "none", "var", "kurt", "var_sigmoid", "var_laplace"),
     "eps": (None, 0.05),
+    "input": ("sequence", "image", "video", "vectors", "one", "alone"),
 }
 
 
-@pytest.mark.parametrize("row", covering_array(OPTIONS), ids=str)
+def setting(row, seed=0):
+    kwargs = {name: value for name, value in row.items() if name not in ("eps", "input")}
+    x = strict.placed(row, row["dim"] or 3, first=row["channel_first"] and row["input"] != "alone", seed=seed, scale=1.0)
+    return kwargs, x, {} if row["eps"] is None else {"eps": row["eps"]}
+
+
+@contextmanager
+def exact(row):
+    """Moments are differences of what is near, where the library's float32 is no measure: both compute in float64."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="var_mean", category=UserWarning)  # there, of one vector
+        yield {"dtype": torch.float64, "prepare": torch.nn.Module.double}
+
+
+REFUSED = (
+    ({"input": "empty"}, lambda row: row["input"] == "empty"),
+    ({"input": "no batch"}, lambda row: row["input"] == "no batch"),
+    ({"input": "alone", "channel_first": True}, lambda row: row["input"] == "alone" and row["channel_first"]),
+)
+DEVIATING = {"one vector": {"input": "one"}}
+ARRAY = Array("FSP", OPTIONS, setting, REFUSED, DEVIATING, around=exact)
+ARRAYS = (ARRAY,)
+
+
+@pytest.mark.parametrize("row", ARRAY.rows, ids=range(len(ARRAY.rows)))
 def test_a_pair_of_options_is_the_peers(row):
-    kwargs = {name: value for name, value in row.items() if name != "eps"}
-    width = row["dim"] or 3
-    shape = (4, width, 3, 2) if row["channel_first"] else (3, 8, width)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    compare("FSP", kwargs, x, calls={} if row["eps"] is None else {"eps": row["eps"]}).check()
+    ARRAY.compared(compare, row).check()
+
+
+@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*ARRAYS))
+def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
+    array.check_refused(changes, is_refused)
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
+def test_each_deviation_has_its_case(array):
+    array.check_table()
+
+
+@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
+def test_what_deviates_stands_in_the_table(array, option, monkeypatch):
+    array.check_deviates(compare, option, monkeypatch)
+
+
+@pytest.mark.parametrize("row", ARRAY.rows[:4], ids=range(4))
+def test_single_precision_is_the_peers(row):
+    kwargs, x, calls = setting(row)
+    found = compare("FSP", kwargs, x, calls=calls, optimize=False)
+    found.worst = {part: worst for part, worst in found.worst.items() if "norm_info" not in part}
+    found.check()
 
 
 def test_the_parts_of_a_call_are_the_peers():
@@ -58,6 +106,9 @@ def test_narrow_and_meta_modules_work():
 
 
 def test_one_vector_has_no_moments_and_zero_its_slope():
+    alone = facade.FSP([8, 5], dim=3).eval()
+    quantized, index, *_ = alone(torch.randn(3))
+    torch.testing.assert_close(alone.indices_to_codes(index), quantized)
     assert facade.FSP([8, 5])(torch.randn(1, 1, 2))[2].item() == 0.0
     x = torch.zeros(1, requires_grad=True)
     assert torch.autograd.grad(facade_module("finite_scalar_perturbation").laplace_act(x), x)[0].item() == 0.5

@@ -1,25 +1,31 @@
 """The facade's HierarchicalVQ beside the peer's: every pair of options, and what is right where the two differ."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from facade import strict
 from facade.compare import compare
-from facade.covering import covering_array
 from facade.peer import facade, peer
+from facade.strict import Array
 
 DIM, CODES = 5, 8
 OPTIONS = {
     "axes": (1, 2, 3),
+    "scales": ("usual", "one", "equal", "numbers"),
     "shared_codebook": (False, True),
     "codebook_size": (CODES, (8, 6, 4)),
     "channel_first": (True, False),
     "sync_codebook": (None, False),
-    "decay": (0.99, 0.7, 1.0),
-    "commitment_weight": (1.0, 0.25),
+    "decay": (1.0, 0.99, 0.7),
+    "commitment_weight": (1.0, 0.25, 0.0),
     "rotation_trick": (False, True),
-    "threshold_ema_dead_code": (0, 2),
+    "kmeans_init": (False, True),
+    "kmeans_iters": (10, 2),
+    "threshold_ema_dead_code": (0, 0.85),
     "orthogonal_reg_weight": (0.0, 0.5),
-    "orthogonal_reg_max_codes": (128, None),
+    "orthogonal_reg_max_codes": (128, None, 4),
     "orthogonal_reg_active_codes_only": (False, True),
     "quant_resi": (0.5, 0.0, -0.25),
     "share_quant_resi": (1, 0, 2),
@@ -27,49 +33,103 @@ OPTIONS = {
     "nested_dropout_min_levels": (1, 2),
     "stochastic_sample_codes": (False, True),
     "sample_codebook_temp": (0.1, 1.0),
-    "mask": (False, True),
-    "lens": (False, True),
+    "indices": (None,),
+    "mask": (None, "some"),
+    "lens": (None, "some"),
     "call_temperature": (None, 0.5),
     "return_cutoff": (False, True),
 }
-OF_CALL = ("axes", "mask", "lens", "call_temperature", "return_cutoff")
-SCALES = {1: (1, 3, 6), 2: (1, (2, 3), (4, 6)), 3: (1, (1, 2, 2), (2, 4, 2))}
+OF_CALL = ("axes", "indices", "mask", "lens", "call_temperature", "return_cutoff")
+SCALES = {
+    "usual": {1: (1, 3, 6), 2: (1, (2, 3), (4, 6)), 3: (1, (1, 2, 2), (2, 4, 2))},
+    "one": {1: (3,), 2: ((2, 3),), 3: ((1, 2, 2),)},
+    "equal": {1: (2, 2, 9), 2: ((1, 2), (1, 2), (4, 6)), 3: (1, 1, (2, 4, 3))},
+    "numbers": dict.fromkeys((1, 2, 3), (1, 2, 3)),
+}
 POSITIONS = {1: (9,), 2: (4, 6), 3: (2, 4, 3)}
 
 
-def valid(row):
-    if row["lens"] and (row["mask"] or row["axes"] > 1 or row["threshold_ema_dead_code"]):
-        return False
-    if isinstance(row["codebook_size"], tuple) and row["shared_codebook"]:
-        return False
-    still = row["decay"] == 1.0 or not row["shared_codebook"]  # then levels are those of the peer, but what replaces codes is drawn
-    return not (row["threshold_ema_dead_code"] and (row["mask"] or still))
-
-
-def setting(row):
+def setting(row, seed=0):
     kwargs = {name: value for name, value in row.items() if name not in OF_CALL}
-    kwargs |= {"dim": DIM, "scales": SCALES[row["axes"]], "kmeans_init": False}
+    kwargs |= {"dim": DIM, "scales": SCALES[row["scales"]][row["axes"]]}
+    if row["kmeans_init"]:  # so that no code is one vector, where a distance is rounding alone
+        kwargs["codebook_size"] = 3 if row["codebook_size"] == CODES else (4, 3, 3)
     kwargs |= {"accept_image_fmap": row["axes"] == 2, "accept_3d_fmap": row["axes"] == 3}
-    positions = POSITIONS[row["axes"]]
-    x = 1.5 * torch.randn(4, *positions, DIM, generator=torch.Generator().manual_seed(1))
+    batch, positions = (40 if row["kmeans_init"] else CODES), POSITIONS[row["axes"]]
+    x = strict.draw(batch, *positions, DIM, seed=1 + seed, scale=1.5)
     calls = {"return_cutoff": True} if row["return_cutoff"] else {}
     if row["lens"]:
-        calls["lens"] = torch.tensor([9, 4, 7, 9])
+        calls["lens"] = torch.tensor([9, 4, 7, 9]).repeat(batch // 4)
     if row["call_temperature"]:
         calls["sample_codebook_temp"] = row["call_temperature"]
     if row["mask"]:
-        mask = torch.rand(4, *positions, generator=torch.Generator().manual_seed(2)) < 0.6
+        mask = torch.rand(batch, *positions, generator=torch.Generator().manual_seed(2)) < 0.6
         mask[1] = True
         calls["mask"] = mask
+    if row["indices"]:
+        calls["indices"] = torch.zeros(batch, 3, dtype=torch.int64)
     return kwargs, x.movedim(-1, 1).contiguous() if row["channel_first"] else x, calls
 
 
-@pytest.mark.parametrize("row", covering_array(OPTIONS, valid), ids=str)
+REFUSED = (
+    ({"indices": "given"}, lambda row: row["indices"] is not None),
+    ({"mask": "some", "lens": "some"}, lambda row: row["mask"] and row["lens"]),
+    ({"lens": "some", "axes": 2}, lambda row: row["lens"] and row["axes"] > 1),
+    (
+        {"shared_codebook": True, "codebook_size": (8, 6, 4)},
+        lambda row: row["shared_codebook"] and row["codebook_size"] != CODES,
+    ),
+    ({"scales": "one", "codebook_size": (8, 6, 4)}, lambda row: row["scales"] == "one" and row["codebook_size"] != CODES),
+)
+LEARNS = {"shared_codebook": True, "decay": 0.7}
+ORTHOGONAL = {"orthogonal_reg_weight": 0.5}
+DEVIATING = {
+    "shared_codebook & decay=0.99 or 0.7": LEARNS,
+    "kmeans_init & shared_codebook": {"kmeans_init": True, "shared_codebook": True},
+    "kmeans_init & threshold_ema_dead_code": {"kmeans_init": True, "threshold_ema_dead_code": 30.0},
+    "orthogonal_reg_weight & decay=0.99 or 0.7": {**ORTHOGONAL, "decay": 0.7},
+    "orthogonal_reg_weight & an optimizer": ORTHOGONAL,
+    "orthogonal_reg_weight & orthogonal_reg_active_codes_only & masked": {
+        **ORTHOGONAL,
+        "orthogonal_reg_active_codes_only": True,
+        "lens": "some",
+    },
+}
+
+
+@contextmanager
+def alike(row):
+    """A shared codebook that learns one step, as its first level sees the same codes once; orthogonality in float64, as it is small."""
+    options = {"steps": 1} if row["shared_codebook"] and row["decay"] < 1.0 else {}
+    with pytest.MonkeyPatch.context() as patch:
+        if row["orthogonal_reg_weight"]:
+            patch.setattr(torch.Tensor, "float", lambda tensor: tensor if tensor.is_floating_point() else tensor.to(torch.float32))
+            options |= {"dtype": torch.float64, "prepare": torch.nn.Module.double}
+        yield options
+
+
+ARRAY = Array("HierarchicalVQ", OPTIONS, setting, REFUSED, DEVIATING, around=alike)
+ARRAYS = (ARRAY,)
+
+
+@pytest.mark.parametrize("row", ARRAY.rows, ids=range(len(ARRAY.rows)))
 def test_a_pair_of_options_is_the_peers(row, same_draws):
-    kwargs, x, calls = setting(row)
-    steps = 1 if row["shared_codebook"] and row["decay"] < 1.0 else 2  # the first level sees the same codes once
-    for optimize in (True, False) if row["orthogonal_reg_weight"] else (True,):  # what an optimizer moves excuses nothing else
-        compare("HierarchicalVQ", kwargs, x, calls=calls, steps=steps, optimize=optimize).check()
+    ARRAY.compared(compare, row).check()
+
+
+@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*ARRAYS))
+def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
+    array.check_refused(changes, is_refused)
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
+def test_each_deviation_has_its_case(array):
+    array.check_table()
+
+
+@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
+def test_what_deviates_stands_in_the_table(array, option, same_draws, monkeypatch):
+    array.check_deviates(compare, option, monkeypatch)
 
 
 def test_indices_are_taken_by_neither():

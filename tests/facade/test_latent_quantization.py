@@ -7,40 +7,73 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from facade import strict
 from facade.compare import compare
-from facade.covering import covering_array
+from facade.strict import Array
 from vqkit.compat.vector_quantize_pytorch import LatentQuantize
 
 OPTIONS = {
-    "levels": ([5, 4, 3], 4),
+    "levels": ([5, 4, 3], 4, [7, 6, 5]),
     "dim": (7, 3, 6),
     "commitment_loss_weight": (0.0, 0.1, 0.3),
     "quantization_loss_weight": (0.0, 0.1, 0.3),
     "num_codebooks": (1, 2),
-    "codebook_dim": (-1, 3),
+    "codebook_dim": (-1, 3, 2),
     "keep_num_codebooks_dim": (None, True, False),
     "optimize_values": (True, False),
     "in_place_codebook_optimizer": (None,),
-    "input": ((2, 5), (2, 3, 4)),
+    "input": ("sequence", "image", "video", "vectors", "empty"),
 }
 
 
-def valid(row):
-    return row["codebook_dim"] == 3 or not isinstance(row["levels"], int)
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05)
 
 
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+def setting(row, seed=0):
+    kwargs = {name: value for name, value in row.items() if name != "input"}
+    return kwargs, strict.placed(row, row["dim"], first=True, seed=seed, scale=0.3), {}
 
 
-def test_every_pair_of_options():
-    for number, row in enumerate(covering_array(OPTIONS, valid)):
-        kwargs = {name: value for name, value in row.items() if name != "input"}
-        x = draw(*row["input"], row["dim"], seed=number).movedim(-1, 1).contiguous()
-        compare("LatentQuantize", kwargs, x, steps=1, seed=number).check()
+REFUSED = (
+    ({"levels": 4}, lambda row: isinstance(row["levels"], int) and row["codebook_dim"] == -1),
+    ({"codebook_dim": 2}, lambda row: isinstance(row["levels"], list) and row["codebook_dim"] == 2),
+    ({"in_place_codebook_optimizer": sgd}, lambda row: row["in_place_codebook_optimizer"]),
+    ({"commitment_loss_weight": None}, lambda row: row["commitment_loss_weight"] is None),
+    ({"quantization_loss_weight": None}, lambda row: row["quantization_loss_weight"] is None),
+    ({"input": "no batch"}, lambda row: row["input"] == "no batch"),
+)
+WEIGHTS = ("commitment_loss_weight", "quantization_loss_weight")
+DEVIATING = {name + more: {name: 0.3} for name in WEIGHTS for more in ("", " & an optimizer")}
+ARRAY = Array("LatentQuantize", OPTIONS, setting, REFUSED, DEVIATING)
+ARRAYS = (ARRAY,)
+
+
+@pytest.mark.parametrize("row", ARRAY.rows, ids=range(len(ARRAY.rows)))
+def test_every_pair_of_options(row):
+    ARRAY.compared(compare, row).check()
+
+
+@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*ARRAYS))
+def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
+    array.check_refused(changes, is_refused)
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
+def test_each_deviation_has_its_case(array):
+    array.check_table()
+
+
+@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
+def test_what_deviates_stands_in_the_table(array, option, monkeypatch):
+    array.check_deviates(compare, option, monkeypatch)
 
 
 # What is right where the two differ
+
+
+def draw(*shape, seed=0):
+    return strict.draw(*shape, seed=seed, scale=0.3)
 
 
 def selected(made, latents):

@@ -1,13 +1,14 @@
 """SimVQ and its residual form beside the peer's: all pairs of options, and what is right where the two differ."""
 
-import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+from facade import strict
 from facade.compare import compare
-from facade.covering import covering_array
+from facade.strict import Array
 from vqkit.compat.vector_quantize_pytorch import ResidualSimVQ, SimVQ
 
 DIM, CODES = 6, 11
@@ -21,75 +22,130 @@ def identity(codes):
     return codes
 
 
+class Centred(nn.Module):
+    """Codes that depend on each other."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, DIM)
+
+    def forward(self, codes):
+        return self.linear(codes - codes.mean(0))
+
+    def __repr__(self):
+        return "Centred()"
+
+
 OPTIONS = {
-    "codebook_transform": (None, "perceptron"),
+    "codebook_transform": (None, "perceptron", "centred"),
     "init_fn": (identity, doubled),
     "channel_first": (False, True),
     "rotation_trick": (True, False),
     "input_to_quantize_commit_loss_weight": (0.25, 1.0, 0.0),
-    "commitment_weight": (1.0, 0.5),
+    "commitment_weight": (1.0, 0.5, 0.0),
     "frozen_codebook_dim": (None, 4),
-    "input": ((2, 5), (2, 3, 4), (2,)),
+    "input": ("sequence", "image", "video", "vectors"),
 }
+
+
+def known(row):
+    return {**row, "codebook_transform": transform(row)}
+
+
+def transform(row):
+    width = row["frozen_codebook_dim"] or DIM
+    if row["codebook_transform"] is None:
+        return None
+    return Centred(width) if row["codebook_transform"] == "centred" else nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, DIM))
+
+
+def setting(row, seed=0):
+    kwargs = {name: value for name, value in row.items() if name not in ("input", *CALLS)}
+    kwargs |= {"dim": DIM, "codebook_size": CODES, "codebook_transform": transform(row)}
+    x = strict.placed(row, DIM, first=row["channel_first"], seed=seed, scale=1.0)
+    return kwargs, x, {name: row[name] for name in CALLS if name in row}
+
+
+CALLS = ("return_all_codes", "rand_quantize_dropout_fixed_seed")
+EMPTY = (
+    ({"input": "empty"}, lambda row: row["input"] == "empty"),
+    ({"input": "no batch"}, lambda row: row["input"] == "no batch"),
+)
+DEVIATING = {"codebook_transform=Centred()": {"codebook_transform": "centred"}}
+ARRAY = Array("SimVQ", OPTIONS, setting, EMPTY, DEVIATING, known=known)
+
+
+def exact(row):
+    """Where what is left of a vector is small the library turns it by float32 rounding, in eval mode too: both then compute in float64."""
+    return nullcontext({"dtype": torch.float64, "prepare": nn.Module.double} if row["rotation_trick"] else {})
+
 
 RESIDUAL_OPTIONS = {
     "num_quantizers": (3, 1),
     "heads": (1,),
     "quantize_dropout": (False, True),
-    "quantize_dropout_cutoff_index": (0, 1),
+    "quantize_dropout_cutoff_index": (0, 1, 3),
     "quantize_dropout_multiple_of": (1, 2),
-    "channel_first": (False, True),
-    "rotation_trick": (True, False),
-    "input_to_quantize_commit_loss_weight": (0.25, 0.0),
-    "codebook_transform": (None, "perceptron"),
-    "init_fn": (identity, doubled),
-    "commitment_weight": (1.0, 0.5),
-    "frozen_codebook_dim": (None, 4),
+    **OPTIONS,
     "return_all_codes": (False, True),
-    "rand_quantize_dropout_fixed_seed": (None, 1),
-    "input": ((2, 5), (2, 3, 4)),
+    "rand_quantize_dropout_fixed_seed": (None, 1, 5),
 }
-
-CALLS = ("return_all_codes", "rand_quantize_dropout_fixed_seed")
-
-
-def valid_residual(row):
-    image = len(row["input"]) > 2
-    return row["channel_first"] or not (image and row["quantize_dropout"])  # the peer's own indices do not fit together then
-
-
-@functools.cache
-def rows():
-    return covering_array(OPTIONS), covering_array(RESIDUAL_OPTIONS, valid_residual)
-
-
-def draw(shape, first, seed=0):
-    x = torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(seed))
-    return x.movedim(-1, 1).contiguous() if first else x
+RESIDUAL_REFUSED = (
+    *EMPTY,
+    ({"heads": 2}, lambda row: row["heads"] > 1),
+    (
+        {"quantize_dropout": True, "quantize_dropout_cutoff_index": 3},
+        lambda row: row["quantize_dropout"] and row["quantize_dropout_cutoff_index"] >= row["num_quantizers"] > 1,
+    ),
+    (
+        {"input": "image", "quantize_dropout": True, "rand_quantize_dropout_fixed_seed": 1},
+        lambda row: strict.may_drop(row) and not row["channel_first"] and row["input"] in ("image", "video", "vectors"),
+    ),
+)
+RESIDUAL = Array("ResidualSimVQ", RESIDUAL_OPTIONS, setting, RESIDUAL_REFUSED, known=known, around=exact)
+ARRAYS = (ARRAY, RESIDUAL)
 
 
-def transform(row):
-    if row["codebook_transform"] is None:
-        return None
-    return nn.Sequential(nn.Linear(row["frozen_codebook_dim"] or DIM, 8), nn.ReLU(), nn.Linear(8, DIM))
+@pytest.mark.parametrize("row", ARRAY.rows, ids=range(len(ARRAY.rows)))
+def test_every_pair_of_options_of_sim_vq(row):
+    ARRAY.compared(compare, row).check()
 
 
-def test_every_pair_of_options_of_sim_vq():
-    for number, row in enumerate(rows()[0]):
-        kwargs = {name: value for name, value in row.items() if name != "input"} | {"dim": DIM, "codebook_size": CODES}
-        kwargs["codebook_transform"] = transform(row)
-        compare("SimVQ", kwargs, draw(row["input"], row["channel_first"], number), seed=number).check()
+@pytest.mark.parametrize("row", RESIDUAL.rows, ids=range(len(RESIDUAL.rows)))
+def test_every_pair_of_options_of_the_residual_form(row):
+    RESIDUAL.compared(compare, row).check()
 
 
-def test_every_pair_of_options_of_the_residual_form():
-    for number, row in enumerate(rows()[1]):
-        kwargs = {name: value for name, value in row.items() if name not in ("input", *CALLS)} | {"dim": DIM, "codebook_size": CODES}
-        kwargs["codebook_transform"] = transform(row)
-        x = draw(row["input"], row["channel_first"], number)
-        compare("ResidualSimVQ", kwargs, x, calls={name: row[name] for name in CALLS}, seed=number).check()
+@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*ARRAYS))
+def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
+    array.check_refused(changes, is_refused)
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
+def test_each_deviation_has_its_case(array):
+    array.check_table()
+
+
+@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
+def test_what_deviates_stands_in_the_table(array, option, monkeypatch):
+    array.check_deviates(compare, option, monkeypatch)
 
 
 # What is right where the two differ
+
+
+def draw(shape, first):
+    x = strict.draw(*shape, DIM, scale=1.0)
+    return x.movedim(-1, 1).contiguous() if first else x
+
+
+def test_no_vectors_have_no_loss():
+    for made in (SimVQ(DIM, CODES), ResidualSimVQ(dim=DIM, codebook_size=CODES, num_quantizers=2)):
+        x = draw((2, 0), False).requires_grad_()
+        quantized, _, loss = made(x)
+        assert quantized.shape == x.shape and not loss.any()
+        (quantized.sum() + loss.sum()).backward()
+        assert not any(parameter.grad is not None and parameter.grad.any() for parameter in made.parameters())
 
 
 def test_the_map_sees_the_whole_table_once():

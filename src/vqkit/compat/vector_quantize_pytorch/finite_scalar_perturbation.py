@@ -240,6 +240,8 @@ class FSP(Settable):
 
     def indices_to_codes(self, indices: Tensor, eps: float = 1e-6) -> Tensor:
         """The `quantized` of the call in eval mode that gave the indices; -1 gives zeros. Raises ValueError for one that there is not."""
+        if isinstance(indices, Tensor) and not indices.dim():
+            return self.indices_to_codes(indices.unsqueeze(0), eps).squeeze(0)
         self.native.eps = eps
         codes = self.native.decode_codes(indices)
         weight = next(self.project_out.parameters(), None)
