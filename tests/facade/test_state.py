@@ -263,6 +263,71 @@ def test_two_calls_have_one_backward(name: str) -> None:
         torch.testing.assert_close(x.grad, gradients[0])
 
 
+SEVERAL: dict[str, dict[str, Any]] = {
+    **RECOMPUTED,
+    "own optimizer": {**LEARNED, "in_place_codebook_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.5)},
+}
+
+
+def several(vq: Any, seeds: list[int], again: Callable[[int], bool], reentrant: bool, one_by_one: bool = False) -> list[Tensor | None]:
+    """The gradients of all inputs and parameters after some calls of one codebook, of which some are computed `again`, and one backward."""
+    vq.zero_grad()
+    inputs = [vectors(seed).requires_grad_() for seed in seeds]
+    torch.manual_seed(1)
+    found = [checkpoint(vq, x, use_reentrant=reentrant) if again(number) else vq(x) for number, x in enumerate(inputs)]
+    totals = [quantized.sin().sum() + loss for quantized, _, loss in found]
+    for total in totals if one_by_one else (sum(totals),):
+        total.backward()
+    return [tensor.grad for tensor in (*inputs, *vq.parameters())]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_calls_that_are_computed_again_read_each_what_it_read(name: str, reentrant: bool) -> None:
+    plain, again = make(**SEVERAL[name]), make(**SEVERAL[name])
+    for seeds, which, apart in (([0, 1, 2], (0, 1, 2), True), ([3, 4, 5], (0, 2), False), ([6, 6, 7], (0, 1), False), ([8], (0,), True)):
+        expected = several(plain, seeds, lambda _: False, reentrant)
+        found = several(again, seeds, lambda number, which=which: number in which, reentrant, apart)
+        torch.testing.assert_close(found, expected)
+        assert_same_buffers(plain, again)
+
+
+@pytest.mark.parametrize("kind", ["ResidualVQ", "GroupedResidualVQ", "HierarchicalVQ"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_several_calls_of_layers_are_computed_again(kind: str, shared: bool) -> None:
+    given = {"scales": (1, 2), "threshold_ema_dead_code": 0} if kind == "HierarchicalVQ" else {"num_quantizers": 2}
+    given = {**given, "dim": 8, "codebook_size": 6, "shared_codebook": shared, "kmeans_init": True}
+    results = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        module, gradients = getattr(facade, kind)(**given), []
+        for seeds in ((0, 1), (2, 3)):
+            inputs = [torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(seed)).requires_grad_() for seed in seeds]
+            torch.manual_seed(1)
+            found = [checkpoint(module, x, use_reentrant=False) if again else module(x) for x in inputs]
+            sum(out[0].sin().sum() + out[-1].sum() for out in found).backward()
+            gradients += [x.grad for x in inputs]
+        results.append((gradients, {**module.state_dict()}))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_calls_that_wait_are_forgotten_aloud() -> None:
+    vq = make()
+    most = vq._codebook._recall.most
+    several(vq, [*range(most + 1)], lambda _: True, False)
+    with pytest.raises(RuntimeError, match=f"more than {most + 1} calls"):
+        several(vq, [*range(most + 2)], lambda _: True, False)
+    for seed in range(2):
+        torch.testing.assert_close(several(copy.deepcopy(vq), [seed], lambda _: True, False), several(vq, [seed], lambda _: True, False))
+    with torch.no_grad():
+        for seed in range(5 * most):
+            vq(vectors(seed))
+    assert len(vq._codebook._recall.earlier) == most
+    for seed in range(5 * most):
+        vq(vectors(seed))
+    assert not vq._codebook._recall.earlier and not copy.deepcopy(vq)._codebook._recall.earlier
+
+
 def test_a_graph_of_the_users_over_the_codes_is_no_error() -> None:
     for vq in both("VectorQuantize"):
         x = vectors().requires_grad_()

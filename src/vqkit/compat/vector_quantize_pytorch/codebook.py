@@ -8,7 +8,8 @@ Shapes: H codebooks, C codes, K width, N vectors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch import functions, translate
 from vqkit.compat.vector_quantize_pytorch.arguments import check_as_argument, in_these_words
+from vqkit.compat.vector_quantize_pytorch.recall import Recall, may_be_computed_again
 from vqkit.compat.vector_quantize_pytorch.settings import Kept, Overridable
 from vqkit.dist import LocalReducer, Reducer, is_managed
 from vqkit.ops.codebook import CodebookStatistics, largest_keys, merge_statistics
@@ -109,7 +111,10 @@ class Codebook(Overridable, _Codebook):
     synchronizes = True
     """Whether `update_indices` is a step of all processes."""
     recalls = False
-    """Whether codes are read as the last forward in training has read them."""
+    """Whether codes are read as the last forward in training has read them, or the one that is computed again."""
+    _within = False
+    """Whether a forward is a part of another one, which alone is told apart."""
+    _recalled: State | None = None
     _written = 0
     """The version of `initted` that was looked at last."""
 
@@ -212,6 +217,7 @@ class Codebook(Overridable, _Codebook):
         self._buffers |= {name: found[name] for name in _BUFFERS if name in found}
         codes = found["embed_avg"]
         self._read, self._recent, self._unseen = {"weight": torch.empty_like(codes)}, cast(State, {}), cast(State, {})
+        self._recall = Recall()
         if self.affine:
             self._unseen |= {name: found[name].unsqueeze(1) for name in _OF_VECTORS}
             self._buffers |= dict.fromkeys(_OF_VECTORS)
@@ -299,9 +305,13 @@ class Codebook(Overridable, _Codebook):
     def enter_(self, *, learning: bool, frozen: bool = False, reducer: Reducer | None = None) -> None:
         """As in vqkit; and a forward in training keeps what it reads, a recomputation reads what was kept."""
         super().enter_(learning=learning, frozen=frozen, reducer=reducer)
+        if self._recalled is not None:
+            self._recalled = None
         if not self.training:
             return
         outside = outside_backward(self.count)
+        if outside is True:
+            self._recall.begin()
         if outside is not True:
             self.recalls = True
         if isinstance(outside, Tensor):
@@ -319,6 +329,26 @@ class Codebook(Overridable, _Codebook):
             kept, now = self._read[name], state[name].detach()
             kept.copy_(torch.where(outside, now, kept))
 
+    def start_(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """As in vqkit; and this is how calls that are computed again are told apart."""
+        super().start_(x, mask)
+        if not self.training or not self._entered or self._within or torch.compiler.is_compiling():
+            return
+        if not in_backward():
+            if may_be_computed_again():
+                self._recall.see(x)
+        elif self._recalled is None:
+            self._recalled = self._recall.find(x)
+
+    @contextmanager
+    def pulling(self) -> Iterator[None]:
+        """Around a forward for an optimizer of its own, which steps before the codes are read."""
+        self._within = True
+        try:
+            yield
+        finally:
+            self._within = False
+
     def _kept_names(self) -> list[str]:
         """What is read and may be changed by the step of a call: codes that only an optimizer moves stay as they are until the backward."""
         follows = cast(StoredEMA, self.update).follow or (self.call is not None and bool(self.call.ema_update))
@@ -332,6 +362,7 @@ class Codebook(Overridable, _Codebook):
             for name in self._read if self.affine else ():
                 recent.setdefault(name, state[name].clone() if state[name]._is_view() else state[name])  # a view is one of a buffer
             object.__setattr__(self, "_recent", recent)
+            self._recall.keep(recent)
         return codes
 
     def codes_for(self, x: Tensor, kept: Tensor | None) -> Tensor:
@@ -342,7 +373,7 @@ class Codebook(Overridable, _Codebook):
         state = self.committed_state()
         if not self.recalls:
             return state
-        found = {name: self._read[name] for name in self._kept_names()} if torch.compiler.is_compiling() else {**self._recent}
+        found = {name: self._read[name] for name in self._kept_names()} if torch.compiler.is_compiling() else {**(self._recent if self._recalled is None else self._recalled)}
         if "weight" in found and (weight := state["weight"]).requires_grad:
             found["weight"] = found["weight"] + (weight - weight.detach())  # 0, with the gradient of the parameter
         return {**state, **found}
@@ -450,7 +481,7 @@ class Codebook(Overridable, _Codebook):
 
     def _map_pending_(self, fn: Callable[[Tensor], Tensor]) -> None:
         super()._map_pending_(fn)
-        self.updates = fn(self.updates)
+        self.updates, self._recall = fn(self.updates), Recall()
         for tensors in (self._read, self._recent, self._unseen):
             tensors.update({name: fn(tensor) for name, tensor in tensors.items()})
 

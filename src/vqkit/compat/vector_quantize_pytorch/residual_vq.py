@@ -484,7 +484,8 @@ class ResidualVQ(Settable):
             raise ValueError(f"in_place_codebook_optimizer is given: {_NO_OPTIMIZER}")
         for layer, part in zip(layers, self._parts, strict=False):
             if layer.in_place_codebook_optimizer is not None and layer.training and not layer.freeze_codebook:
-                part.pull_(residual, mask, temperature=part.temperature(temperature))
+                with layer._codebook.pulling():
+                    part.pull_(residual, mask, temperature=part.temperature(temperature))
                 if not layer.manual_in_place_optimizer_update:
                     layer.update_in_place_optimizer()
             losses, part.losses = part.losses, ()

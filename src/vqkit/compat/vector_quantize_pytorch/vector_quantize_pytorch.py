@@ -402,7 +402,8 @@ class VectorQuantize(OwnsOptimizer, Settable):
         if self.in_place_codebook_optimizer is not None and self.training and not frozen and self.walked is None:
             if targets is not None:  # before a step is taken
                 check_indices("indices", targets.to(x.device), self.codebook_size, self._shape_of_indices(x))
-            in_place = native.pull_(x, mask, temperature=temperature, **options)
+            with codebook.pulling():
+                in_place = native.pull_(x, mask, temperature=temperature, **options)
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
         if topk is not None:
