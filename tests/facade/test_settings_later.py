@@ -787,6 +787,7 @@ HOOKED: dict[str, tuple[str, dict[str, Any], list[str], Tensor, dict[str, Any]]]
     "levels": ("HierarchicalVQ", BASE["HierarchicalVQ"], ["vqs.0", "vqs.1"], vectors(2, WIDTH, 12), {}),
     "one": ("VectorQuantize", SMALL["VectorQuantize"], ["_codebook"], vectors(), {}),
     "one, projected": ("VectorQuantize", {**SMALL["VectorQuantize"], **HEADS}, ["_codebook", "project_in"], vectors(), {}),
+    "one, narrowed": ("VectorQuantize", {**SMALL["VectorQuantize"], "codebook_dim": 4}, ["_codebook", "project_in"], vectors(), {}),
     "one, cosines": ("VectorQuantize", {**SMALL["VectorQuantize"], "use_cosine_sim": True}, ["_codebook"], vectors(), {}),
     "one, masked": ("VectorQuantize", SMALL["VectorQuantize"], ["_codebook"], vectors(), {"mask": MASK}),
     "one, with k": ("VectorQuantize", SMALL["VectorQuantize"], ["_codebook"], vectors(), {"topk": 2}),
@@ -800,6 +801,36 @@ HOOKED: dict[str, tuple[str, dict[str, Any], list[str], Tensor, dict[str, Any]]]
     "one, of images": ("VectorQuantize", {**SMALL["VectorQuantize"], "accept_image_fmap": True}, ["_codebook"], IMAGE, {}),
     "a random projection": ("RandomProjectionQuantizer", SMALL["RandomProjectionQuantizer"], ["vq", "vq._codebook"], vectors(), {}),
     "scalars": ("EvoLFQ", SMALL["EvoLFQ"], ["lfq"], vectors(), {}),
+    "residual scalars": ("ResidualFSQ", {**SMALL["ResidualFSQ"], "num_quantizers": 3}, ["layers.0", "layers.2"], vectors(), {}),
+    "residual scalars, first": (
+        "ResidualFSQ",
+        {**SMALL["ResidualFSQ"], "is_channel_first": True, "quantize_dropout": True},
+        ["layers.0"],
+        vectors(2, WIDTH, 3, 2),
+        {"rand_quantize_dropout_fixed_seed": 5},
+    ),
+    "residual bits": ("ResidualLFQ", {**SMALL["ResidualLFQ"], "num_quantizers": 3}, ["layers.0", "layers.2"], vectors(), {}),
+    "residual bits, masked": (
+        "ResidualLFQ",
+        {**SMALL["ResidualLFQ"], "spherical": True},
+        ["layers.1"],
+        vectors(),
+        {"mask": torch.tensor([True, False])},
+    ),
+    "grouped bits": ("GroupedResidualLFQ", SMALL["GroupedResidualLFQ"], ["rvqs.0.layers.1"], vectors(), {}),
+    "networks": (
+        "ResidualVQ",
+        {**RESIDUAL, "implicit_neural_codebook": True},
+        ["layers.1", "layers.2", "mlps.1", "mlps.1.proj_in", "mlps.1.layers.0.1"],
+        vectors(),
+        {},
+    ),
+    "nothing projected": ("VectorQuantize", SMALL["VectorQuantize"], ["project_in", "project_out"], vectors(), {}),
+    "nothing projected, one side": ("VectorQuantize", SMALL["VectorQuantize"], ["project_out"], vectors(), {}),
+    "nothing projected, residual": ("ResidualVQ", RESIDUAL, ["project_in", "layers.1.project_out", "project_out"], vectors(), {}),
+    "nothing projected, scalars": ("FSQ", SMALL["FSQ"], ["project_in", "project_out"], vectors(2, 5, 2), {}),
+    "nothing projected, bits": ("LFQ", {"codebook_size": 16}, ["project_in", "project_out"], vectors(2, 5, 4), {}),
+    "convolution": ("HierarchicalVQ", BASE["HierarchicalVQ"], ["phi_shared.conv"], vectors(2, WIDTH, 12), {}),
     "maps": ("ResidualSimVQ", SMALL["ResidualSimVQ"], ["layers.1"], vectors(), {}),
 }
 
@@ -864,10 +895,8 @@ def test_hooks_on_layers_of_a_shared_codebook_change_nothing() -> None:
     "kind, kwargs, name, words",
     [
         ("ResidualVQ", {**RESIDUAL, "beam_size": 2}, "layers.1", "beam_size"),
-        ("ResidualVQ", {**RESIDUAL, "implicit_neural_codebook": True}, "layers.1", "implicit_neural_codebook"),
         ("VectorQuantize", {**SMALL["VectorQuantize"], "stochastic_sample_codes": True}, "_codebook", "stochastic_sample_codes"),
-        ("ResidualLFQ", SMALL["ResidualLFQ"], "layers.1", "hooks"),
-        ("ResidualFSQ", SMALL["ResidualFSQ"], "layers.1", "hooks"),
+        ("ResidualFSQ", {**SMALL["ResidualFSQ"], "orthogonal_rotation": True}, "layers.1", "orthogonal_rotation"),
     ],
 )
 def test_hooks_that_nobody_would_run_are_refused(kind: str, kwargs: dict[str, Any], name: str, words: str) -> None:
@@ -875,6 +904,57 @@ def test_hooks_that_nobody_would_run_are_refused(kind: str, kwargs: dict[str, An
     heard(module, name)
     with pytest.raises(ValueError, match=words):
         module(vectors())
+
+
+def test_hooks_of_the_backward_are_run_or_refused() -> None:
+    here = facade.VectorQuantize(**SMALL["VectorQuantize"], **LEARNABLE)
+    seen: list[str] = []
+    for name in ("project_in", "project_out", "_codebook"):
+        here.get_submodule(name).register_full_backward_hook(lambda *_, name=name: seen.append(name))
+    with pytest.raises(ValueError, match="_codebook has hooks of the backward"):
+        here(vectors())
+    here._codebook._backward_hooks.clear()
+    here(vectors().requires_grad_())[0].sum().backward()
+    assert seen == ["project_out", "project_in"]
+
+
+def test_a_hook_on_an_activation_of_bits_sees_it() -> None:
+    for side in (peer, facade):
+        lfq = side.LFQ(codebook_size=16, straight_through_activation=nn.Identity())
+        lfq(vectors(2, 5, 4))
+        seen = heard(lfq, "activation")
+        for training in (True, False):
+            lfq.train(training)(vectors(2, 5, 4))
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(
+    "kind, given, x",
+    [
+        ("ResidualVQ", {**RESIDUAL, "implicit_neural_codebook": True}, vectors()),
+        ("HierarchicalVQ", BASE["HierarchicalVQ"], vectors(2, WIDTH, 12)),
+        ("SimVQ", SMALL["SimVQ"], vectors()),
+    ],
+)
+def test_weights_that_hooks_make_are_those_of_now(kind: str, given: dict[str, Any], x: Tensor, norm: Callable[..., Any]) -> None:
+    found = []
+    start = getattr(peer, kind)(**given).state_dict()
+    for side in (peer, facade):
+        module = getattr(side, kind)(**given)
+        module.load_state_dict(start)
+        for part in [*module.modules()]:
+            if isinstance(part, (nn.Linear, nn.Conv1d)):
+                torch.manual_seed(1)
+                norm(part)
+        module.eval()
+        module(x)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(-0.7)
+        found.append(module(x)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_hook_makes_of_a_codebook_is_refused() -> None:

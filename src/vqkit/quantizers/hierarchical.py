@@ -29,6 +29,7 @@ from vqkit.quantizers.layout import (
     check_indices,
     check_layout,
     check_tensor,
+    has_hooks,
     is_all,
     position_mask,
     where_kept,
@@ -70,6 +71,9 @@ class Mixer(nn.Module):
         dtype = torch.promote_types(x.dtype, weight.dtype)
         x, weight, bias = as_dtype(x, dtype), as_dtype(weight, dtype), as_dtype(bias, dtype)
         with without_autocast(x.device.type):
+            if has_hooks(self.conv):  # which may make its weights
+                x = interpolate(x, positions)
+                return x.lerp(self.conv(as_dtype(x, self.conv.weight.dtype)).to(dtype), self.share)
             if _is_small(x, weight, positions):
                 return self._by_products(x, weight, bias, positions)
             x = interpolate(x, positions)

@@ -10,13 +10,24 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.precision import may_look
 
 Layout = Literal["last", "first"]
 """Where the width stands: [B, ..., D], or [B, D, ...] as in images."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of it does more than its forward."""
+    own = module.__dict__  # without a search, as this is asked in every call
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
+
+
+def is_nothing(layer: nn.Module) -> bool:
+    """Whether a call of it would give what it gets, and nobody would know."""
+    return isinstance(layer, nn.Identity) and not has_hooks(layer)
 
 
 def check_layout(layout: str) -> None:

@@ -41,7 +41,7 @@ from vqkit.quantizers.config import (
     check_positive,
 )
 from vqkit.quantizers.implicit import ImplicitVQ, check_estimator, check_sync_update, conditions, pass_gradient
-from vqkit.quantizers.layout import Layout, check_layout, is_integer, position_mask, require, where_kept, width_back, width_last
+from vqkit.quantizers.layout import Layout, check_layout, is_integer, is_nothing, position_mask, require, where_kept, width_back, width_last
 from vqkit.quantizers.vector_quantize import VectorQuantize
 
 
@@ -403,7 +403,7 @@ class Residual(Quantizer):
         clean = finite if counted is None else finite & counted
         rows = where_kept(clean, rows)  # before the projection, whose weights shall see nothing else
         vectors = _linear(self.project_in, rows)
-        if not isinstance(self.project_in, nn.Identity):
+        if not is_nothing(self.project_in):
             finite = finite & finite_rows(vectors)
         return where_kept(finite, self._clamp(vectors), torch.nan), finite
 
@@ -416,7 +416,7 @@ class Residual(Quantizer):
         return torch.tanh(vectors / limit) * limit
 
     def _project_out(self, codes: Tensor, indices: Tensor) -> Tensor:
-        if isinstance(self.project_out, nn.Identity):
+        if is_nothing(self.project_out):
             return codes  # zeros where there is no code
         output = _linear(self.project_out, codes)
         all_have_codes = are_chosen(indices.select(codes.dim() - 1, 0))  # of the first layer, as a rule

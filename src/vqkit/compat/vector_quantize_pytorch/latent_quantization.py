@@ -107,7 +107,7 @@ class LatentQuantize(OwnsOptimizer, Settable):
         places = [math.prod(sizes[:number]) for number in range(len(sizes))]
         self.codebook_size = math.prod(sizes)
         self.register_buffer("_levels", torch.tensor(sizes, dtype=torch.int32), persistent=False)
-        self.register_buffer("_basis", torch.tensor(places, dtype=index_dtype(self.codebook_size)), persistent=False)
+        self.register_buffer("_basis", torch.tensor(places), persistent=False)
         self.has_projections = dim != self.effective_codebook_dim
         self.project_in = linear(dim, self.effective_codebook_dim, self.has_projections)
         self.project_out = linear(self.effective_codebook_dim, dim, self.has_projections)

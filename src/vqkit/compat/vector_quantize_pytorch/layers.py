@@ -6,7 +6,8 @@ the layer in every call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -44,8 +45,9 @@ class Part:
         """As of the class behind."""
         frozen = freeze_codebook or self.layer.freeze_codebook
         if self.watched:
-            self._refuse(indices, condition)
-            return self._call(x, mask, frozen, targets, temperature)
+            if indices is not None:
+                raise ValueError("layers have hooks, or a forward of their own: must have neither with beam_size")
+            return self._call(x, mask, frozen, targets, temperature, self.codes_of(**condition))
         if indices is None:
             condition["temperature"] = self.temperature(temperature)
         return cast(Any, super()).quantize(x, mask, freeze_codebook=frozen, indices=indices, targets=targets, **condition)
@@ -59,19 +61,30 @@ class Part:
         assignment = cast(Any, self).assignment
         return None if isinstance(assignment, str) else translate.temperature(assignment, given, self.layer._codebook.sample_codebook_temp)
 
-    def _refuse(self, indices: Tensor | None, condition: dict[str, Any]) -> None:
-        with_what = "beam_size" if indices is not None else "implicit_neural_codebook" if condition else ""
-        if with_what:
-            raise ValueError(f"layers have hooks, or a forward of their own: must have neither with {with_what}")
+    def hears(self) -> bool:
+        """Whether it is `layer` that has to be called."""
+        return self.layer.is_watched()
 
-    def _call(self, x: Tensor, mask: Tensor | None, frozen: bool, targets: Tensor | None, temperature: float | None) -> Quantized:
+    def codes_of(self) -> Callable[..., Tensor] | None:
+        """What makes codes of those of the layer, if anything does."""
+        return None
+
+    def _call(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        frozen: bool,
+        targets: Tensor | None,
+        temperature: float | None,
+        codes_of: Callable[..., Tensor] | None,
+    ) -> Quantized:
         """Let the layer do all but learn, which the whole does."""
         layer, first = self.layer, self.layer.native.layout == "first"
         found: list[Quantized] = []
         hide(layer, walked=found)
         try:
-            given = x.movedim(-1, 1) if first else x
-            output = layer(given, mask=mask, indices=targets, sample_codebook_temp=temperature, freeze_codebook=frozen)
+            given = {"mask": mask, "indices": targets, "sample_codebook_temp": temperature, "freeze_codebook": frozen}
+            output = layer(x.movedim(-1, 1) if first else x, **given, codebook_transform_fn=codes_of)
         finally:
             hide(layer, walked=None)
         statistics = found[-1].statistics if found else None
@@ -87,7 +100,11 @@ class _Plain(Part, _VectorQuantize):
 
 
 class _Implicit(Part, ImplicitVQ):
-    pass
+    def hears(self) -> bool:
+        return super().hears() or cast(Any, self.network).hears()
+
+    def codes_of(self, partial: Tensor) -> Callable[..., Tensor]:
+        return functools.partial(cast(Any, self.network).mlp, condition=partial)
 
 
 def part_of(layer: VectorQuantize, network: nn.Module | None = None) -> Any:
@@ -123,7 +140,7 @@ def set_parts(native: Any, layers: Iterable[VectorQuantize], parts: Iterable[Any
         losses = layer.learned_losses if training else ()
         if compiling or part.estimator is not estimator or part.losses is not losses or part.training is not training:
             part.estimator, part.losses, part.training = estimator, losses, training
-        if part.watched is not (watched := layer.is_watched()):
+        if part.watched is not (watched := part.hears()):
             hide(part, watched=watched)
         trains = trains or training
     if native.training is not trains:

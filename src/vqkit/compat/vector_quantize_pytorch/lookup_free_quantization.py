@@ -33,7 +33,7 @@ from vqkit.ops.codebook import directions
 from vqkit.quantizers import lfq
 from vqkit.quantizers.commit import sum_in_forward
 from vqkit.quantizers.config import Commitment, Diversity, Entropy
-from vqkit.quantizers.layout import check_tensor
+from vqkit.quantizers.layout import check_tensor, is_nothing
 
 __all__ = ["LFQ", "CosineSimLinear", "LossBreakdown", "Return", "entropy", "is_distributed", "l2norm", "log", "maybe_distributed_mean"]
 
@@ -177,11 +177,11 @@ class LFQ(Settable):
         self.soft_clamp_input_value, self.entropy_loss_offset = soft_clamp_input_value, entropy_loss_offset
         self.experimental_softplus_entropy_loss = experimental_softplus_entropy_loss
         self.force_quantization_f32 = force_quantization_f32
-        self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
-        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
         self._build()
         if orthogonal_rotation:
             self.register_buffer("orthogonal_rot", self.native.counts.rotation)
+        self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
+        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
 
     def _build(self) -> None:
         clamp = self.soft_clamp_input_value
@@ -196,7 +196,7 @@ class LFQ(Settable):
             soft_clamp=clamp,
             first_bit="highest",
             rotation=bool(self.orthogonal_rotation),
-            activation=None if isinstance(self.activation, nn.Identity) else self.activation,
+            activation=self.activation if self._activates() else None,
             losses=_losses(commitment=self.commitment_loss_weight > 0),
             diversity_over="ranks",
             probability_floor=_FLOOR,
@@ -207,12 +207,17 @@ class LFQ(Settable):
         unweighed.losses = native.losses[:-2]
         hide(self, native=native, quiet=quiet, unweighed=unweighed)
 
+    def _activates(self) -> bool:
+        return not isinstance(self.activation, nn.Module) or not is_nothing(self.activation)
+
     def _check_setting(self, name: str, value: Any) -> None:
         if name == "orthogonal_rotation" and value and "orthogonal_rot" not in self._buffers:
             raise ValueError(f"orthogonal_rotation = {value}: must stay False where none was drawn; make another one")
 
     def settle(self, *, entropies: bool = True) -> lfq.LFQ:
         """The native quantizer for the mode of now, with the rotation of now: in eval mode it has no losses, and no `entropies` if told."""
+        if self._activates() is (self.native.activation is None):  # somebody listens to it
+            self._build()
         if self.orthogonal_rotation and self.native._rotation is not (rotation := self._buffers["orthogonal_rot"]):
             self.native.counts.rotation = rotation
         if not self.training:

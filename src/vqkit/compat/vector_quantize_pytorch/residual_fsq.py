@@ -24,7 +24,9 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
 from vqkit.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out, projected, rows_of
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, overrides, refuse_watched
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, check_kinds, is_watched, overrides
+from vqkit.quantizers import fsq
+from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.layout import check_tensor
 from vqkit.quantizers.residual import Residual
 
@@ -89,11 +91,13 @@ class ResidualFSQ(Settable):
 
     def _build(self) -> None:
         layers = [*self.layers]
-        refuse_watched(layers, FSQ)
+        check_kinds(layers, FSQ)
         parts = []
         for number, layer in enumerate(layers):
             own = 1.0 if layer.scale is None else layer.scale
-            parts.append(layer.make_native(self._sizes, [own * n**-number for n in map(float, self._sizes)]))
+            part = layer.make_native(self._sizes, [own * n**-number for n in map(float, self._sizes)])
+            hide(part, layer=layer, step=tuple(n**-number for n in map(float, self._sizes)))
+            parts.append(part)
         native = Residual(parts, estimator="layers", soft_clamp=self._clamp)
         hide(self, parts=parts, native=native, _natives=[layer.native for layer in layers])
 
@@ -102,9 +106,10 @@ class ResidualFSQ(Settable):
         layers = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
         if not are_of(layers, self._natives):
             self._build()
-        refuse_watched(layers, FSQ)
         for layer, part in zip(layers, self.parts, strict=True):
             layer.settle(part)
+            if (part.__class__ is _Called) is not (watched := is_watched(layer, FSQ)):
+                part.__class__ = _Called if watched else fsq.FSQ
         return self.native
 
     @property
@@ -147,12 +152,31 @@ class ResidualFSQ(Settable):
             output, indices = output.movedim(-1, 1), indices.movedim(-1, 1)
         if not return_all_codes:
             return output, indices
-        moved = any(part.training and part.noise_dropout > 0.0 for part in self.parts)  # then outputs are no codes
+        # Outputs are then no codes.
+        moved = any((part.training and part.noise_dropout > 0.0) or part.__class__ is _Called for part in self.parts)
         moved = moved or overrides(self, ResidualFSQ, "get_codes_from_indices")
         if moved:
             return output, indices, self.get_codes_from_indices(indices)
         codes = all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers)
         return output, indices, codes.unsqueeze(-2) if kept else codes
+
+
+class _Called(fsq.FSQ):
+    """The native quantizer of a layer that is called itself, as it has hooks or a forward of its own."""
+
+    layer: FSQ
+    step: tuple[float, ...]
+    """By which its inputs are divided, and its outputs multiplied."""
+
+    def quantize_vectors(self, vectors: Tensor, *_: Any, **__: Any) -> Quantized:
+        if self.layer.orthogonal_rotation and len({*self.step}) > 1:
+            raise ValueError("layers have hooks, or a forward of their own: must have neither with orthogonal_rotation and unequal levels")
+        step = vectors.new_tensor(self.step)
+        output, indices = self.layer((vectors / step).flatten(1, -2))
+        return Quantized(output.reshape(vectors.shape) * step, indices.reshape(vectors.shape[:-1]).to(torch.int64), {}, None)
+
+    def quantize(self, x: Tensor, *_: Any, **__: Any) -> Quantized:
+        return self.quantize_vectors(x)
 
 
 def _limit(levels: Sequence[int], given: float | Sequence[float] | Tensor | None, hard: bool) -> Tensor | None:

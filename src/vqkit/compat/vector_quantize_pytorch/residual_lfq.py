@@ -24,9 +24,10 @@ from vqkit.compat.vector_quantize_pytorch.depth import (
     round_up_multiple,
 )
 from vqkit.compat.vector_quantize_pytorch.groups import Groups
+from vqkit.compat.vector_quantize_pytorch.layers import WEIGHED
 from vqkit.compat.vector_quantize_pytorch.lookup_free_quantization import INV_TEMPERATURE, LFQ, check_loss_mask, loss_mask
 from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out, projected, rows_of
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, overrides, refuse_watched
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, check_kinds, is_watched, overrides
 from vqkit.quantizers import lfq
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.residual import Residual
@@ -86,7 +87,7 @@ class ResidualLFQ(Settable):
 
     def _build(self) -> None:
         layers = [*self.layers]
-        refuse_watched(layers, LFQ)
+        check_kinds(layers, LFQ)
         natives = {name: Residual([getattr(layer, name) for layer in layers], estimator="layers") for name in ("native", "quiet")}
         hide(self, _natives=[layer.native for layer in layers], _mixed={}, **natives)
 
@@ -95,16 +96,16 @@ class ResidualLFQ(Settable):
         layers = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
         if not are_of(layers, self._natives):
             self._build()
-        refuse_watched(layers, LFQ)
         alike = True
         for layer in layers:
             layer.settle()
-            alike = alike and layer.training is self.training
+            alike = alike and layer.training is self.training and not is_watched(layer, LFQ)
         if alike:
             return self.native if self.training else self.quiet
-        modes = tuple(layer.training for layer in layers)
+        modes = tuple((layer.training, is_watched(layer, LFQ)) for layer in layers)
         if modes not in self._mixed:
-            self._mixed[modes] = Residual([layer.native if layer.training else _quiet(layer) for layer in layers], estimator="layers")
+            parts = [_called(layer) if watched else _alone(layer) for layer, (_, watched) in zip(layers, modes, strict=True)]
+            self._mixed[modes] = Residual(parts, estimator="layers")
         return self._mixed[modes]
 
     @property
@@ -176,10 +177,12 @@ class ResidualLFQ(Settable):
             found = first.weigh({name: torch.stack([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
             return found if depth == number else F.pad(found, (0, number - depth))
         each = [{name.partition("/")[0]: loss for name, loss in losses.items() if name.endswith(f"/{layer}")} for layer in range(number)]
-        return torch.stack([layer.weigh(own) for layer, own in zip(self.layers, each, strict=True)])
+        return torch.stack([own.get(WEIGHED, layer.weigh(own)) for layer, own in zip(self.layers, each, strict=True)])
 
     def _weighs_alike(self) -> bool:
         """Whether all layers weigh their losses alike, and all are in training."""
+        if any(is_watched(layer, LFQ) for layer in self.layers):
+            return False
         first, *others = ((layer.training, *(getattr(layer, name) for name in _WEIGHTS)) for layer in self.layers)
         return first[0] and all(weights == first for weights in others)
 
@@ -192,6 +195,42 @@ class _Quiet(lfq.LFQ):
 
     def _quantize(self, x: Tensor, *args: Any, **options: Any) -> Quantized:
         return super()._quantize(x.detach(), *args, **options)
+
+
+class _Called(lfq.LFQ):
+    """Of a layer that is called itself, as it has hooks or a forward of its own."""
+
+    layer: LFQ
+
+    def quantize_vectors(self, vectors: Tensor, *_: Any, loss_mask: Tensor | None = None, **__: Any) -> Quantized:
+        mask = None if loss_mask is None else loss_mask.flatten(1)
+        output, indices, loss = self.layer(vectors.flatten(1, -2), mask=mask)
+        losses = {WEIGHED: loss} if self.layer.training else {}
+        return Quantized(output.reshape(vectors.shape), indices.reshape(vectors.shape[:-1]), losses, None)
+
+    def quantize(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        freeze_codebook: bool = False,
+        indices: Tensor | None = None,
+        temperature: float | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Quantized:
+        return self.quantize_vectors(x, loss_mask=loss_mask)
+
+
+def _alone(layer: LFQ) -> lfq.LFQ:
+    return layer.native if layer.training else _quiet(layer)
+
+
+def _called(layer: LFQ) -> lfq.LFQ:
+    found = copy.copy(layer.native)
+    found.__class__ = _Called
+    hide(found, layer=layer)
+    return found
 
 
 def _quiet(layer: LFQ) -> lfq.LFQ:

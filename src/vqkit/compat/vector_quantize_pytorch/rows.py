@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.ops.precision import finite_rows, known_finite, may_look
-from vqkit.quantizers.layout import check_tensor, is_integer, where_kept
+from vqkit.quantizers.layout import check_tensor, is_integer, is_nothing, where_kept
 
 
 def rows_of(x: Tensor, dim: int, first: bool) -> Tensor:
@@ -47,12 +47,12 @@ def check_codes(name: str, codes: Tensor, width: int) -> None:
 
 def project_in(layer: nn.Module, rows: Tensor) -> Tensor:
     """`layer` of rows [..., D]; a row that is not finite becomes NaN, and reaches no gradient."""
-    return rows if isinstance(layer, nn.Identity) else projected(layer, rows)[0]
+    return rows if is_nothing(layer) else projected(layer, rows)[0]
 
 
 def projected(layer: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """As `project_in`, and which rows [...] are finite before and behind the layer; None: it is known that all are."""
-    plain = isinstance(layer, nn.Identity)
+    plain = is_nothing(layer)
     if may_look(rows):  # what is not finite shows in the result, which is the narrower of the two
         found = rows if plain else layer(rows)
         if known_finite(found):
@@ -66,7 +66,7 @@ def projected(layer: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def project_out(layer: nn.Module, codes: Tensor, indices: Tensor | None) -> Tensor:
     """`layer` of codes [P..., d]; zeros where all of indices [P...] or [P..., H] are -1. None: it is known that none is."""
-    if isinstance(layer, nn.Identity):
+    if is_nothing(layer):
         return codes
     if indices is None:
         return layer(codes)

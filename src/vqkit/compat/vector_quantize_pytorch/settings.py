@@ -7,13 +7,15 @@ projections, what an optimizer knows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vqkit.compat.vector_quantize_pytorch.arguments import check_setting
+from vqkit.quantizers.layout import has_hooks
 
 
 class Overridable(nn.Module):
@@ -89,6 +91,8 @@ class Settable(Overridable):
         if fixed:
             if not _same(before, value):
                 raise ValueError(f"{name} = {_told(value)}: must stay {_told(before)}, of which the module is made; make another one")
+            if isinstance(value, Tensor):  # on another device, it may be
+                super().__setattr__(name, value)
             return
         if not isinstance(value, nn.Module) and _same(before, value):
             super().__setattr__(name, value)
@@ -97,18 +101,39 @@ class Settable(Overridable):
         self._check_setting(name, value)
         super().__setattr__(name, value)
         try:
-            with torch.random.fork_rng(devices=[]):  # what is drawn for it is replaced by what is registered
+            with draws_nothing():  # what is drawn for it is replaced by what is registered
                 self._build()
         except Exception:
             super().__setattr__(name, before)
             raise
 
 
+@contextmanager
+def draws_nothing() -> Iterator[None]:
+    """Where the generators are behind it as they were before, also that of the device on which modules are made."""
+    device = torch.get_default_device()
+    elsewhere = device.type not in ("cpu", "meta")
+    with torch.random.fork_rng(devices=[device] if elsewhere else [], device_type=device.type if elsewhere else "cuda"):
+        yield
+
+
+@contextmanager
+def unheard(module: nn.Module) -> Iterator[None]:
+    """Where calls of it run no hooks."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(part, {name: part.__dict__[name] for name in names}) for part in module.modules()]
+    for part, hooks in kept:
+        part.__dict__.update({name: type(found)() for name, found in hooks.items()})
+    try:
+        yield
+    finally:
+        for part, hooks in kept:
+            part.__dict__.update(hooks)
+
+
 def is_watched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of `module` is more than `kind.forward`: it has hooks, or a forward of its own."""
-    own = module.__dict__  # without a search, as this is asked of every layer in every call
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in own or type(module).forward is not kind.forward
+    return has_hooks(module) or "forward" in module.__dict__ or type(module).forward is not kind.forward
 
 
 def are_of(layers: Iterable[nn.Module], natives: Sequence[Any]) -> bool:
@@ -120,13 +145,11 @@ def are_of(layers: Iterable[nn.Module], natives: Sequence[Any]) -> bool:
     return number == len(natives)
 
 
-def refuse_watched(layers: Iterable[nn.Module], kind: type[nn.Module]) -> None:
-    """Raise ValueError for layers that would have to be called as modules."""
+def check_kinds(layers: Iterable[nn.Module], kind: type[nn.Module]) -> None:
+    """Raise TypeError for layers of another kind."""
     for number, layer in enumerate(layers):
         if not isinstance(layer, kind):
             raise TypeError(f"layers[{number}] is a {type(layer).__name__}: must be a {kind.__name__}")
-        if is_watched(layer, kind):
-            raise ValueError(f"layers[{number}] has hooks, or a forward of its own: must have neither, as no layer is called")
 
 
 def keep_synchronized(before: Any, native: Any) -> None:
@@ -136,10 +159,16 @@ def keep_synchronized(before: Any, native: Any) -> None:
 
 
 def _same(before: Any, value: Any) -> bool:
+    if before is value:
+        return True
     if isinstance(before, Tensor) or isinstance(value, Tensor):
-        tensors = isinstance(before, Tensor) and isinstance(value, Tensor)
-        return before is value or (tensors and before.shape == value.shape and bool((before.cpu() == value.cpu()).all()))
-    return bool(before is value or before == value)
+        if not (isinstance(before, Tensor) and isinstance(value, Tensor) and before.shape == value.shape):
+            return False
+        return before.is_meta or value.is_meta or bool((before.cpu() == value.cpu()).all())
+    if getattr(before, "shape", None) != getattr(value, "shape", None):
+        return False
+    equal = before == value
+    return bool(equal.all() if hasattr(equal, "shape") else equal)  # of arrays there are many answers
 
 
 def _told(value: Any) -> str:

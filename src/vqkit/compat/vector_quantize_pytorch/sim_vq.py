@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from vqkit.compat.vector_quantize_pytorch.arguments import in_these_words
 from vqkit.compat.vector_quantize_pytorch.rows import hide
-from vqkit.compat.vector_quantize_pytorch.settings import Settable
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, draws_nothing
 from vqkit.ops.codebook import gather_codes
 from vqkit.ops.estimators import rotation_trick, straight_through
 from vqkit.quantizers import sim_vq
@@ -80,7 +80,7 @@ class SimVQ(Settable):
         share = self.input_to_quantize_commit_loss_weight
         # Where vectors are not pulled to their codes, the estimator stands outside: the loss then has the gradient of the codes alone.
         both = share > 0
-        with torch.random.fork_rng(devices=[]):
+        with draws_nothing():
             native = sim_vq.SimVQ(
                 self.dim,
                 self.codebook_size,
@@ -118,6 +118,7 @@ class SimVQ(Settable):
         quantized = found.quantized if share > 0 else self._estimate(x, found.quantized)
         if share > 0:
             loss = loss.detach().add(loss, alpha=share)
+        quantized = quantized if x.requires_grad else quantized.detach()  # whose gradient has no place to go
         return quantized, found.indices, loss if self.commitment_weight == 1.0 else self.commitment_weight * loss
 
     def _estimate(self, x: Tensor, quantized: Tensor) -> Tensor:

@@ -57,12 +57,12 @@ from vqkit.compat.vector_quantize_pytorch.functions import straight_through as s
 from vqkit.compat.vector_quantize_pytorch.functions import uniform_init as uniform_init
 from vqkit.compat.vector_quantize_pytorch.own_optimizer import OwnsOptimizer
 from vqkit.compat.vector_quantize_pytorch.rows import at_most, hide, learns, project_out
-from vqkit.compat.vector_quantize_pytorch.settings import Settable, is_watched, keep_synchronized, overrides
+from vqkit.compat.vector_quantize_pytorch.settings import Settable, is_watched, keep_synchronized, overrides, unheard
 from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
 from vqkit.quantizers.config import Estimator, Gumbel, Loss
-from vqkit.quantizers.layout import check_indices, check_tensor
+from vqkit.quantizers.layout import check_indices, check_tensor, has_hooks
 from vqkit.quantizers.vector_quantize import VectorQuantize as _VectorQuantize
 
 LossBreakdown = namedtuple("LossBreakdown", ["commitment", "codebook_diversity", "orthogonal_reg", "inplace_optimize"])
@@ -270,13 +270,28 @@ class VectorQuantize(OwnsOptimizer, Settable):
             )
 
     def link(self, native: _VectorQuantize) -> None:
-        if self.has_projections:
+        if self.has_projections or self._is_heard():
             native.project_in, native.norm = cast(nn.Linear, self.project_in), None  # which holds its norm, and what else is put there
             native.project_out = cast(nn.Linear, self.project_out)
+        else:
+            native.project_in = native.project_out = None
+
+    def _is_heard(self) -> bool:
+        """Whether there are no projections, but somebody listens to what stands in their place."""
+        parts = cast(dict[str, nn.Module], self._modules)
+        return not self.has_projections and (has_hooks(parts["project_in"]) or has_hooks(parts["project_out"]))
+
+    def _settle(self) -> _VectorQuantize:
+        """The native quantizer, with projections where they are called."""
+        native = self.native
+        if not self.has_projections and (native.project_in is not None) is not self._is_heard():
+            self.link(native)
+        return native
 
     def is_watched(self) -> bool:
         """Whether a call of this module, or of its codebook, is more than what `native` does: then it has to be called."""
-        return is_watched(self, VectorQuantize) or is_watched(cast(nn.Module, self._modules["_codebook"]), Codebook)
+        watched = is_watched(self, VectorQuantize) or is_watched(cast(nn.Module, self._modules["_codebook"]), Codebook)
+        return watched or self._is_heard()
 
     def train(self, mode: bool = True) -> VectorQuantize:
         super().train(mode)
@@ -310,7 +325,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
     def get_output_from_indices(self, indices: Tensor | Any) -> Tensor:
         """indices as a call gives them -> vectors as a call gives them; index -1 gives zeros."""
         own = overrides(self, VectorQuantize, "get_codes_from_indices")
-        return self._decode(self._output_of_codes if own else self.native.decode, indices)
+        return self._decode(self._output_of_codes if own else self._settle().decode, indices)
 
     def _decode(self, decode: Callable[[Tensor], Tensor], indices: Any) -> Tensor:
         """`decode` of indices, of one that has no axis, and of what is none of tensors but can index one."""
@@ -389,7 +404,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
         if indices is None:
             self._check_orthogonal()
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        native, codebook = self.native, self._codebook
+        native, codebook = self._settle(), self._codebook
         self._set_native(x, topk, by_targets=indices is not None)
         options: dict[str, Any] = {"lengths": lens if lens is None else at_most(lens, x, native.layout == "first")}
         if codebook_transform_fn is not None:
@@ -448,12 +463,15 @@ class VectorQuantize(OwnsOptimizer, Settable):
         codebook = cast(Codebook, self._modules["_codebook"])
         if not is_watched(codebook, Codebook):
             return None
+        if self.training and codebook.learnable_codebook and (codebook._backward_hooks or codebook._backward_pre_hooks):
+            raise ValueError("_codebook has hooks of the backward: must have none, as no gradient passes a call of it")
         if type(codebook).forward is not Codebook.forward or "forward" in vars(codebook):
             raise ValueError("_codebook has a forward of its own: must have none, as it is not called; hooks may look at what it would see")
         if self.training and isinstance(self.native.assignment, Gumbel):
             raise ValueError("_codebook has hooks: must have none with stochastic_sample_codes in training, as codes are drawn elsewhere")
         rows = x.movedim(1, -1) if self.native.layout == "first" else x
-        rows = self.project_in(rows.unsqueeze(1) if x.dim() == 2 else rows.flatten(1, -2)).detach()
+        with torch.no_grad(), unheard(self.project_in):
+            rows = self.project_in(rows.unsqueeze(1) if x.dim() == 2 else rows.flatten(1, -2))
         rows = codebook.transform_input(self.maybe_split_heads_from_input(rows))
         mask = mask if lens is None else functions.lens_to_mask(lens, x.shape[1])
         given = {
