@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -134,8 +135,38 @@ MADE = {
     },
     "VectorQuantize, k-means, cosine": ("VectorQuantize", {**SMALL["VectorQuantize"], "kmeans_init": True, "use_cosine_sim": True}),
     "HierarchicalVQ, of several": ("HierarchicalVQ", {**SMALL["HierarchicalVQ"], "shared_codebook": False, "share_quant_resi": 2}),
+    "VectorQuantize, affine": ("VectorQuantize", {**SMALL["VectorQuantize"], "affine_param": True}),
+    "ResidualVQ, networks": ("ResidualVQ", {**SMALL["ResidualVQ"], "implicit_neural_codebook": True}),
+    "ResidualVQ, shared": ("ResidualVQ", {**SMALL["ResidualVQ"], "shared_codebook": True, "codebook_dim": 4}),
+    "FSQ, rotated": ("FSQ", {"levels": [3, 3], "dim": 8, "orthogonal_rotation": True}),
+    "LFQ, rotated": ("LFQ", {**SMALL["LFQ"], "orthogonal_rotation": True, "spherical": True}),
     "HierarchicalVQ, uniform": ("HierarchicalVQ", {**SMALL["HierarchicalVQ"], "kmeans_init": False, "quant_resi": 0.0}),
 }
+
+
+LISTED = ("codebook", "implicit_codebook")
+"""Buffers of the peer that a state dict does not hold: here they are listed when they are read."""
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_what_walks_over_a_module_finds_what_it_finds_there(case: str) -> None:
+    """Parameters, buffers and modules by their names, in their order."""
+    name, arguments = MADE[case]
+    pair = [getattr(package, name)(**arguments) for package in (peer, facade)]
+    for of in ("named_parameters", "named_buffers"):
+        there, here = ([(key, value.shape, value.dtype, type(value)) for key, value in getattr(module, of)()] for module in pair)
+        assert here == [entry for entry in there if entry[0].rpartition(".")[2] not in LISTED]
+    assert [key for key, _ in pair[1].named_modules()] == [key for key, _ in pair[0].named_modules()]
+    assert [*pair[1].state_dict()] == [*pair[0].state_dict()]
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_what_walks_over_a_module_finds_what_it_finds_there_after_it_was_moved(case: str) -> None:
+    """A state is taken as it is, where a module waits for it on no device."""
+    name, arguments = MADE[case]
+    source, module = (getattr(package, name)(**copy.deepcopy(arguments)) for package in (peer, facade))
+    module.to("meta").load_state_dict(source.state_dict(), assign=True)
+    assert not any(value.is_meta for value in module.state_dict().values())
 
 
 @pytest.mark.parametrize("case", MADE)

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -728,6 +729,18 @@ def test_what_cannot_be_a_layer_is_refused(change: Callable[[Any], Any], words: 
         changed_and_called()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_setting_may_be_an_array(same: bool) -> None:
+    fsq = facade.FSQ(**SMALL["FSQ"])
+    object.__setattr__(fsq, "scale", np.array([1.0, 2.0]))
+    if same:
+        fsq.scale = np.array([1.0, 2.0])
+        assert isinstance(fsq.scale, np.ndarray)
+    else:
+        with pytest.raises((TypeError, ValueError), match="scale"):
+            fsq.scale = np.array([1.0, 3.0, 4.0])
+
+
 def test_a_setting_that_is_refused_changes_nothing() -> None:
     vq = facade.VectorQuantize(**SMALL["VectorQuantize"])
     native, before = vq.native, {**vars(vq)}
@@ -955,6 +968,29 @@ def test_weights_that_hooks_make_are_those_of_now(kind: str, given: dict[str, An
                 parameter.mul_(-0.7)
         found.append(module(x)[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_of_all_modules_see_those_that_are_called() -> None:
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, output: seen.append(type(module).__name__))
+    try:
+        for side in (peer, facade):
+            side.ResidualVQ(**RESIDUAL)(vectors())
+            side.HierarchicalVQ(**BASE["HierarchicalVQ"])(vectors(2, WIDTH, 12))
+            seen.append("")
+    finally:
+        handle.remove()
+    there, here = seen[: seen.index("")], seen[seen.index("") + 1 :]
+    assert {"ResidualVQ", "HierarchicalVQ"} <= {*there} & {*here}
+    assert "VectorQuantize" in there and "VectorQuantize" not in here
+
+
+def test_hooks_on_what_moves_axes_are_not_run() -> None:
+    for side, calls in ((peer, 2), (facade, 0)):
+        module = side.HierarchicalVQ(**BASE["HierarchicalVQ"])
+        seen = heard(module, "flatten_spatial")
+        module(vectors(2, WIDTH, 12))
+        assert len(seen) == calls
 
 
 def test_what_a_hook_makes_of_a_codebook_is_refused() -> None:
