@@ -373,7 +373,11 @@ class Codebook(Overridable, _Codebook):
         state = self.committed_state()
         if not self.recalls:
             return state
-        found = {name: self._read[name] for name in self._kept_names()} if torch.compiler.is_compiling() else {**(self._recent if self._recalled is None else self._recalled)}
+        found = (
+            {name: self._read[name] for name in self._kept_names()}
+            if torch.compiler.is_compiling()
+            else {**(self._recent if self._recalled is None else self._recalled)}
+        )
         if "weight" in found and (weight := state["weight"]).requires_grad:
             found["weight"] = found["weight"] + (weight - weight.detach())  # 0, with the gradient of the parameter
         return {**state, **found}

@@ -65,7 +65,7 @@ class Part:
         """Whether it is `layer` that has to be called."""
         return self.layer.is_watched()
 
-    def codes_of(self) -> Callable[..., Tensor] | None:
+    def codes_of(self, **condition: Any) -> Callable[..., Tensor] | None:
         """What makes codes of those of the layer, if anything does."""
         return None
 
@@ -103,8 +103,8 @@ class _Implicit(Part, ImplicitVQ):
     def hears(self) -> bool:
         return super().hears() or cast(Any, self.network).hears()
 
-    def codes_of(self, partial: Tensor) -> Callable[..., Tensor]:
-        return functools.partial(cast(Any, self.network).mlp, condition=partial)
+    def codes_of(self, **condition: Any) -> Callable[..., Tensor]:
+        return functools.partial(cast(Any, self.network).mlp, condition=condition["partial"])
 
 
 def part_of(layer: VectorQuantize, network: nn.Module | None = None) -> Any:

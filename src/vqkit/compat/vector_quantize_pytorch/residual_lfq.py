@@ -50,7 +50,7 @@ class ResidualLFQ(Settable):
     quiet: Residual
     seeds: Seeds
     _natives: list[Any]
-    _mixed: dict[tuple[bool, ...], Residual]
+    _mixed: dict[tuple[tuple[bool, bool], ...], Residual]
 
     def __init__(
         self,
