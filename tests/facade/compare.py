@@ -10,7 +10,8 @@ Both start from the peer's state dict and see the same inputs and the same rando
     input_gradient       of the sum of all that is differentiable in the output, with fixed random weights
     parameter_gradient.NAME   the same, for the parameters; then plain SGD takes a step
     state.KEY            the state dict after each step
-    decode.METHOD        what the indices of the call in eval mode decode to
+    encode.KIND          bits and signs, where there are any
+    decode.METHOD        what the indices of the call in eval mode, or these bits, decode to, and indices of dropped layers
 """
 
 from __future__ import annotations
@@ -270,6 +271,10 @@ def _compare_evaluation(
     there, here = ({f"eval.{k}": {k: leaf} for k, leaf in leaves(output, "")} for output in (expected, found))
     _compare_trees(comparison, "eval", there, here)
     indices = _indices(dict(leaves(expected, "")))
+    if hasattr(reference, "encode"):
+        for kind, signs in (("bits", False), ("signs", True)):
+            told, indices = reference.encode(x, return_signs=signs), made.encode(x, return_signs=signs)
+            _compare_trees(comparison, "eval", {f"encode.{kind}": {kind: told}}, {f"encode.{kind}": {kind: indices}})
     if indices is not None:
         _compare_decoding(comparison, sides, reference, made, indices)
 

@@ -72,6 +72,7 @@ def facts(kwargs: Mapping[str, Any]) -> dict[str, bool]:
         or any(map(given, ("directional_reparam", "sync_update_v"))),
         "width first": bool(given("accept_image_fmap") or given("accept_3d_fmap") or given("channel_last") is False),
         "masked": any(given(name) is not None and given(name) is not False for name in ("mask", "lens")),
+        "bits behind projections": _projects_bits(kwargs),
         "noise_dropout but 0.5": (given("noise_dropout") or 0.5) != 0.5,
         "unequal levels": isinstance(given("levels"), (list, tuple)) and len({*kwargs["levels"]}) > 1,
         **({"route_gradients_to_input": False} if given("diveq") else {}),
@@ -89,6 +90,14 @@ def of_residuals(kwargs: Mapping[str, Any], calls: Mapping[str, Any]) -> dict[st
         "a beam in training": paths[0] > 1,
         "frozen at construction": bool(kwargs.get("freeze_codebook")) and not calls.get("freeze_codebook"),
     }
+
+
+def _projects_bits(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a quantizer of bits has a linear layer on either side."""
+    dim, size = kwargs.get("dim"), kwargs.get("codebook_size")
+    if kwargs.get("has_projections") is not None or dim is None or not isinstance(size, int | None):
+        return bool(kwargs.get("has_projections"))
+    return dim != (dim if size is None else size.bit_length() - 1) * (kwargs.get("num_codebooks") or 1)
 
 
 def of_input(x: Tensor, kwargs: Mapping[str, Any], calls: Mapping[str, Any]) -> dict[str, bool]:
@@ -1167,9 +1176,24 @@ _OF_FAMILY = (
     ),
     Deviation(
         "EvoLFQ",
-        "encode() with projections",
-        _EVO + "test_bits_are_those_of_the_codes_behind_projections",
+        "bits behind projections",
+        _EVO + "test_bits_are_those_of_the_codes_that_a_call_gave",
         "with projections `encode` gives the signs of their output, which decode to something else; here the bits of the codes",
+        ("encode",),
+    ),
+    Deviation(
+        "EvoLFQ",
+        "orthogonal_rotation",
+        _EVO + "test_bits_are_those_of_the_codes_that_a_call_gave",
+        "so it does with codes that are turned",
+        ("encode",),
+    ),
+    Deviation(
+        "EvoLFQ",
+        "channel_first",
+        _EVO + "test_bits_are_those_of_the_codes_that_a_call_gave",
+        "bits whose width is first, as those of images, are decoded along their last axis, or fail; here in the layout that `encode` gives",
+        ("decode.decode_bits",),
     ),
     Deviation(
         "HierarchicalVQ",

@@ -29,7 +29,7 @@ Rule = tuple[Row, Callable[[Row], Any]]
 Setting = tuple[Row, Tensor, Row]
 """The arguments of the constructor, the input, and the arguments of the call."""
 
-LATER = {"decode.*", "state_back"}
+LATER = {"decode.*", "encode", "state_back"}
 """What is no part of a step."""
 
 # Any class

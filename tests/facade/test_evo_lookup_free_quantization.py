@@ -4,30 +4,82 @@ import pytest
 import torch
 from torch import nn
 
-from facade.compare import compare
-from facade.covering import covering_array
+from facade import strict
+from facade import test_lookup_free_quantization as of_lfq
+from facade.compare import compare, compare_kinds
 from facade.peer import facade, peer
+from facade.strict import Array
 
-OPTIONS = {
-    "dim": (4, 6),
-    "codebook_size": (16, None),
-    "num_codebooks": (1, 2),
-    "entropy_loss_weight": (0.0,),  # LFQ alone is compared with its entropies
-    "commitment_loss_weight": (0.0, 0.5),
-    "vector": (False, True),
+
+class On(nn.Module):
+    """A linear layer of vectors, wherever they have their width."""
+
+    def __init__(self, inner, outer, first):
+        super().__init__()
+        self.linear, self.axis = nn.Linear(inner, outer), 1 if first else -1
+
+    def forward(self, x):
+        return self.linear(x.movedim(self.axis, -1)).movedim(-1, self.axis).contiguous()
+
+
+WIDTH = 5
+OPTIONS = {"coders": ("linear", "identity"), **of_lfq.OPTIONS, "return_loss_breakdown": (False,)}
+
+
+def setting(row, seed=0):
+    kwargs, x, calls = of_lfq.setting(row, seed)
+    width, first = row["dim"] or of_lfq.inner_width(row) or 4, row["input"] in ("image", "video") or bool(row["channel_first"])
+    if kwargs.pop("coders") == "identity":
+        return {"encoder": nn.Identity(), "decoder": nn.Identity(), **kwargs}, x, calls
+    x = strict.placed(row, WIDTH, first=first, seed=seed, scale=1.0)
+    return {"encoder": On(WIDTH, width, first), "decoder": On(width, WIDTH, first), **kwargs}, x, calls
+
+
+REFUSED = (
+    *(rule for rule in of_lfq.REFUSED if rule[0] != {"input": "vectors"}),
+    ({"input": "vectors", "channel_first": True}, lambda row: row["input"] == "vectors" and row["channel_first"]),
+    ({"return_loss_breakdown": True}, lambda row: row["return_loss_breakdown"]),
+)
+DEVIATING = {
+    **of_lfq.DEVIATING,
+    "bits behind projections": {},
+    "orthogonal_rotation": {"dim": 5, "codebook_size": None, "orthogonal_rotation": True},
+    "channel_first": {"dim": 5, "codebook_size": None, "channel_first": True},
 }
+ARRAY = Array("EvoLFQ", OPTIONS, setting, REFUSED, DEVIATING, around=of_lfq.alike)
+ARRAYS = (ARRAY,)
 
 
-def valid(row):
-    return row["codebook_size"] is not None or row["num_codebooks"] == 1
-
-
-@pytest.mark.parametrize("row", covering_array(OPTIONS, valid), ids=str)
+@pytest.mark.parametrize("row", ARRAY.rows, ids=range(len(ARRAY.rows)))
 def test_a_pair_of_options_is_the_peers(row):
-    kwargs = {name: value for name, value in row.items() if name != "vector"}
-    kwargs |= {"encoder": nn.Linear(5, row["dim"]), "decoder": nn.Linear(row["dim"], 5)}
-    x = torch.randn((6, 5) if row["vector"] else (3, 4, 5), generator=torch.Generator().manual_seed(1))
-    compare("EvoLFQ", kwargs, x).check()
+    ARRAY.compared(compare, row).check()
+
+
+@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*ARRAYS))
+def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
+    array.check_refused(changes, is_refused)
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
+def test_each_deviation_has_its_case(array):
+    array.check_table()
+
+
+@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
+def test_what_deviates_stands_in_the_table(array, option, monkeypatch):
+    array.check_deviates(compare, option, monkeypatch)
+
+
+@pytest.mark.parametrize("dim", [4, 6])
+def test_an_lfq_that_is_given_is_used(dim):
+    def made(package):
+        def make(**options):
+            return package.EvoLFQ(nn.Linear(5, dim), nn.Linear(dim, 5), package.LFQ(**options))
+
+        return make
+
+    options = {"dim": dim, "codebook_size": 16, "commitment_loss_weight": 0.5, "entropy_loss_weight": 0.0}
+    compare_kinds("EvoLFQ", (made(peer), made(facade)), options, strict.draw(3, 4, 5)).check()
 
 
 def both(**options):
@@ -63,11 +115,25 @@ def test_populations_on_the_same_draws_are_the_peers(is_sign, batch_size):
         torch.testing.assert_close(here, there)
 
 
-def test_bits_are_those_of_the_codes_behind_projections():
-    evo = facade.EvoLFQ(nn.Identity(), nn.Identity(), dim=7, codebook_size=8, num_codebooks=2).eval()
-    x = torch.randn(5, 3, 7)
+@pytest.mark.parametrize(
+    "options, shape, axis",
+    [
+        ({}, (5,), -1),
+        ({}, (5, 3), -1),
+        ({}, (5, 3, 4), 1),
+        ({"channel_first": True}, (5, 3), 1),
+        ({"orthogonal_rotation": True}, (5, 3), -1),
+        ({"spherical": True}, (5, 3), -1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dim", [7, 6])
+def test_bits_are_those_of_the_codes_that_a_call_gave(options, shape, axis, dim):
+    evo = facade.EvoLFQ(nn.Identity(), nn.Identity(), dim=dim, codebook_size=8, num_codebooks=2, **options).eval()
+    x = strict.draw(*shape, dim).movedim(-1, axis)
     bits = evo.encode(x)
-    assert bits.shape == (5, 3, 6) and set(bits.unique().tolist()) == {0.0, 1.0}
+    assert bits.movedim(axis, -1).shape == (*shape, 6)
+    assert set(bits.unique().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(evo.decode_bits(bits), evo(x).reconstructed)
     assert evo.train().training and torch.equal(evo.encode(x), bits) and evo.training
 

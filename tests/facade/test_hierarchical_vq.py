@@ -99,8 +99,12 @@ DEVIATING = {
 
 @contextmanager
 def alike(row):
-    """A shared codebook that learns one step, as its first level sees the same codes once; orthogonality in float64, as it is small."""
+    """A shared codebook that learns one step, as its first level sees the same codes once; orthogonality in float64, as it is small.
+
+    With the many vectors of k-means small steps of an optimizer, else the convolutions grow without bound.
+    """
     options = {"steps": 1} if row["shared_codebook"] and row["decay"] < 1.0 else {}
+    options |= {"rate": 1e-3} if row["kmeans_init"] else {}
     with pytest.MonkeyPatch.context() as patch:
         if row["orthogonal_reg_weight"]:
             patch.setattr(torch.Tensor, "float", lambda tensor: tensor if tensor.is_floating_point() else tensor.to(torch.float32))

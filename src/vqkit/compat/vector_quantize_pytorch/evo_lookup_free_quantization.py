@@ -110,7 +110,7 @@ class EvoLFQ(Module):
             latents = self.encoder(x)
             single = latents.dim() == 2
             latents = latents.unsqueeze(1) if single else latents
-            first = latents.dim() >= 4 if self.lfq.channel_first is None else bool(self.lfq.channel_first)
+            first = self._is_first(latents.dim())
             native = self.lfq.settle()
             found = native.encode(project_in(self.lfq.project_in, rows_of(latents, self.lfq.dim, first)))
             bits = native.digits(found).bool()
@@ -120,18 +120,25 @@ class EvoLFQ(Module):
 
     @torch.no_grad()
     def decode_bits(self, bits: Tensor) -> Tensor:
-        """Bits [..., b], above 0 or not -> what the decoder makes of the codes that have them."""
+        """Bits [..., b], or as `encode` gives them [B, b, ...], above 0 or not -> what the decoder makes of the codes that have them."""
         check_tensor("bits", bits)
-        lfq = self.lfq
-        if bits.shape[-1] != lfq.codebook_dim * lfq.num_codebooks:
-            raise ValueError(f"bits has shape {tuple(bits.shape)}: must be [..., {lfq.codebook_dim * lfq.num_codebooks}]")
+        lfq, width = self.lfq, self.lfq.codebook_dim * self.lfq.num_codebooks
+        first = bits.dim() > 2 and bits.shape[1] == width and self._is_first(bits.dim())
+        bits = bits.movedim(1, -1) if first else bits
+        if bits.shape[-1] != width:
+            raise ValueError(f"bits has shape {tuple(bits.shape)}: must be [..., {width}]")
         with _evaluating(self):
             native = lfq.settle()
             found = native._join((bits > 0).unflatten(-1, (lfq.num_codebooks, lfq.codebook_dim)).to(torch.int64))
             found = found.squeeze(-1) if lfq.num_codebooks == 1 else found
             flat = found.reshape(-1, *native.code_shape)
             codes = project_out(lfq.project_out, native.decode_codes(flat).to(lfq.dtype), flat)
-            return self.decoder(codes.reshape(*bits.shape[:-1], codes.shape[-1]))
+            codes = codes.reshape(*bits.shape[:-1], codes.shape[-1])
+            return self.decoder(codes.movedim(-1, 1) if first else codes)
+
+    def _is_first(self, rank: int) -> bool:
+        """Whether latents of this rank have their width first."""
+        return rank >= 4 if self.lfq.channel_first is None else bool(self.lfq.channel_first)
 
     # The algorithm
 
