@@ -44,7 +44,7 @@ DEVIATING = {
     **of_lfq.DEVIATING,
     "bits behind projections": {},
     "orthogonal_rotation": {"dim": 5, "codebook_size": None, "orthogonal_rotation": True},
-    "channel_first": {"dim": 5, "codebook_size": None, "channel_first": True},
+    "channel_first": {"dim": 5, "codebook_size": None, "channel_first": True, "has_projections": True},
 }
 ARRAY = Array("EvoLFQ", OPTIONS, setting, REFUSED, DEVIATING, around=of_lfq.alike)
 ARRAYS = (ARRAY,)
