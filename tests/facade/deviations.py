@@ -707,22 +707,8 @@ _OF_VECTOR_QUANTIZE = (
     ),
     Deviation(
         _LAYERS,
-        "vq_bridge & threshold_ema_dead_code",
-        _VQ + "test_what_would_set_codes_behind_a_bridge_is_refused",
-        "vectors replace what is stored before the bridge, where they mean nothing; here that is an error",
-        ("raises",),
-    ),
-    Deviation(
-        _LAYERS,
-        "vq_bridge & kmeans_init",
-        _VQ + "test_what_would_set_codes_behind_a_bridge_is_refused",
-        "k-means sets what is stored before the bridge; here that is an error",
-        ("raises",),
-    ),
-    Deviation(
-        _LAYERS,
         "vq_bridge & affine_param",
-        _VQ + "test_what_would_set_codes_behind_a_bridge_is_refused",
+        _VQ + "test_moments_of_codes_behind_a_bridge_are_refused",
         "mean and variance of what is stored before the bridge move the codes behind it; here that is an error",
         ("raises",),
     ),

@@ -86,6 +86,8 @@ class Codebook(Counting):
     count: Tensor
     sum: Tensor
     code_weights: Any
+    sets_what_is_stored = False
+    """Whether a k-means start and dead codes may set what a transform makes the codes of."""
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class Codebook(Counting):
             raise ValueError(f"dtype = {dtype}: must be torch.float32 or torch.float64")
         check_choice("metric", metric, ("euclidean", "cosine"))
         check_choice("init", init, ("uniform", "normal", "unit"), (KMeans,))
-        _check_together(update, init, dead_codes, transform, affine, metric, code_weights)
+        _check_together(update, init, dead_codes, transform, affine, metric, code_weights, self.sets_what_is_stored)
         num_candidates = most_candidates(size, dead_codes)
         pending = zero_statistics(heads, size, dim, num_candidates=num_candidates, moments=moments, dtype=dtype, device=device)
         super().__init__(size, pending, device=device)
@@ -523,7 +525,7 @@ class Codebook(Counting):
         mask [N] or [H, N] bool. Vectors that are masked or not finite take no part. With several ranks `reducer` makes the result that
         of all their vectors. Raises ValueError when a head has no vector, or when a transform stands between the codes and what is stored.
         """
-        if self.transform is not None:
+        if self.transform is not None and not self.sets_what_is_stored:
             raise ValueError("initialize_: the codes are a transform of what is stored, which k-means cannot set")
         if x.dim() != 3 or x.shape[0] != self.heads or x.shape[2] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be [{self.heads}, vectors, {self.dim}]")
@@ -549,7 +551,7 @@ class Codebook(Counting):
 
         mask [N] or [H, N] bool. Up to as many codes a head as there are vectors; with `reducer`, of all ranks. Discards nothing.
         """
-        if "count" not in self._names or self.transform is not None:
+        if "count" not in self._names or (self.transform is not None and not self.sets_what_is_stored):
             raise ValueError("expire_: needs a codebook that counts its codes, and no transform")
         if threshold is None and self.dead_codes is None:
             raise ValueError("threshold = None: must be a count, as the codebook has no dead_codes")
@@ -690,13 +692,14 @@ def _check_together(
     affine: Affine | None,
     metric: Metric,
     code_weights: CodeWeights | None,
+    sets_what_is_stored: bool,
 ) -> None:
     """Raise ValueError for choices that contradict each other."""
     wrong = ""
     stays = isinstance(update, Gradient | Frozen) or (isinstance(update, StoredEMA) and not update.follow)
     if transform is not None and not stays:
         wrong = f"transform with update = {update}: what is stored is not where the vectors are; choose Gradient() or Frozen()"
-    elif transform is not None and (dead_codes or affine or isinstance(init, KMeans)):
+    elif transform is not None and (affine or (not sets_what_is_stored and (dead_codes or isinstance(init, KMeans)))):
         wrong = "transform: what is stored is not where the vectors are, so that neither dead_codes, affine nor a k-means start can set it"
     elif isinstance(update, Frozen) and (dead_codes or affine):
         wrong = "update = Frozen(): nothing changes, so that dead_codes and affine must be None"

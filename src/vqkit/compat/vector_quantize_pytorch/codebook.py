@@ -108,6 +108,7 @@ class Codebook(Overridable, _Codebook):
         (),
     )
 
+    sets_what_is_stored = True
     synchronizes = True
     """Whether `update_indices` is a step of all processes."""
     recalls = False
