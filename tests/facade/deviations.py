@@ -877,10 +877,10 @@ _OF_RESIDUALS = (
     ),
     Deviation(
         "*ResidualVQ",
-        "a codebook that layers share later",
-        _LATER + "test_a_codebook_is_shared_from_the_beginning",
-        "with `shared_codebook=False` a layer's step is seen by the next one of the same call; here that is a ValueError: say "
-        "`shared_codebook=True` at construction, with which one step is that of all uses",
+        "a codebook that layers share later & a beam",
+        _LATER + "test_what_cannot_be_a_layer_is_refused",
+        "a beam search trains the first layer alone; here it raises ValueError where layers share a codebook without "
+        "`shared_codebook=True`",
     ),
     Deviation(
         "*ResidualVQ",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from facade.compare import compare
 from facade.peer import facade, peer
@@ -676,17 +677,40 @@ def test_a_layer_that_is_frozen_alone_stays() -> None:
     assert moved == {"1", "2", "3"}
 
 
-def test_a_codebook_is_shared_from_the_beginning() -> None:
-    there, here = peer.ResidualVQ(**RESIDUAL), facade.ResidualVQ(**RESIDUAL)
-    for rvq in (there, here):
-        for layer in rvq.layers:
-            layer._codebook = rvq.layers[0]._codebook
-    x = vectors()
-    first = copy.deepcopy(there).eval()(x)[1]
-    assert not torch.equal(there(x)[1][..., 1:], first[..., 1:])  # layers behind the first one see its step
-    with pytest.raises(ValueError, match=r"layers: 4 of them have 1 codebooks .*make another one with shared_codebook=True"):
-        here(x)
-    facade.ResidualVQ(**RESIDUAL, shared_codebook=True)(x)
+SHARED_LATER: dict[str, dict[str, Any]] = {
+    "averages": {},
+    "cosine": {"use_cosine_sim": True},
+    "expiry": {"threshold_ema_dead_code": 0.01},
+    "learned": {"learnable_codebook": True, "ema_update": False},
+    "frozen": {"freeze_codebook": True},
+    "projected": {"codebook_dim": 4},
+}
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("case", SHARED_LATER)
+def test_layers_that_share_a_codebook_later_see_each_others_steps(case: str, number: int) -> None:
+    def share(module: Any) -> None:
+        for layer in module.layers[1:number]:
+            layer._codebook = module.layers[0]._codebook
+
+    given = {**RESIDUAL, **SHARED_LATER[case]}
+    calls = {"freeze_codebook": True} if case == "frozen" else {}
+    found = compare("ResidualVQ", given, vectors(), steps=3, prepare=share, calls=calls, optimize=False)
+    found.check()
+    assert found.worst["output.1"] == 0
+
+
+def test_layers_that_share_a_codebook_later_are_computed_again() -> None:
+    results = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        rvq, x = facade.ResidualVQ(**RESIDUAL), vectors().requires_grad_()
+        rvq.layers[2]._codebook = rvq.layers[0]._codebook
+        output, _, losses = checkpoint(rvq, x, use_reentrant=False) if again else rvq(x)
+        (output.sin().sum() + losses.sum()).backward()
+        results.append((x.grad, {**rvq.state_dict()}))
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_each_layer_draws_at_its_own_temperature() -> None:
@@ -708,8 +732,8 @@ def turn_on_diversity(layer: Any) -> None:
     "change, words",
     [
         (
-            lambda rvq: setattr(rvq.layers[1], "_codebook", rvq.layers[0]._codebook),
-            "4 of them have 3 codebooks .*; make another one with shared_codebook=True",
+            lambda rvq: setattr(rvq, "beam_size", 2) or setattr(rvq.layers[1], "_codebook", rvq.layers[0]._codebook),
+            "a codebook of another layer: must not with beam_size",
         ),
         (lambda rvq: rvq.layers.append(nn.Linear(2, 2)), "holds Linear"),
         (lambda rvq: setattr(rvq, "layers", rvq.layers[:0]), "holds none"),

@@ -30,6 +30,8 @@ class Part:
     layer: VectorQuantize
     watched = False
     """Whether it is `layer` itself that is called, whose hooks, and whose own forward, then see what they would see."""
+    steps = False
+    """Whether the layer takes a step of its own in training, before the next one is called, as others have its codebook."""
 
     def quantize(
         self,
@@ -46,7 +48,7 @@ class Part:
         frozen = freeze_codebook or self.layer.freeze_codebook
         if self.watched:
             if indices is not None:
-                raise ValueError("layers have hooks, or a forward of their own: must have neither with beam_size")
+                raise ValueError("layers have hooks, a forward of their own, or a codebook of another layer: must not with beam_size")
             return self._call(x, mask, frozen, targets, temperature, self.codes_of(**condition))
         if indices is None:
             condition["temperature"] = self.temperature(temperature)
@@ -63,7 +65,7 @@ class Part:
 
     def hears(self) -> bool:
         """Whether it is `layer` that has to be called."""
-        return self.layer.is_watched()
+        return (self.steps and self.layer.training) or self.layer.is_watched()
 
     def codes_of(self, **condition: Any) -> Callable[..., Tensor] | None:
         """What makes codes of those of the layer, if anything does."""
@@ -78,10 +80,10 @@ class Part:
         temperature: float | None,
         codes_of: Callable[..., Tensor] | None,
     ) -> Quantized:
-        """Let the layer do all but learn, which the whole does."""
+        """Let the layer do all but learn, which the whole does, unless the layer `steps`."""
         layer, first = self.layer, self.layer.native.layout == "first"
         found: list[Quantized] = []
-        hide(layer, walked=found)
+        hide(layer, walked=None if self.steps else found)
         try:
             given = {"mask": mask, "indices": targets, "sample_codebook_temp": temperature, "freeze_codebook": frozen}
             output = layer(x.movedim(-1, 1) if first else x, **given, codebook_transform_fn=codes_of)

@@ -7,6 +7,7 @@ Shapes: B batch, N positions, D width of the input, K width of the codes, Q laye
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 from random import Random
@@ -316,6 +317,10 @@ class ResidualVQ(Settable):
                 layout=layers[0].native.layout,
                 masked="zero" if self.return_zeros_for_masked_padding else "input",
             )
+        if not self.shared_codebook:
+            uses = Counter(layer._codebook for layer in layers)
+            for layer, part in zip(layers, parts, strict=True):
+                hide(part, steps=uses[layer._codebook] > 1)
         native.project_in, native.project_out = self.project_in, self.project_out
         native.train(self.training)
         native.reducer = layers[0].native.reducer
@@ -325,12 +330,16 @@ class ResidualVQ(Settable):
 
     def _check_layers(self) -> list[VectorQuantize]:
         found = check_layers("layers", self.layers)
-        tables = {id(layer._codebook) for layer in found}
-        if len(tables) != (1 if self.shared_codebook else len(found)):
-            wanted = "all have one" if self.shared_codebook else "each have its own"
+        number = len({id(layer._codebook) for layer in found})
+        if self.shared_codebook and number > 1:
             raise ValueError(
-                f"layers: {len(found)} of them have {len(tables)} codebooks between them: must {wanted} with shared_codebook = "
-                f"{self.shared_codebook}; make another one with shared_codebook={not self.shared_codebook}"
+                f"layers: {len(found)} of them have {number} codebooks between them: must all have one with shared_codebook = True; "
+                "make another one with shared_codebook=False"
+            )
+        if not self.shared_codebook and number < len(found) and any(layer.in_place_codebook_optimizer is not None for layer in found):
+            raise ValueError(
+                f"layers: {len(found)} of them have {number} codebooks between them: must each have its own with "
+                "in_place_codebook_optimizer; make another one with shared_codebook=True"
             )
         return found
 
