@@ -124,6 +124,7 @@ _LAWS = [
     ),
     Law("checkpointing_compiles", "checkpointing around and inside compile: output, gradients, codebook", **_FEW),
     Law("inductor_is_eager", "the default compiler in train and eval (1e-5)", **_ONE),
+    Law("transforms_see_what_autograd_does", "torch.func's grad, vmap and vmap of grad of an eval call: gradient and output (1e-5)"),
     Law("encode_and_decode_export", "torch.export of encode and decode", **_READ),
     Law("micro_batches_are_one_batch", "k micro-batches and one commit give the gradients and codebook of one batch (1e-5)", **_STEPPING),
     Law("many_processes_are_one", "DDP, 2 and 4 processes x 2 micro-batches: ranks equal; one process on it all (1e-5)", **_STEPPING),

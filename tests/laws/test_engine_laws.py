@@ -155,3 +155,24 @@ def test_the_compiled_part_has_no_break():
 
     explained = torch._dynamo.explain(VectorQuantize(8, 16))(torch.randn(2, 8, 8))
     assert explained.graph_break_count == 0
+
+
+@law
+def test_transforms_see_what_autograd_does(case):
+    module, inputs = trained(case).eval(), [case.input(seed=seed) for seed in (1, 2)]
+    slopes, outputs = [], []
+    for x in inputs:
+        x = x.clone().requires_grad_()
+        output = call(module, x)
+        total = objective(output)
+        slopes.append(torch.autograd.grad(total, x, materialize_grads=True)[0] if total.requires_grad else torch.zeros_like(x))
+        outputs.append(output.quantized.detach())
+
+    def run(x):
+        return objective(call(module, x))
+
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # of operations that vmap does not know
+    assert_same(torch.func.grad(run)(inputs[0]), slopes[0], rtol=1e-5, atol=1e-6)
+    many = torch.stack(inputs)
+    assert_same(torch.func.vmap(lambda x: call(module, x).quantized)(many), torch.stack(outputs), rtol=1e-5, atol=1e-6)
+    assert_same(torch.func.vmap(torch.func.grad(run))(many), torch.stack(slopes), rtol=1e-5, atol=1e-6)

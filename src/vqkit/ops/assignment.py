@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.distances import Distances, Near, Tile, dense_distances
-from vqkit.ops.precision import finite_rows, full_precision, is_traced, known_finite, widest
+from vqkit.ops.precision import finite_rows, full_precision, is_traced, is_transformed, known_finite, widest
 
 Metric = Literal["euclidean", "cosine", "product"]
 """The score is minus the euclidean distance, the cosine, or the inner product, which is the cosine of what has length 1."""
@@ -158,7 +159,7 @@ def mean_assignment_cross_entropy(
     """
     scored, target = _score_targets(x, codebook, indices, temperature, metric)
     if is_traced():
-        loss = _cross_entropy_opaque(scored.vectors, scored.codes, target, temperature, metric)
+        loss = _run(_CROSS_ENTROPY, _cross_entropy_opaque, scored.vectors, scored.codes, target, temperature, metric)
         return loss.sum() / (target >= 0).sum().clamp(min=1)
     if not torch.is_grad_enabled():
         counted = target >= 0
@@ -187,10 +188,10 @@ def mean_assignment(
     if mask is not None:
         mask = mask if mask.shape == x.shape[:-1] else mask.expand(torch.broadcast_shapes(mask.shape, x.shape[:-1]))
         counted = counted * _one_each(mask, x, codebook)
-    share = counted / counted.sum(-1, keepdim=True).clamp_(min=1.0)
+    share = counted / counted.sum(-1, keepdim=True).clamp(min=1.0)
     inputs = scored.vectors, scored.codes, share, temperature, metric
     if is_traced():
-        return _mean_softmax_opaque(*inputs)
+        return _run(_MEAN_SOFTMAX, _mean_softmax_opaque, *inputs)
     return _MeanSoftmax.apply(*_last(inputs, 2)) if torch.is_grad_enabled() else _mean_softmax(*inputs)
 
 
@@ -306,7 +307,7 @@ class _Scores:
     """The scores of all codes for vectors x [G, N, K], tile by tile; of some codebooks at a time where all of them are more than a tile."""
 
     def __init__(self, x: Tensor, codes: Tensor, temperature: float, metric: str) -> None:
-        self.x, self.codes, self.temperature = x, codes, temperature
+        self.x, self.codes, self.temperature, self.metric = x, codes, temperature, metric
         self._kind: Any = _OfDistances if metric == "euclidean" else _OfProducts
         entries = _ENTRIES_AT_ONCE.get(x.device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
         self._together = max(1, entries // max(1, codes.shape[1:].numel()))
@@ -380,10 +381,7 @@ class _Scores:
 
     def _dense_gradients(self, of_logits: Callable[[At, Tensor], tuple[Tensor, Tensor]], needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """As `gradients`, of all scores at once, differentiable."""
-        if self._kind is _OfDistances:
-            logits = dense_distances(self.x, self.codes) / -self.temperature
-        else:
-            logits = self.x @ self.codes.mT / self.temperature
+        logits = _dense_logits(self.x, self.codes, self.temperature, self.metric)
         of_all, weight = of_logits((slice(None), slice(None)), logits.softmax(-1))
         asked = [own for own, asked in zip((self.x, self.codes), needed, strict=True) if asked]
         found = iter(torch.autograd.grad(logits, asked, of_all * weight, create_graph=True) if asked else ())
@@ -552,6 +550,32 @@ def through_softmax(probability: Tensor, gradient: Tensor) -> Tensor:
     return probability * (gradient - (probability * gradient).sum(-1, keepdim=True))
 
 
+# In plain operations, of all scores at once: for transforms.
+
+
+def _dense_logits(x: Tensor, codes: Tensor, temperature: float, metric: str) -> Tensor:
+    return dense_distances(x, codes) / -temperature if metric == "euclidean" else x @ codes.mT / temperature
+
+
+def _plain_look_up(x: Tensor, codes: Tensor, values: Tensor, indices: Tensor, temperature: float, metric: str, reinmax: bool) -> Tensor:
+    logits, kept = _dense_logits(x, codes, temperature, metric), (indices >= 0).unsqueeze(-1)
+    weights = logits.softmax(-1)
+    if reinmax:
+        one_hot = F.one_hot(indices.clamp(min=0), codes.shape[1]).to(weights.dtype)
+        halfway = ((one_hot + weights.detach()) / 2).log() + logits - logits.detach()
+        weights = 2 * halfway.softmax(-1) - weights / 2
+    return (gather_codes(values, indices) + (weights - weights.detach()) @ values.detach()).where(kept, 0.0)
+
+
+def _plain_cross_entropy(x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str) -> Tensor:
+    logs = _dense_logits(x, codes, temperature, metric).log_softmax(-1)
+    return -logs.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1).where(target >= 0, 0.0)
+
+
+def _plain_mean_softmax(x: Tensor, codes: Tensor, share: Tensor, temperature: float, metric: str) -> Tensor:
+    return (share.unsqueeze(-2) @ _dense_logits(x, codes, temperature, metric).softmax(-1)).squeeze(-2)
+
+
 # As seen by autograd: functions, and inside of graphs opaque operators.
 
 
@@ -582,6 +606,7 @@ class _Pass(NamedTuple):
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, ...]]
     num_gradients: int
+    plain: Callable[..., Tensor]
 
 
 class _Function(torch.autograd.Function):
@@ -606,9 +631,9 @@ def _gradients(ctx: Any, gradient: Tensor, backward: Callable[..., tuple[Tensor,
     return *own, *(None for _ in ctx.needs_input_grad[num:])
 
 
-_LOOK_UP = _Pass(_look_up, _look_up_backward, 3)
-_CROSS_ENTROPY = _Pass(_cross_entropy, _cross_entropy_backward, 2)
-_MEAN_SOFTMAX = _Pass(_mean_softmax, _mean_softmax_backward, 2)
+_LOOK_UP = _Pass(_look_up, _look_up_backward, 3, _plain_look_up)
+_CROSS_ENTROPY = _Pass(_cross_entropy, _cross_entropy_backward, 2, _plain_cross_entropy)
+_MEAN_SOFTMAX = _Pass(_mean_softmax, _mean_softmax_backward, 2, _plain_mean_softmax)
 
 
 class _MeanSoftmax(torch.autograd.Function):
@@ -662,7 +687,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
 
 def _run(passing: _Pass, opaque: Callable[..., Tensor], *inputs: Any) -> Tensor:
     if is_traced():
-        return opaque(*inputs)
+        return passing.plain(*inputs) if is_transformed() else opaque(*inputs)
     return _Function.apply(*_last(inputs, passing.num_gradients), passing)
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
-from vqkit.ops.estimators import rotate_back_, rotation_gradient, scale_gradient
+from vqkit.ops.estimators import rotate_back_, rotation_gradient, rotation_trick, scale_gradient, straight_through
 from vqkit.ops.nearest_code import compiled, triton
-from vqkit.ops.precision import is_recorded, may_look
+from vqkit.ops.precision import is_recorded, is_transformed, may_look
 
 _ENTRIES_PER_TILE = 1 << 18
 
@@ -58,6 +58,8 @@ def coded(
     """
     learns = codebook.requires_grad and (pull > 0 or passed > 0)
     codebook = codebook if learns else codebook.detach()
+    if is_transformed():
+        return _in_plain_operations(x, codebook, indices, estimator, count, pull, passed)
     given = (x, codebook, indices, estimator, count, pull, passed)
     if torch.compiler.is_compiling() or (is_recorded() and estimator != "none"):
         quantized, error, *others = _code(*given)
@@ -92,7 +94,7 @@ def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> Co
     if _is_compiled(x):
         return Coded(*compiled.gather_and_count(x, codebook, indices, count=counting))
     x, codebook = x.detach(), codebook.detach()
-    look_up = _look_up_in_tiles if x.is_cpu and not is_recorded() else _look_up_at_once
+    look_up = _look_up_in_tiles if x.is_cpu and not (is_recorded() or is_transformed()) else _look_up_at_once
     quantized, errors = look_up(x, codebook, indices)
     squared_error = errors.sum(1)
     lost = (indices < 0).sum(-1)
@@ -101,6 +103,20 @@ def _forward(x: Tensor, codebook: Tensor, indices: Tensor, counting: bool) -> Co
     count, total = _count(x, indices, codebook.shape[1] if counting else 0)
     moments = _moments(codebook, count, total, errors) if counting else x.new_zeros(len(x), 2, 0)
     return Coded(quantized, error, squared_error, vectors.to(x.dtype), lost.to(x.dtype), count, total, moments)
+
+
+def _in_plain_operations(
+    x: Tensor, codebook: Tensor, indices: Tensor, estimator: PlainEstimator, count: bool, pull: float, passed: float
+) -> Coded:
+    """As `coded`: what is meant, and for transforms."""
+    kept = (indices >= 0).unsqueeze(-1)
+    vectors, codes = x.where(kept, 0.0), gather_codes(codebook, indices)
+    output = {"straight_through": straight_through, "rotation": rotation_trick, "none": lambda _, plain: plain}[estimator](
+        vectors, codes.detach()
+    )
+    output = output + passed * (codes - codes.detach()) if passed > 0 else output
+    error = (vectors - scale_gradient(codes, pull)).square().sum() / _share(kept.sum((1, 2)), x)
+    return _forward(x, codebook, indices, count)._replace(quantized=output.where(kept, 0.0), error=error)
 
 
 def _share(vectors: Tensor, x: Tensor) -> Tensor:
@@ -120,7 +136,7 @@ def _moments(codebook: Tensor, count: Tensor, total: Tensor, errors: Tensor) -> 
 def _look_up_at_once(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [G, N, K] and errors [G, K]."""
     quantized = gather_codes(codebook, indices)
-    return quantized, (x - quantized).where(indices.unsqueeze(-1) >= 0, 0.0).square_().sum(1)
+    return quantized, (x - quantized).where(indices.unsqueeze(-1) >= 0, 0.0).square().sum(1)
 
 
 def _look_up_in_tiles(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +165,7 @@ def _count(x: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _is_compiled(x: Tensor) -> bool:
-    return x.is_cpu and compiled.is_there() and not is_recorded()
+    return x.is_cpu and compiled.is_there() and not (is_recorded() or is_transformed())
 
 
 def _histogram(indices: Tensor, size: int) -> Tensor:

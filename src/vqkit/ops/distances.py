@@ -176,11 +176,15 @@ def dense_distances(x: Tensor, codes: Tensor) -> Tensor:
 
 
 class _Dense(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor) -> Tensor:
-        distances = _by_differences(x, codes)
-        ctx.save_for_backward(x, codes, distances)
-        return distances
+    def forward(x: Tensor, codes: Tensor) -> Tensor:
+        return _by_differences(x, codes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]

@@ -86,3 +86,16 @@ def is_traced() -> bool:
 def is_recorded() -> bool:
     """Whether `torch.jit.trace`, or an exporter by it, keeps the operations of torch, and as a constant what is done elsewhere."""
     return torch._C._is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` sees what is done."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def holds_in_all(right: Tensor) -> bool:
+    """Whether `right` [] bool holds in each of the calls that transforms of `torch.func` make one."""
+    layers: Any = torch._C._functorch
+    while layers.is_functorch_wrapped_tensor(right):
+        right = layers.get_unwrapped(right)
+    return bool(right.all())

@@ -155,8 +155,8 @@ class BinaryMapper(ScalarQuantizer):
             vectors = chances - chances.detach()
         places, ones = indices.unsqueeze(-1), vectors.new_ones(())
         if whole:
-            return vectors.scatter_add_(-1, places, ones.expand(places.shape))
-        return vectors.scatter_add_(-1, places.clamp(min=0), (places >= 0).to(ones.dtype))
+            return vectors.scatter_add(-1, places, ones.expand(places.shape))
+        return vectors.scatter_add(-1, places.clamp(min=0), (places >= 0).to(ones.dtype))
 
     def _divergence(self, logits: Tensor, kept: Tensor | None, free: FreeBits) -> Tensor:
         """The mean over vectors and heads."""

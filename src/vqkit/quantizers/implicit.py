@@ -25,7 +25,7 @@ from vqkit.ops.codebook import CodebookStatistics, are_chosen, gather_codes
 from vqkit.ops.coding import coded, coded_stats
 from vqkit.ops.estimators import directional, rotation_trick, scale_gradient, straight_through
 from vqkit.ops.losses import mean_commitment_loss, negative_entropy, orthogonality_loss
-from vqkit.ops.precision import as_dtype, finite_rows, is_finite, without_autocast
+from vqkit.ops.precision import as_dtype, finite_rows, is_finite, is_transformed, without_autocast
 from vqkit.ops.scores import OwnCodes, comparable, cross_entropy, draw, mean_cross_entropy, mean_softmax
 from vqkit.quantizers.base import Quantized, Quantizer
 from vqkit.quantizers.codebook import Codebook
@@ -517,7 +517,7 @@ class _Codes:
 
         parts = (self.given.vectors, self.given.partial, *rows)
         chunks = zip(*(part.split(self._step) for part in parts), strict=True)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or is_transformed():  # transforms do not make again what is not kept
             return [of_chunk(*chunk) for chunk in chunks]
         return [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkit.ops.codebook import gather_codes
-from vqkit.ops.precision import may_look
+from vqkit.ops.precision import holds_in_all, is_transformed, may_look
 
 Layout = Literal["last", "first"]
 """Where the width stands: [B, ..., D], or [B, D, ...] as in images."""
@@ -146,6 +146,9 @@ def require(right: Tensor, message: str, detail: Callable[[], str]) -> None:
     """
     if torch.compiler.is_compiling() or right.device.type != "cpu":
         torch._assert_async(right, message)
+    elif is_transformed():
+        if not holds_in_all(right):
+            raise ValueError(message)
     elif not right:
         raise ValueError(detail())
 

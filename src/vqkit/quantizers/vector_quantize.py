@@ -994,4 +994,4 @@ def _check_losses(losses: tuple[Loss, ...], learns_by_gradient: bool) -> None:
 def _active(indices: Tensor, codebook_size: int) -> Tensor:
     """[H, C] bool: the codes that any of indices [H, M] chose."""
     chosen = torch.zeros(len(indices), codebook_size + 1, dtype=torch.bool, device=indices.device)
-    return chosen.scatter_(1, indices.where(indices >= 0, codebook_size), True)[:, :-1]
+    return chosen.scatter(1, indices.where(indices >= 0, codebook_size), True)[:, :-1]

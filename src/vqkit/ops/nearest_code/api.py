@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqkit.ops.codebook import by_codebook, directions, gather_codes
 from vqkit.ops.nearest_code import blocked, compiled, reference, triton
-from vqkit.ops.precision import is_recorded, widest
+from vqkit.ops.precision import is_recorded, is_transformed, widest
 
 Impl = Literal["auto", "reference", "blocked", "compiled", "triton"]
 Metric = Literal["euclidean", "cosine"]
@@ -94,7 +94,7 @@ def nearest_codes(
     if not 1 <= k <= codebook.shape[-2]:
         raise ValueError(f"k = {k}: must be from 1 to {codebook.shape[-2]}, the size of the codebook")
     vectors, codes, restore = by_codebook(*_of_one_dtype(x, codebook))
-    run = _operator_k if torch.compiler.is_compiling() else _compute_k
+    run = _operator_k if torch.compiler.is_compiling() or is_transformed() else _compute_k
     return NearestCode(*(restore(tensor) for tensor in run(vectors, codes, k, metric, impl)))
 
 
@@ -111,7 +111,8 @@ def _of_one_dtype(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nearest_index(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
     vectors, codes, restore = by_codebook(x, codebook)
-    run = _operator if torch.compiler.is_compiling() else _compute  # one opaque node under compile: its loops depend on values
+    opaque = torch.compiler.is_compiling() or is_transformed()
+    run = _operator if opaque else _compute  # one opaque node: its loops depend on values
     return restore(run(vectors, codes, metric, impl))
 
 
@@ -170,3 +171,25 @@ def _operator_k(x: Tensor, codebook: Tensor, k: int, metric: str, impl: str) -> 
 def _(x: Tensor, codebook: Tensor, k: int, metric: str, impl: str) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)
+
+
+def _batched(run: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator as `torch.func.vmap` sees it: more vectors, of the same codebooks or of more of them."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, codebook: Tensor, *given: Any) -> Any:
+        num, (of_x, of_codes) = info.batch_size, in_dims[:2]
+        vectors = x.expand(num, *x.shape) if of_x is None else x.movedim(of_x, 0)  # [B, G, N, K]
+        shared = of_codes is None
+        vectors = vectors.transpose(0, 1).flatten(1, 2) if shared else vectors.flatten(0, 1)
+        found = run(vectors, codebook if shared else codebook.movedim(of_codes, 0).flatten(0, 1), *given)
+
+        def part(result: Tensor) -> Tensor:
+            return result.unflatten(1, (num, -1)).transpose(0, 1) if shared else result.unflatten(0, (num, -1))
+
+        return (part(found), 0) if isinstance(found, Tensor) else (tuple(map(part, found)), (0,) * len(found))
+
+    return rule
+
+
+_operator.register_vmap(_batched(_operator))
+_operator_k.register_vmap(_batched(_operator_k))
