@@ -467,3 +467,22 @@ def test_without_gradients_the_mean_cross_entropy_computes_none(monkeypatch):
     with torch.no_grad():
         assert mean_assignment_cross_entropy(x, codebook, target) == expected
     assert asked[0][0] is None and asked[0][1] is not None and asked[1] == (None, None)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", ["soft", "reinmax", "cross entropy", "mean cross entropy", "mean"])
+def test_a_transform_sees_the_gradients_of_autograd(name, metric):
+    x, codebook = (tensor.detach() for tensor in draw())
+    indices = torch.randint(-1, 7, (3, 13))
+    operation = {
+        "soft": lambda x, c: soft_codes(x, c, indices, temperature=0.7, metric=metric),
+        "reinmax": lambda x, c: soft_codes(x, c, indices, temperature=0.7, metric=metric, estimator="reinmax"),
+        "cross entropy": lambda x, c: assignment_cross_entropy(x, c, indices, temperature=0.7, metric=metric),
+        "mean cross entropy": lambda x, c: mean_assignment_cross_entropy(x, c, indices, temperature=0.7, metric=metric),
+        "mean": lambda x, c: mean_assignment(x, c, temperature=0.7, metric=metric),
+    }[name]
+    weight = torch.randn_like(operation(x, codebook))
+    found = torch.func.grad(lambda *given: (operation(*given) * weight).sum(), argnums=(0, 1))(x, codebook)
+    leaves = x.requires_grad_(), codebook.requires_grad_()
+    for a, b in zip(found, torch.autograd.grad((operation(*leaves) * weight).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)

@@ -343,3 +343,16 @@ def test_directions_of_many_codebooks_are_taken_a_few_at_a_time(monkeypatch):
     assert torch.equal(nearest_index(x, codebook, metric="cosine"), expected)
     dense = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(codebook, dim=-1).mT
     assert torch.equal(expected, dense.argmax(-1))
+
+
+@pytest.mark.parametrize("over", [(0, None), (None, 0), (1, 0), (2, 1)])
+def test_a_transform_over_vectors_codebooks_or_both_finds_the_codes_of_each(over):
+    shapes = (2, 7, 4), (2, 5, 4)
+    given = [torch.randn(3, *shape) for shape in shapes]
+    given = [each[0] if axis is None else each.movedim(0, axis) for each, axis in zip(given, over, strict=True)]
+    ones = [[each if axis is None else each.select(axis, i) for each, axis in zip(given, over, strict=True)] for i in range(3)]
+    found = torch.func.vmap(nearest_index, in_dims=over)(*given)
+    assert torch.equal(found, torch.stack([nearest_index(*one) for one in ones]))
+    several = torch.func.vmap(lambda x, codebook: tuple(nearest_codes(x, codebook, 2)), in_dims=over)(*given)
+    for field, expected in zip(several, zip(*(nearest_codes(*one, 2) for one in ones), strict=True), strict=True):
+        assert torch.equal(field, torch.stack(expected))

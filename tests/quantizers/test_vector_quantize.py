@@ -1088,3 +1088,12 @@ def test_the_table_is_one_codebook():
     quantizer = VectorQuantize(DIM, CODES, heads=2)
     assert quantizer.codebooks() == [quantizer.table] and isinstance(quantizer.table, Codebook)
     assert quantizer.codebook_sizes == (CODES, CODES)
+
+
+def test_bad_indices_are_refused_in_a_transform():
+    quantizer, indices = VectorQuantize(4, 8).eval(), torch.randint(8, (3, 5))
+    decode = torch.func.vmap(quantizer.decode)
+    assert torch.equal(decode(indices), torch.stack([quantizer.decode(own) for own in indices]))
+    indices[2, 1] = 8
+    with pytest.raises(ValueError, match=r"^indices holds a value outside -1 \.\.\. 7"):
+        decode(indices)
