@@ -215,3 +215,19 @@ def test_vectors_that_nothing_reaches_have_no_gradient(backend):
     run = run if backend is None else torch.compile(run, fullgraph=True, backend=backend)
     run(x, codebook).sum().backward()
     assert codebook.grad is not None and x.grad is None
+
+
+@pytest.mark.parametrize("estimator", PLAIN)
+def test_a_transform_sees_the_values_and_gradients_of_autograd(estimator):
+    x, codebook, indices = problem("plain", torch.float64)
+    weights = torch.randn(x.shape, dtype=x.dtype), torch.rand((), dtype=x.dtype)
+
+    def run(*leaves):
+        found = coded(*leaves, indices, estimator=estimator, pull=0.5, passed=0.25)
+        return (found.quantized * weights[0]).sum() + found.error * weights[1]
+
+    found, values = torch.func.grad_and_value(run, argnums=(0, 1))(x, codebook)
+    leaves = x.requires_grad_(), codebook.requires_grad_()
+    torch.testing.assert_close(values, run(*leaves).detach())
+    for one, other in zip(found, torch.autograd.grad(run(*leaves), leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
