@@ -102,6 +102,11 @@ class Committed(nn.Module):
         self._follow_device_()
         object.__setattr__(self, "_entered", Entered(learning, frozen, reducer))  # in every call: no search for a parameter of the name
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether a forward has begun, and not ended."""
+        return self._entered is not None
+
     def leave_(self) -> None:
         object.__setattr__(self, "_entered", None)
 

@@ -498,20 +498,32 @@ class VectorQuantize(Quantizer):
         `quantize`. Returns the error, [] float32 or wider. With several ranks error and gradients are those of all their vectors. Changes
         nothing in a backward, where a forward is computed again.
         """
+        if self.table.is_entered:  # within the forward of another quantizer
+            return self._add_pull(x, mask, lengths, temperature, codes_of)
         if self.training and self.commit == "auto":
             self._begin_([self.table], outside_backward(x))
         self.table.enter_(learning=True, reducer=self.reducer)
         try:
-            with torch.no_grad():
-                given = self._read(x, mask, lengths)
-                kept = self._spread(given.kept)
-                self.table.start_(given.vectors, kept)
-                codes = self.table.codes_to_pull(given.vectors, kept)
-                error, gradient = self._pull(given, kept, self._temperature(temperature), codes.detach(), codes_of)
-            if not in_backward():
-                self.table.add_gradient_(codes, gradient)
+            return self._add_pull(x, mask, lengths, temperature, codes_of)
         finally:
             self.table.leave_()
+
+    def _add_pull(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        temperature: float | None,
+        codes_of: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        with torch.no_grad():
+            given = self._read(x, mask, lengths)
+            kept = self._spread(given.kept)
+            self.table.start_(given.vectors, kept)
+            codes = self.table.codes_to_pull(given.vectors, kept)
+            error, gradient = self._pull(given, kept, self._temperature(temperature), codes.detach(), codes_of)
+        if not in_backward():
+            self.table.add_gradient_(codes, gradient)
         return error
 
     def _pull(
@@ -731,6 +743,7 @@ class VectorQuantize(Quantizer):
     def _pick(self, vectors: Tensor, codes: Tensor, temperature: float = 0.0, num: int = 1, scores: Tensor | None = None) -> Tensor:
         """The code of each vector, [H, M], or several of each side by side, [H, M * num]."""
         if temperature > 0 and isinstance(self.assignment, Gumbel):
+            scores = few_scores(vectors, codes, self._score) if scores is None else scores
             if scores is not None:
                 return draw(scores, num, temperature).flatten(1)
             return sample_indices(vectors, codes, num, temperature=temperature, metric=self._score).flatten(1)

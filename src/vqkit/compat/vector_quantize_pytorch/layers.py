@@ -28,6 +28,8 @@ class Part:
     """Before the class of a native quantizer: how the whole calls it for `layer` of the facade."""
 
     layer: VectorQuantize
+    pulls = False
+    """Whether the own optimizer of `layer` steps right before its codes are read."""
     watched = False
     """Whether it is `layer` itself that is called, whose hooks, and whose own forward, then see what they would see."""
     steps = False
@@ -46,6 +48,8 @@ class Part:
     ) -> Quantized:
         """As of the class behind."""
         frozen = freeze_codebook or self.layer.freeze_codebook
+        if self.pulls and not frozen:
+            self.step_(x, mask, temperature)
         if self.watched:
             if indices is not None:
                 raise ValueError("layers have hooks, a forward of their own, or a codebook of another layer: must not with beam_size")
@@ -53,6 +57,15 @@ class Part:
         if indices is None:
             condition["temperature"] = self.temperature(temperature)
         return cast(Any, super()).quantize(x, mask, freeze_codebook=frozen, indices=indices, targets=targets, **condition)
+
+    def step_(self, x: Tensor, mask: Tensor | None, temperature: float | None) -> None:
+        """A step of the codebook's own optimizer, if there is one, towards the vectors of x, or the gradients for one by hand."""
+        layer = self.layer
+        if layer.in_place_codebook_optimizer is not None and layer.training:
+            with layer._codebook.pulling():
+                cast(Any, self).pull_(x, mask, temperature=self.temperature(temperature))
+            if not layer.manual_in_place_optimizer_update:
+                layer.update_in_place_optimizer()
 
     def nearest(self, x: Tensor, num: int, *, temperature: float | None = 0.0, **condition: Any) -> tuple[Tensor, Tensor]:
         """As of the class behind."""

@@ -437,7 +437,7 @@ class ResidualVQ(Settable):
             options["temperature"] = sample_codebook_temp
         self._set_layers(x, layers, size)
         if native.training and not frozen and any(layer.in_place_codebook_optimizer is not None for layer in layers):
-            self._pull_(x, mask, layers[: options.get("depth")], sample_codebook_temp)
+            self._step_(x, mask, layers[: options.get("depth")], sample_codebook_temp)
         try:
             found = native.quantize_and_learn(x, mask, freeze_codebook=frozen, **options)
         finally:
@@ -500,20 +500,25 @@ class ResidualVQ(Settable):
         if self.diveq:
             self.native.estimator = DiVeQ(_DIVEQ_VARIANCE) if self.training else "layers"
 
+    def _step_(self, x: Tensor, mask: Tensor | None, layers: list[VectorQuantize], temperature: float | None) -> None:
+        """Let each layer's own optimizer step before its codes are read, or before any are if it moves what several layers read."""
+        if any(isinstance(part, ImplicitVQ) for part in self._parts):
+            raise ValueError(f"in_place_codebook_optimizer is given: {_NO_OPTIMIZER}")
+        first = self.shared_codebook or any(layer._codebook.transform is not None for layer in layers)
+        for part in self._parts:
+            hide(part, pulls=not first)
+        if first:
+            self._step_first_(x, mask, layers, temperature)
+
     @torch.no_grad()
-    def _pull_(self, x: Tensor, mask: Tensor | None, layers: list[VectorQuantize], temperature: float | None) -> None:
-        """A step of each layer's own optimizer on what the layers before it leave; of a shared codebook only the gradients."""
+    def _step_first_(self, x: Tensor, mask: Tensor | None, layers: list[VectorQuantize], temperature: float | None) -> None:
+        """A step of each layer's own optimizer on what the layers before it leave; of a shared codebook one for all."""
         native = self.native
         rows = width_last(x, native.dim, native.layout)
         residual = cast(Tensor, native.project_in(rows))
-        if any(isinstance(part, ImplicitVQ) for part in self._parts):
-            raise ValueError(f"in_place_codebook_optimizer is given: {_NO_OPTIMIZER}")
         for layer, part in zip(layers, self._parts, strict=False):
-            if layer.in_place_codebook_optimizer is not None and layer.training and not layer.freeze_codebook:
-                with layer._codebook.pulling():
-                    part.pull_(residual, mask, temperature=part.temperature(temperature))
-                if not layer.manual_in_place_optimizer_update:
-                    layer.update_in_place_optimizer()
+            if not layer.freeze_codebook:
+                part.step_(residual, mask, temperature)
             losses, part.losses = part.losses, ()
             found = super(Part, part).quantize(residual, mask, freeze_codebook=True, temperature=part.temperature(temperature))
             part.losses = losses
