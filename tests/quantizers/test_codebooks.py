@@ -21,6 +21,7 @@ from vqkit.quantizers import (
     Gradient,
     KMeans,
     OwnOptimizer,
+    StoredEMA,
     update_codebooks_,
 )
 from vqkit.quantizers.update import stored_codes
@@ -348,6 +349,19 @@ def test_under_an_affine_map_the_rules_see_the_vectors_mapped_back(rule):
     update_codebooks_(plain)
     for name in codebook._rule_names:
         torch.testing.assert_close(getattr(codebook, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+def test_codes_that_stand_still_are_read_by_the_moments_of_the_vectors_and_their_weights_are_checked():
+    rule = StoredEMA(follow=False, count=False)
+    codebook, x = Codebook(HEADS, SIZE, DIM, affine=Affine(0.5, 0.5), update=rule), 5 + 2 * vectors()
+    before = codebook.weight.clone()
+    see_(codebook, x)
+    torch.testing.assert_close(codebook.batch_mean, x.mean(1))
+    torch.testing.assert_close(codebook.batch_variance, x.var(1, correction=0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(codebook.weight, before) and bool(codebook.batch_seen.all())
+    weighed = Codebook(HEADS, SIZE, DIM, affine=Affine(current=True), update=rule, code_weights=lambda total, count: count[:1])
+    with pytest.raises(ValueError, match=r"^code_weights has shape \(1, 6\)"):
+        see_(weighed, x)
 
 
 # Bad input

@@ -233,6 +233,17 @@ def test_a_projection_that_overflows_is_not_finite():
     assert all(p.grad.isfinite().all() for p in quantizer.parameters()) and x.grad.isfinite().all() and out.loss.isfinite()
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_what_can_be_compared_is_what_the_codes_can_be_compared_with_also_beside_a_mask(heads):
+    quantizer = VectorQuantize(DIM, CODES, heads=heads).double().eval()
+    x = vectors()
+    x[0, 1] = 1e30  # whose square only float64 holds
+    found, mask = quantizer.encode(x), torch.ones(BATCH, TIME, dtype=torch.bool)
+    assert (found >= 0).all() and torch.equal(quantizer.encode(x, mask), found)
+    x[2, 2] = torch.nan
+    assert (quantizer.encode(x) < 0).sum() == heads
+
+
 def test_what_is_not_finite_can_be_an_error():
     quantizer = spread_out(on_nonfinite="raise")
     x = vectors()

@@ -361,9 +361,8 @@ class Codebook(Counting):
         learned = statistics
         if self.affine and self.affine.current:
             state = {**state, **self._follow_current(self.affine, state, statistics, code_moments)}
-        if isinstance(rule, StoredEMA) and not rule.count:
-            return state
-        if self.affine:
+        stands = isinstance(rule, StoredEMA) and not rule.count
+        if self.affine and not stands:
             statistics = self._without_affine(statistics, state)
         rows = {name: state[name] for name in self._rule_names}
         after = advance(rule, dead_codes, rows, statistics, self._weigh_codes(statistics), unit=self.metric == "cosine")

@@ -638,6 +638,7 @@ class VectorQuantize(Quantizer):
 
     def _has_scores(self, rows: Tensor) -> Tensor:
         """[P..., heads * K] -> [P...] bool: whether the vectors of all heads can be compared with codes."""
+        rows = as_dtype(rows, torch.promote_types(rows.dtype, self.table.dtype))
         return has_scores(rows.unflatten(-1, (self.heads, self.codebook_dim)), self.metric).all(-1)
 
     def _write(
