@@ -296,13 +296,20 @@ def largest_keys(vectors: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tenso
     return rows.where(keys.unsqueeze(-1) > 0, 0.0), keys
 
 
-def merge_statistics(first: CodebookStatistics, second: CodebookStatistics) -> CodebookStatistics:
-    """Statistics of the vectors of both; as many candidates as `first` holds."""
+def merge_statistics(first: CodebookStatistics, *others: CodebookStatistics) -> CodebookStatistics:
+    """Statistics of the vectors of all of them; as many candidates as `first` holds."""
+    parts = (first, *others)
     candidates, keys = first.candidates, first.keys
-    if num := keys.shape[-1]:
-        candidates, keys = largest_keys(torch.cat([candidates, second.candidates], dim=1), torch.cat([keys, second.keys], dim=1), num)
-    summed = {name: getattr(first, name) + getattr(second, name) for name in SUMMED}
-    return CodebookStatistics(**summed, candidates=candidates, keys=keys, moments=_moments_of_both(first, second, summed["vectors"]))
+    if (num := keys.shape[-1]) and others:
+        rows = torch.cat([part.candidates for part in parts], dim=1)
+        candidates, keys = largest_keys(rows, torch.cat([part.keys for part in parts], dim=1), num)
+    if len(parts) == 2:
+        summed = {name: getattr(first, name) + getattr(others[0], name) for name in SUMMED}
+        moments = _moments_of_both(first, others[0], summed["vectors"])
+    else:
+        each = {name: torch.stack([getattr(part, name) for part in parts]) for name in (*SUMMED, "moments")}
+        summed, moments = {name: each[name].sum(0) for name in SUMMED}, pool_moments(each["vectors"], each["moments"])
+    return CodebookStatistics(**summed, candidates=candidates, keys=keys, moments=moments)
 
 
 def _moments_of_both(first: CodebookStatistics, second: CodebookStatistics, vectors: Tensor) -> Tensor:

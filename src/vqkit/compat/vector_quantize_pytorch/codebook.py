@@ -38,6 +38,9 @@ _NEED_INIT = ("codebook_mean_needs_init", "codebook_variance_needs_init")
 _BUFFERS = ("initted", "cluster_size", "embed_avg", "embed")
 """In the peer's order."""
 
+_PARTS, _WAITING = 32, 1 << 20
+"""So many statistics, and numbers of them, wait at most to be added up."""
+
 CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor] | float
 
 
@@ -172,7 +175,7 @@ class Codebook(Overridable, _Codebook):
         if affine_param:
             of_affine = {"affine_param_batch_decay": affine_param_batch_decay, "affine_param_codebook_decay": affine_param_codebook_decay}
             self._settings |= of_affine
-        self._waits = kmeans_init
+        self._waits, self._waiting = kmeans_init, cast(list[CodebookStatistics], [])
         options = translate.codebook_options(self._settings, kmeans_init=kmeans_init, vq_bridge=vq_bridge)
         super().__init__(num_codebooks, codebook_size, dim, **options)
         self.use_ddp, self.sync_affine_param, self.sample_codebook_temp = use_ddp, sync_affine_param, sample_codebook_temp
@@ -451,18 +454,17 @@ class Codebook(Overridable, _Codebook):
         if outside is False:
             return
         call = self.call or Call()
-        if self._accumulating:
-            statistics = merge_statistics(self.pending, statistics)
         if call.accumulate:
-            if not self._accumulating:
-                self._accumulating = True
-            self._write_pending_(statistics, outside)
+            self._accumulate_(statistics, outside)
             return
+        if self._accumulating:
+            statistics = merge_statistics(*self._accumulated(), statistics)
         expires = self.dead_codes if self.training and not call.averages_alone else None
         state = self.committed_state()
         after = self._learn(state, statistics, self._rule_of_call(), expires)  # what weights are not raises before anything changes
         if self._accumulating:
             self._accumulating = False
+            self._waiting.clear()
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "last", statistics._replace(sum=self.last.sum))  # for the metrics
         for name, old in state.items():
@@ -470,6 +472,28 @@ class Codebook(Overridable, _Codebook):
                 _write_(old, after[name], outside)
         if self.affine and (self._unseen or outside is not True):
             self._note_seen_(after["batch_seen"], outside)
+
+    def _accumulated(self) -> list[CodebookStatistics]:
+        """The parts of what waits for a step: in eager calls a list, so that they are added up many at a time."""
+        return [*self._waiting] or ([self.pending] if self._accumulating else [])
+
+    def _accumulate_(self, statistics: CodebookStatistics, outside: Tensor | bool) -> None:
+        if outside is not True:
+            self._settle_waiting_()
+        parts = [*self._accumulated(), statistics]
+        if outside is not True:
+            self._write_pending_(merge_statistics(*parts), outside)
+        else:
+            few = len(parts) <= _PARTS and len(parts) * statistics.sum.numel() <= _WAITING and parts[0] is not self.pending
+            self._waiting[:] = parts if few else [merge_statistics(*parts)]
+        if not self._accumulating:
+            self._accumulating = True
+
+    def _settle_waiting_(self) -> None:
+        """Let `pending` hold all that waits."""
+        if self._waiting:
+            self._write_pending_(merge_statistics(*self._waiting), True)
+            self._waiting.clear()
 
     def _note_seen_(self, seen: Tensor, outside: Tensor | bool) -> None:
         unseen = ~seen.all()
@@ -481,10 +505,12 @@ class Codebook(Overridable, _Codebook):
     def discard_pending_(self) -> None:
         super().discard_pending_()
         self._accumulating = False
+        self._waiting.clear()
 
     # Moving and storing
 
     def _map_pending_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._settle_waiting_()
         super()._map_pending_(fn)
         self.updates, self._recall = fn(self.updates), Recall()
         for tensors in (self._read, self._recent, self._unseen):
@@ -500,6 +526,7 @@ class Codebook(Overridable, _Codebook):
             self._see(not bool(self._stored(_NEED_INIT[0])))
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         if self._accumulating:
+            self._settle_waiting_()
             destination |= {f"{prefix}pending.{name}": tensor.clone() for name, tensor in self.pending._asdict().items()}
 
     def _load_from_state_dict(
