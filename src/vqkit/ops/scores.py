@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqkit.ops.assignment import Metric, SoftEstimator, draw_by_logits, through_softmax
-from vqkit.ops.codebook import are_chosen, are_ordinary, directions
+from vqkit.ops.codebook import are_chosen, are_ordinary, directions, known_directions
 from vqkit.ops.nearest_code import nearest_codes, nearest_index
 from vqkit.ops.precision import as_dtype, full_precision, is_traced, known_finite, may_look, widest
 
+_SORTED = 1 << 12
 _FEW_DIFFERENCES = 1 << 19
 _ENTRIES_AT_ONCE = {"cpu": 1 << 18}  # of codes
 _ENTRIES_AT_ONCE_ELSEWHERE = 1 << 26
@@ -91,7 +92,7 @@ def _highest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """The `num` highest of scores [L, C], highest first, the first among equals: values and indices [L, num]."""
     if num == 1:
         return scores.max(-1, keepdim=True)
-    if num * num > 2 * scores.shape[-1]:  # or one after the other takes longer
+    if num * num > 2 * scores.shape[-1] or scores.numel() <= _SORTED:  # or one after the other takes longer
         values, indices = scores.sort(dim=-1, descending=True, stable=True)
         return values[:, :num], indices[:, :num]
     left, found = scores.clone(), []
@@ -120,8 +121,11 @@ class OwnCodes:
             self._inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
         self.codes = codes.reshape(-1, *codes.shape[-2:])  # [L, C, K]
         self.metric: Metric = metric
+        self._of_length_1 = False
         if metric == "cosine" and codes.numel() <= _entries_at_once(codes):
-            self.codes, self.metric = directions(self.codes), "product"
+            known = known_directions(self.codes) if may_look(codes) else None
+            self.codes, self.metric = directions(self.codes) if known is None else known, "product"
+            self._of_length_1 = known is not None
 
     def arrange(self, values: Tensor) -> Tensor:
         """Values of the vectors [H, M, ...] in the order of the codes, [L, ...]."""
@@ -139,6 +143,12 @@ class OwnCodes:
         several = range(len(self.positions), len(self.positions) + len(tail))
         return values.reshape(*self._ordered, *tail).permute(*self._inverse, *several).reshape(*shape, *tail)
 
+    def restore_each(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """[L, n, ...] -> [H, M * n, ...], of which `shape` is (H, M)."""
+        if self._order is not None:
+            return self.restore(values, shape).flatten(1, 2)
+        return values.reshape(shape[0], shape[1] * values.shape[1], *values.shape[2:])
+
     def scores(self, x: Tensor) -> Tensor:
         """[L, C] of finite vectors x [L, K], for cosines of length 1 or 0. Differentiable in vectors and codes."""
         return _scores(x.unsqueeze(1), self.codes, self.metric).squeeze(1)
@@ -153,8 +163,8 @@ class OwnCodes:
             if num == 1:
                 return nearest_index(x, codes, metric="cosine"), False
             return nearest_codes(x, codes, num, metric="cosine").indices.squeeze(1), False
-        if scores is None or self.metric != "euclidean":
-            scores = _scores(x, codes, "euclidean").squeeze(1)
+        if scores is None or not (self._of_length_1 or self.metric == "euclidean"):  # of length 0 a code is not one of cosine 0
+            scores = _scores(x, codes, self.metric if self._of_length_1 else "euclidean").squeeze(1)
         values, indices = _highest(scores.detach(), num)
         if known_finite(values):  # and so are those that they were the highest of
             return indices, True

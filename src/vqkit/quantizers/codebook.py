@@ -410,7 +410,7 @@ class Codebook(Counting):
         shapes = ((self.size,), (self.heads, self.size))
         if weights.shape not in shapes:
             raise ValueError(f"code_weights has shape {tuple(weights.shape)}: must be {shapes[0]} or {shapes[1]}, one a code")
-        weights = weights.expand(shapes[1])
+        weights = weights if weights.shape == shapes[1] else weights.expand(shapes[1])
         weights = weights if seen is None else weights.where(seen, 1.0)
         decay = self.update.decay if isinstance(self.update, EMA | ClipEMA | StoredEMA) else 0.0
         check_range("code_weights", weights, 0.0, 1 / (1 - decay) if decay < 1 else math.inf)

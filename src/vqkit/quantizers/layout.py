@@ -129,7 +129,8 @@ def is_integer(tensor: Tensor) -> bool:
 def check_range(name: str, values: Tensor, lowest: float, highest: float) -> float | None:
     """Raise ValueError unless all values lie in lowest ... highest; see `require`. Returns the least, where looking costs nothing."""
     if may_look(values) and values.numel():
-        least, most = (end.item() for end in torch.aminmax(values))
+        ends = torch.aminmax(values)
+        least, most = ends.min.item(), ends.max.item()
         if least >= lowest and most <= highest:
             return least
     right = (values >= lowest) & (values <= highest)  # False for NaN

@@ -354,7 +354,7 @@ class VectorQuantize(Quantizer):
         vectors, kept = own.arrange(given.vectors), self._spread(given.kept)
         scores = own.scores(vectors) if self._by_scores(temperature, labels) else None
         chosen = self._choose_own(own, vectors, kept, scores, temperature, num)
-        found = [own.restore(values, shape).flatten(1, 2) for values in chosen[:3] if values is not None]
+        found = [own.restore_each(values, shape) for values in chosen[:3] if values is not None]
         chosen = _Chosen(*found, each=num, complete=chosen.complete)
         vectors = _each(given.vectors, num)
         scores = None if scores is None else own.restore(scores, shape)
@@ -384,12 +384,11 @@ class VectorQuantize(Quantizer):
             return _Chosen(indices, codes, complete=complete)
         return _Chosen(indices, own.soften(codes, scores, indices, temperature, estimator), codes, complete=complete)
 
-    @torch.no_grad()
     def _own_statistics(self, given: _Vectors, table: Tensor, chosen: _Chosen) -> CodebookStatistics:
         """Counted by index; the error is that of the codes of the vectors themselves."""
         vectors = given.vectors.detach()
         found = coded(vectors, table.detach().to(vectors.dtype), chosen.indices, estimator="none", count=True)
-        error = (vectors - chosen.codes).square_()
+        error = (vectors - chosen.codes.detach()).square_()
         error = error if chosen.complete else error.where((chosen.indices >= 0).unsqueeze(-1), 0.0)
         return self._statistics(given, table, chosen.indices, None, found._replace(squared_error=error.sum((1, 2))))
 
@@ -550,8 +549,8 @@ class VectorQuantize(Quantizer):
             vectors = own.arrange(given.vectors)
             scores = own.scores(vectors).detach() if temperature > 0 else None
             chosen = self._choose_own(own, vectors, kept, scores, temperature, 1)
-            taken = own.restore(chosen.codes if chosen.plain is None else chosen.plain, shape).flatten(1, 2)
-            counted = None if chosen.complete else own.restore(chosen.indices, shape).flatten(1) >= 0
+            taken = own.restore_each(chosen.codes if chosen.plain is None else chosen.plain, shape)
+            counted = None if chosen.complete else own.restore_each(chosen.indices, shape) >= 0
             difference = taken.detach() - given.vectors
             difference = difference if counted is None else difference.where(counted.unsqueeze(-1), 0.0)
             (gradient,) = torch.autograd.grad(taken, codes, 2 * difference)

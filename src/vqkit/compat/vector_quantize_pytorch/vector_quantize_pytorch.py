@@ -353,7 +353,7 @@ class VectorQuantize(OwnsOptimizer, Settable):
         """x [B, N, heads * K] -> [heads, B, N, K] with separate codebooks, else [1, B * heads, N, K]; itself with one head."""
         if self.heads == 1:
             return x
-        split = x.unflatten(-1, (self.heads, -1))
+        split = x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
         if self.separate_codebook_per_head:
             return split.permute(2, 0, 1, 3)
         return split.transpose(1, 2).flatten(0, 1).unsqueeze(0)
