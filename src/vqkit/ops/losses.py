@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqkit.ops.assignment import Metric, assignment_cross_entropy, mean_assignment, mean_assignment_cross_entropy
-from vqkit.ops.codebook import are_ordinary, directions, polar
+from vqkit.ops.codebook import are_ordinary, directions, known_directions, polar
 from vqkit.ops.estimators import scale_gradient
 from vqkit.ops.precision import as_dtype, widest, without_autocast
 
@@ -108,6 +108,10 @@ def orthogonality_loss(
         chosen = torch.ones_like(codes[..., 0], dtype=torch.bool) if active is None else _spread("active", active, codes.shape[:-1])
         if max_codes is not None:
             chosen = _draw(chosen, max_codes, torch.rand_like(codes[..., 0]) if noise is None else noise)
+        known = known_directions(codes)
+        if known is not None:
+            num, found = chosen.sum(-1), known * chosen.unsqueeze(-1)
+            return ((_gram(found).square().sum((-2, -1)) - num) / num.clamp(min=1).square()).mean()
         return _orthogonality(directions(codes) * chosen.unsqueeze(-1), chosen)
     codes, length = polar(codes)
     if not are_ordinary(length):

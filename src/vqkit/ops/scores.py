@@ -198,7 +198,8 @@ class _Softened(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None, None
         with full_precision(codes.device.type):
-            of_weights = torch.cat([_of_weights(gradient[part], codes[part], cosine) for part in _parts(codes)])
+            found = [_of_weights(gradient[part], codes[part], cosine) for part in _parts(codes)]
+            of_weights = found[0] if len(found) == 1 else torch.cat(found)
         probability = logits.softmax(-1).unsqueeze(-2).expand_as(of_weights)
         of_logits = through_softmax(probability, of_weights)
         if reinmax:

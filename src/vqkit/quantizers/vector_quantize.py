@@ -813,7 +813,7 @@ class VectorQuantize(Quantizer):
                 return negative_entropy(mean_softmax(scores, counted, loss.temperature))
             return diversity_loss(vectors[:, :: chosen.each], codes, counted, temperature=loss.temperature, metric=self._score)
         noise = None if self.training else torch.zeros_like(codes[..., 0])  # evaluation draws nothing
-        active = _active(chosen.indices, self.codebook_size) if loss.active_only else None
+        active = _active(chosen.indices, self.codebook_size, chosen.complete) if loss.active_only else None
         return orthogonality_loss(codes, active, max_codes=loss.max_codes, noise=noise)
 
     def _cross_entropy(self, vectors: Tensor, codes: Tensor, targets: Tensor, reduction: Reduction, scores: Tensor | None) -> Tensor:
@@ -1004,7 +1004,9 @@ def _check_losses(losses: tuple[Loss, ...], learns_by_gradient: bool) -> None:
         )
 
 
-def _active(indices: Tensor, codebook_size: int) -> Tensor:
-    """[H, C] bool: the codes that any of indices [H, M] chose."""
+def _active(indices: Tensor, codebook_size: int, complete: bool) -> Tensor:
+    """[H, C] bool: the codes that any of indices [H, M] chose; `complete`: none of these is -1."""
+    if complete:
+        return torch.zeros(len(indices), codebook_size, dtype=torch.bool, device=indices.device).scatter_(1, indices, True)
     chosen = torch.zeros(len(indices), codebook_size + 1, dtype=torch.bool, device=indices.device)
     return chosen.scatter(1, indices.where(indices >= 0, codebook_size), True)[:, :-1]
