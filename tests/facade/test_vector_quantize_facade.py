@@ -860,6 +860,19 @@ def test_the_memory_of_an_own_optimizer_is_of_any_kind() -> None:
     assert len(memory) == 2 and memory[0] is not whole.state_dict()["in_place_codebook_optimizer.0.seen"][0]
 
 
+def test_many_calls_that_accumulate_are_one_of_all_their_vectors() -> None:
+    """More than are kept apart until a step takes them."""
+    many, one_batch = make(), make()
+    for step in range(70):
+        many(vectors(seed=step), accum_ema_update=step < 69)
+    one_batch(torch.cat([vectors(seed=step) for step in range(70)]))
+    for name, value in many.state_dict().items():
+        torch.testing.assert_close(one_batch.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    many(vectors())  # of which nothing is left for the next step
+    one_batch(vectors())
+    torch.testing.assert_close(one_batch.codebook, many.codebook, rtol=1e-4, atol=1e-5)
+
+
 def test_what_calls_have_accumulated_survives_a_checkpoint() -> None:
     whole, resumed = make(), make(seed=1)
     for step in range(2):

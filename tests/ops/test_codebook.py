@@ -90,7 +90,7 @@ def test_moments_are_exact_far_from_the_origin_also_of_parts(offset):
         merged = merge_statistics(merged, part)
     kept = [x[0].double()[indices[0] == 0], x[1].double()]
     expected = torch.stack([torch.stack([v.sum(0), (v - v.mean(0)).square().sum(0)]) for v in kept]).float()
-    for found in (merged.moments, assignment_stats(x, indices, 1, moments=True).moments):
+    for found in (merged.moments, merge_statistics(*parts).moments, assignment_stats(x, indices, 1, moments=True).moments):
         torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-6, atol=1e-3)
         rounding = 1e-5 + torch.finfo(torch.float32).eps * abs(offset)  # of the mean, relative to a deviation of 1
         torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=rounding, atol=0)
@@ -169,10 +169,11 @@ def test_merged_parts_are_the_whole(parts, candidates, seed):
     merged = pieces[0]
     for piece in pieces[1:]:
         merged = merge_statistics(merged, piece)
-    for name in SUMMED:
-        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
-    keys = torch.cat([piece.keys for piece in pieces], dim=1)
-    assert torch.equal(merged.keys, keys.topk(candidates, dim=1).values)
+    keys = torch.cat([piece.keys for piece in pieces], dim=1).topk(candidates, dim=1).values
+    for found in (merged, merge_statistics(*pieces)):
+        for name in SUMMED:
+            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.keys, keys)
 
 
 @pytest.mark.parametrize("number", [1, 5, 20, 60])
