@@ -309,7 +309,8 @@ def _differentiate(
     pull = commitment * (2.0 / (_counts(found.apart.shape, counted)[0] * shape[-1]))
     if same:
         return _spread(torch.addcmul(result, found.apart, pull), seen, shape)
-    return _spread(found.apart * pull, counted, shape) + _spread(result, seen, shape)
+    total = _spread(found.apart * pull, counted, shape)
+    return total.add_(result) if seen.rows is None else total.index_add_(0, seen.rows, result)
 
 
 def _select(kept: Tensor | None, values: Tensor) -> _Seen:

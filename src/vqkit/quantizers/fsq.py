@@ -73,8 +73,12 @@ class FSQ(ScalarQuantizer):
         return super().extra_repr() + rounding
 
     @property
-    def gives_finite(self) -> bool:
+    def takes_vectors(self) -> bool:
         return self.project_in is None
+
+    @property
+    def gives_finite(self) -> bool:
+        return True
 
     def _round(self, vectors: Tensor) -> Rounded:
         turned = self._turn(vectors)

@@ -106,8 +106,12 @@ class LFQ(ScalarQuantizer):
         return own + more + changed(self, layout="last", masked="zero", commit="auto")
 
     @property
+    def takes_vectors(self) -> bool:
+        return self.project_in is None
+
+    @property
     def gives_finite(self) -> bool:
-        return self.project_in is None and self.activation is None
+        return self.activation is None or not self.training
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -201,7 +205,7 @@ class LFQ(ScalarQuantizer):
             return (order < max(int(number * self.loss_share), 1)).unsqueeze(-1)
         counted = kept.view(-1) if kept.shape[1] == 1 else kept.any(-1)
         if may_look(counted):
-            places = order[counted]
+            places = order.index_select(0, counted.nonzero().view(-1))
             last = places.kthvalue(max(int(len(places) * self.loss_share), 1)).values if len(places) else order.new_tensor(-1)
             return kept & (order <= last).unsqueeze(-1)
         place = order.where(counted, number).argsort().argsort()

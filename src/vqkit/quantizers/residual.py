@@ -475,8 +475,9 @@ class Residual(Quantizer):
             if targets is not None:
                 own["targets"] = targets[number]
             mask = _and(number < used, counted, vectors.shape[:-1]) if isinstance(used, Tensor) else counted
-            known = known and mask is None and not own and getattr(layer, "gives_finite", False)
-            if known:  # and so is what it leaves
+            known = known and mask is None and not own and getattr(layer, "takes_vectors", False)
+            if known:
+                known = layer.gives_finite  # then so is what it leaves
                 part = layer.quantize_vectors(residual, None, freeze_codebook=freeze_codebook, **options)
             else:
                 part = layer.quantize(residual, mask, freeze_codebook=freeze_codebook, **own, **options)

@@ -175,8 +175,13 @@ class ScalarQuantizer(Quantizer):
         return f"dim={self.dim}, levels={self.levels}" + changed(self, heads=1, layout="last", masked="zero", commit="auto")
 
     @property
+    def takes_vectors(self) -> bool:
+        """Whether `quantize_vectors` does what `quantize` does: no linear projection stands around codes."""
+        return False
+
+    @property
     def gives_finite(self) -> bool:
-        """Whether finite vectors always give finite codes, and no linear projection stands around these."""
+        """Whether finite vectors always give finite codes."""
         return False
 
     # What a subclass writes; where there is a rotation, `_round` turns the vectors

@@ -174,7 +174,7 @@ class ResidualLFQ(Settable):
             return first.zero.new_zeros(number)
         if self._weighs_alike():
             names = first.native.loss_weights
-            found = first.weigh({name: torch.stack([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
+            found = first.weigh({name: _side_by_side([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
             return found if depth == number else F.pad(found, (0, number - depth))
         each = [{name.partition("/")[0]: loss for name, loss in losses.items() if name.endswith(f"/{layer}")} for layer in range(number)]
         return torch.stack([own.get(WEIGHED, layer.weigh(own)) for layer, own in zip(self.layers, each, strict=True)])
@@ -185,6 +185,11 @@ class ResidualLFQ(Settable):
             return False
         first, *others = ((layer.training, *(getattr(layer, name) for name in _WEIGHTS)) for layer in self.layers)
         return first[0] and all(weights == first for weights in others)
+
+
+def _side_by_side(losses: list[Tensor]) -> Tensor:
+    """[] each -> [L]; one alone is not copied."""
+    return losses[0].unsqueeze(0) if len(losses) == 1 else torch.stack(losses)
 
 
 class _Quiet(lfq.LFQ):
