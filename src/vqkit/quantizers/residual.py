@@ -149,8 +149,8 @@ class Residual(Quantizer):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        first: Any = self.layers[0]
-        return (self.num_quantizers, *first.code_shape)
+        first: Any = next(iter(self.layers))  # a list of modules is slow to say which is its first
+        return (len(self._order), *first.code_shape)
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -280,7 +280,7 @@ class Residual(Quantizer):
             found.append(indices)
             codes = codes.to(residual.dtype)
             residual, partial = residual - codes, partial + codes
-        return self._fill(torch.stack(found, dim=rows.dim() - 1))
+        return self._fill(stacked(found, rows.dim() - 1))
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices [P..., L, ...] of the first L <= Q layers -> vectors of the layout and width of the input."""
@@ -496,7 +496,7 @@ class Residual(Quantizer):
         return _Path(
             outputs,
             freeze_codebook or not conditional or self.condition_fraction == 1.0,
-            self._fill(torch.stack([part.indices for part in found], dim=vectors.dim() - 1)),
+            self._fill(stacked([part.indices for part in found], vectors.dim() - 1)),
             {numbered(name, i): loss for i, part in enumerate(found) for name, loss in part.losses.items()},
             self.gather([*(part.statistics for part in found), *[None] * (self.num_quantizers - len(found))]),
         )
@@ -704,6 +704,11 @@ def _add(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[2:]:
         total = total + part if part.requires_grad or total.requires_grad else total.add_(part)
     return total
+
+
+def stacked(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """As torch has it; of one alone nothing is copied."""
+    return parts[0].unsqueeze(dim) if len(parts) == 1 else torch.stack([*parts], dim=dim)
 
 
 def _or_all(finite: Tensor | None, vectors: Tensor) -> Tensor:

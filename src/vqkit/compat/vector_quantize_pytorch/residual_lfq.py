@@ -30,7 +30,7 @@ from vqkit.compat.vector_quantize_pytorch.rows import hide, linear, project_out,
 from vqkit.compat.vector_quantize_pytorch.settings import Settable, are_of, check_kinds, is_watched, overrides
 from vqkit.quantizers import lfq
 from vqkit.quantizers.base import Quantized
-from vqkit.quantizers.residual import Residual
+from vqkit.quantizers.residual import Residual, stacked
 
 __all__ = ["LFQ", "GroupedResidualLFQ", "ResidualLFQ", "get_maybe_sync_seed", "is_distributed", "round_up_multiple"]
 
@@ -169,27 +169,24 @@ class ResidualLFQ(Settable):
 
     def _losses(self, losses: dict[str, Tensor], depth: int) -> Tensor:
         """[q], 0 for layers that took no part."""
-        first, number = self.layers[0], len(self.layers)
+        first, *_ = layers = [*self.layers]
+        number = len(layers)
         if not losses:
             return first.zero.new_zeros(number)
-        if self._weighs_alike():
+        if _weighs_alike(layers):
             names = first.native.loss_weights
-            found = first.weigh({name: _side_by_side([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
+            found = first.weigh({name: stacked([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
             return found if depth == number else F.pad(found, (0, number - depth))
         each = [{name.partition("/")[0]: loss for name, loss in losses.items() if name.endswith(f"/{layer}")} for layer in range(number)]
-        return torch.stack([own.get(WEIGHED, layer.weigh(own)) for layer, own in zip(self.layers, each, strict=True)])
-
-    def _weighs_alike(self) -> bool:
-        """Whether all layers weigh their losses alike, and all are in training."""
-        if any(is_watched(layer, LFQ) for layer in self.layers):
-            return False
-        first, *others = ((layer.training, *(getattr(layer, name) for name in _WEIGHTS)) for layer in self.layers)
-        return first[0] and all(weights == first for weights in others)
+        return torch.stack([own.get(WEIGHED, layer.weigh(own)) for layer, own in zip(layers, each, strict=True)])
 
 
-def _side_by_side(losses: list[Tensor]) -> Tensor:
-    """[] each -> [L]; one alone is not copied."""
-    return losses[0].unsqueeze(0) if len(losses) == 1 else torch.stack(losses)
+def _weighs_alike(layers: list[LFQ]) -> bool:
+    """Whether all layers weigh their losses alike, all are in training, and none is called itself."""
+    if any(is_watched(layer, LFQ) for layer in layers):
+        return False
+    first, *others = ((layer.training, *(getattr(layer, name) for name in _WEIGHTS)) for layer in layers)
+    return first[0] and all(weights == first for weights in others)
 
 
 class _Quiet(lfq.LFQ):
