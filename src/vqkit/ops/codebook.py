@@ -125,9 +125,9 @@ def directions(x: Tensor) -> Tensor:
 
 def polar(x: Tensor) -> tuple[Tensor, Tensor]:
     """`directions(x)` [..., K] and the lengths [..., 1]."""
-    if x.dtype in _ORDINARY and x.numel() and may_look(x):
+    if x.dtype in _ORDINARY and may_look(x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        if _are_ordinary(length):
+        if not length.numel() or _are_ordinary(length):
             return x / length, length
         small = length.detach() <= _ORDINARY[x.dtype]
         divisor = length.masked_fill(small, 1.0)

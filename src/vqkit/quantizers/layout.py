@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vqkit.ops.codebook import gather_codes
+from vqkit.ops.codebook import are_chosen, gather_codes
 from vqkit.ops.precision import holds_in_all, is_transformed, may_look
 
 Layout = Literal["last", "first"]
@@ -106,7 +106,7 @@ def rows_at(table: Tensor, indices: Tensor) -> tuple[Tensor, bool]:
 
     Differentiable in the table. Raises as `check_indices`.
     """
-    if indices.dtype in (torch.int64, torch.int32) and may_look(indices) and indices.numel() and indices.min().item() >= 0:
+    if indices.dtype in (torch.int64, torch.int32) and are_chosen(indices):
         try:  # on CPU a gather itself refuses what is beyond the table, at no cost
             return torch.embedding(table, indices), True
         except IndexError:

@@ -112,6 +112,7 @@ class Residual(Quantizer):
         self._shared = {own for own in uses if uses.count(own) > 1}
         self._options = call_options(layers)
         first: Any = layers[0]
+        self._code_shape: tuple[int, ...] = (len(layers), *first.code_shape)  # asked for in every call
         self.inner_dim: int = first.dim
         self.dim: int = self.inner_dim if dim is None else dim
         projected = self.dim != self.inner_dim
@@ -149,8 +150,7 @@ class Residual(Quantizer):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        first: Any = next(iter(self.layers))  # a list of modules is slow to say which is its first
-        return (len(self._order), *first.code_shape)
+        return self._code_shape
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from math import log2
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,12 +115,12 @@ class ResidualLFQ(Settable):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> the codes of all layers [q, P..., d], zeros for -1 and what is missing."""
-        return all_layers(self._settle().decode_layers(indices).to(self.layers[0].dtype), self.num_quantizers)
+        return all_layers(self._settle().decode_layers(indices).to(self._first.dtype), self.num_quantizers)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices of a call, all or those of the first layers -> its output: [B, dim, ...] of images, whose indices have 4 axes or more."""
         own = overrides(self, ResidualLFQ, "get_codes_from_indices")
-        codes = self.get_codes_from_indices(indices).sum(0) if own else self._settle().decode_codes(indices).to(self.layers[0].dtype)
+        codes = self.get_codes_from_indices(indices).sum(0) if own else self._settle().decode_codes(indices).to(self._first.dtype)
         output = project_out(self.project_out, codes, indices)
         return output.movedim(-1, 1) if self._is_first(indices.dim() - self._keeps) else output
 
@@ -133,7 +133,8 @@ class ResidualLFQ(Settable):
     ) -> tuple[Tensor, ...]:
         first = self._is_first(x.dim())
         rows = rows_of(x, self.dim, first)
-        native, depth = self._settle(), len(self.layers)
+        native = self._settle()
+        depth = len(self._natives)
         if self.training and self.quantize_dropout:
             seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
             drawn = layers_taking_part(seed, self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of, self.num_quantizers)
@@ -157,22 +158,28 @@ class ResidualLFQ(Settable):
         codes = all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers)
         return (*result, codes.unsqueeze(-2) if self._keeps else codes)
 
+    @property
+    def _first(self) -> LFQ:
+        """The first layer, without the price of asking a list of modules for it."""
+        layers = cast(nn.ModuleList, self._modules["layers"])._modules.values()
+        return cast(LFQ, next(iter(layers)))
+
     def _is_first(self, rank: int) -> bool:
         """Whether an input of this rank, or one that gives indices of this rank, has its width first."""
-        given = self.layers[0].channel_first
+        given = self._first.channel_first
         return rank >= 4 if given is None else bool(given)
 
     @property
     def _keeps(self) -> bool:
         """Whether indices have an axis of one codebook before that of the layers."""
-        return self.layers[0].keep_num_codebooks_dim
+        return self._first.keep_num_codebooks_dim
 
     def _losses(self, losses: dict[str, Tensor], depth: int) -> Tensor:
         """[q], 0 for layers that took no part."""
-        first, *_ = layers = [*self.layers]
-        number = len(layers)
+        first, number = self._first, len(self._natives)
         if not losses:
             return first.zero.new_zeros(number)
+        layers = [*self.layers]
         if _weighs_alike(layers):
             names = first.native.loss_weights
             found = first.weigh({name: stacked([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
