@@ -9,7 +9,7 @@ Shapes: H heads with a codebook each, C codes, K width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vqkit.dist import Reducer
 from vqkit.ops.codebook import CodebookStatistics, merge_statistics
-from vqkit.ops.precision import may_look
+from vqkit.ops.precision import is_traced, may_look
 from vqkit.ops.usage import active_fraction, perplexity, relative_error
 from vqkit.quantizers.update import State
 
@@ -110,7 +110,6 @@ class Committed(nn.Module):
     def leave_(self) -> None:
         object.__setattr__(self, "_entered", None)
 
-    @torch.no_grad()
     def settle_(self, outside: Tensor | bool = True) -> None:
         """Commit what is pending, unless it was committed before or, in a recomputation, was added since (`outside` False)."""
         if outside is False or not self.auto:
@@ -119,11 +118,10 @@ class Committed(nn.Module):
         applied = self.follows == self.updates
         if outside is not True:
             applied = applied & outside
-        if may_look(applied):
-            if applied:
-                self._write_(None)
-        else:
-            self._write_(applied)
+        known = may_look(applied)
+        if not known or applied:
+            with torch.no_grad():
+                self._write_(None if known else applied)
 
     @torch.no_grad()
     def pend_(self, outside: Tensor | bool = True) -> None:
@@ -152,8 +150,7 @@ class Committed(nn.Module):
 
     def forget_pending_(self) -> None:
         """Forget what is pending and what the metrics are made of, whatever these tensors hold."""
-        for tensor in self._pending_tensors().values():
-            tensor.zero_()
+        _zero_(self._pending_tensors().values())
         self.discard_pending_()
 
     def train(self, mode: bool = True) -> Self:
@@ -218,6 +215,12 @@ class Committed(nn.Module):
         if self.follows.is_meta and not self.updates.is_meta:
             self.follows = torch.full_like(self.updates, -1)
         self.forget_pending_()
+
+
+def _zero_(tensors: Iterable[Tensor]) -> None:
+    """In one call of torch."""
+    if filled := [tensor for tensor in tensors if tensor.numel()]:
+        torch._foreach_zero_(filled)
 
 
 def _where_changed(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -289,6 +292,10 @@ class Counting(Committed):
         if outside is False:
             return
         self._follow_device_()
+        if outside is True and not is_traced():
+            pairs = [pair for pair in zip(self.pending, statistics, strict=True) if pair[0].numel()]
+            torch._foreach_copy_(*([*tensors] for tensors in zip(*pairs, strict=True)))  # one call of torch in place of one a field
+            return
         for pending, new in zip(self.pending, statistics, strict=True):
             if pending.numel():
                 pending.copy_(new if outside is True else torch.where(outside, new.to(pending.dtype), pending))
@@ -305,8 +312,11 @@ class Counting(Committed):
     def discard_pending_(self) -> None:
         super().discard_pending_()
         self.added = False
-        for tensor in self.pending:
-            tensor.zero_()
+        _zero_(self.pending)
+
+    def forget_pending_(self) -> None:
+        _zero_(self.last)
+        self.discard_pending_()
 
     # Health
 
