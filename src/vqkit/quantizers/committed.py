@@ -293,8 +293,8 @@ class Counting(Committed):
             return
         self._follow_device_()
         if outside is True and not is_traced():
-            pairs = [pair for pair in zip(self.pending, statistics, strict=True) if pair[0].numel()]
-            torch._foreach_copy_(*([*tensors] for tensors in zip(*pairs, strict=True)))  # one call of torch in place of one a field
+            own, found = ([tensor for tensor in tensors if tensor.numel()] for tensors in (self.pending, statistics))
+            torch._foreach_copy_(own, found)  # one call of torch in place of one a field
             return
         for pending, new in zip(self.pending, statistics, strict=True):
             if pending.numel():
