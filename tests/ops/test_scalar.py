@@ -9,6 +9,7 @@ from vqkit.ops.scalar import (
     level_codes,
     level_digits,
     level_steps,
+    list_codes,
     round_to_levels,
     split_digits,
 )
@@ -115,3 +116,14 @@ def test_integers_and_digits_are_each_others_inverse(levels):
         assert torch.equal(join_digits(digits.to(dtype), levels), indices)
         assert torch.equal(split_digits(indices, levels, dtype), digits.to(dtype))
     assert indices[0] == 0 and int(indices[1]) == int(np.prod([int(n) for n in levels], dtype=object)) - 1
+
+
+@pytest.mark.parametrize("first", ["lowest", "highest"])
+def test_lists_are_the_codes_of_all_indices_and_kept(first):
+    levels, like = (4, 2, 3), torch.zeros(1)
+    options = {"scale": (1.0, 0.5, 2.0), "symmetric": True}
+    expected = level_codes(split_digits(torch.arange(24), levels, first=first), levels, torch.float32, **options)
+    found = list_codes(level_codes, levels, like, first=first, **options)
+    assert torch.equal(found, expected) and found is list_codes(level_codes, levels, like, first=first, **options)
+    assert not torch.equal(found, list_codes(level_codes, levels, like, first=first, scale=2.0))
+    assert list_codes(level_codes, (8,) * 7, like) is None  # too many

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqkit.quantizers.layout import check_indices, check_layout, check_range, position_mask, width_back, width_last
+from vqkit.quantizers.layout import check_indices, check_layout, check_range, position_mask, rows_at, width_back, width_last
 
 DIM = 5
 POSITIONS = [(2,), (2, 3), (2, 3, 4), (2, 3, 4, 2)]
@@ -105,3 +105,25 @@ def test_a_compiled_check_raises_when_it_runs():
     assert torch.equal(compiled(torch.tensor([0, 3])), torch.tensor([0, 6]))
     with pytest.raises(RuntimeError, match=r"values holds a value outside 0 ... 3"):
         compiled(torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("shape", [(0,), (6,), (2, 3)])
+def test_rows_are_those_of_their_indices_and_zeros_for_none(shape, dtype):
+    table = torch.randn(7, DIM, requires_grad=True)
+    indices = torch.arange(6)[: torch.Size(shape).numel()].reshape(shape)
+    rows, complete = rows_at(table, indices.to(dtype))
+    assert torch.equal(rows, table[indices]) and complete is bool(indices.numel() or dtype in (torch.int64, torch.int32))
+    (gradient,) = torch.autograd.grad(rows.sum(), table)
+    assert torch.equal(gradient.sum(1), DIM * torch.bincount(indices.flatten(), minlength=7).float())
+    if indices.numel() and dtype != torch.uint8:
+        indices = indices.where(indices != 1, -1)
+        rows, complete = rows_at(table, indices.to(dtype))
+        assert torch.equal(rows, table[indices].where((indices >= 0).unsqueeze(-1), 0.0)) and not complete
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+@pytest.mark.parametrize("index", [7, -2, 100, -7])
+def test_rows_that_there_are_not_are_refused(index, dtype):
+    with pytest.raises(ValueError, match=f"indices holds {index}: must lie in -1 ... 6"):
+        rows_at(torch.randn(7, DIM), torch.tensor([[3, index]], dtype=dtype))
