@@ -81,7 +81,21 @@ CASES: dict[str, Case] = {
     "scalars, an empty process": Case("ResidualFSQ", {"levels": [5, 3], "num_quantizers": 2}, learns=True),
     "lookup-free": Case("LFQ", {"codebook_size": 16, "entropy_loss_weight": 0.5}, shares=EQUAL, learns=True),
 }
-SHARDED = ("averages", "projected", "learnable", "residual", "lookup-free")
+SHARDED = (
+    "averages",
+    "projected",
+    "learnable",
+    "residual",
+    "lookup-free",
+    "groups",
+    "levels",
+    "levels, shared",
+    "SimVQ",
+    "SimVQ, residual",
+    "lookup-free, residual",
+    "scalars",
+    "scalars, residual",
+)
 """Those that FSDP2 is tried with, too."""
 
 

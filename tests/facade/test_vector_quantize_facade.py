@@ -1019,3 +1019,20 @@ def test_autocast_leaves_the_dtype_of_the_output(kind: str) -> None:
             output, indices = module(torch.randn(2, 5, 8))[:2]
             found.append((output.dtype, module.get_output_from_indices(indices).dtype))
     assert found == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+
+
+def test_a_vector_without_a_norm_reaches_no_gradient() -> None:
+    quantizer = make(codebook_dim=4, layernorm_after_project_in=True)
+    layer = quantizer.project_in[0]
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4, DIM) * torch.tensor([[0.9], [-0.9], [0.9], [-0.9]]))
+    x = torch.randn(2, 5, DIM)
+    x[0, 1] = 3e38
+    found, expected = x.clone().requires_grad_(), x[1:].clone().requires_grad_()
+    quantized, indices, _ = quantizer(found, freeze_codebook=True)
+    assert indices[0, 1] == -1 and (indices >= 0).sum() == 9
+    quantized.sin().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in quantizer.parameters() if parameter.grad is not None)
+    quantizer(expected, freeze_codebook=True)[0].sin().sum().backward()
+    torch.testing.assert_close(found.grad[1:], expected.grad)
+    assert not found.grad[0, 1].any()

@@ -1108,3 +1108,20 @@ def test_bad_indices_are_refused_in_a_transform():
     indices[2, 1] = 8
     with pytest.raises(ValueError, match=r"^indices holds a value outside -1 \.\.\. 7"):
         decode(indices)
+
+
+def test_a_vector_without_a_norm_reaches_no_gradient():
+    quantizer = VectorQuantize(DIM, CODES, codebook_dim=4, projection_norm=True)
+    layer = quantizer.project_in
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4, DIM) * torch.tensor([[0.9], [-0.9], [0.9], [-0.9]]))
+    x = torch.randn(2, 5, DIM)
+    x[0, 1] = 3e38
+    found, expected = x.clone().requires_grad_(), x[1:].clone().requires_grad_()
+    quantized, indices, _ = quantizer(found, freeze_codebook=True)
+    assert indices[0, 1] == -1 and (indices >= 0).sum() == 9
+    quantized.sin().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in quantizer.parameters() if parameter.grad is not None)
+    quantizer(expected, freeze_codebook=True)[0].sin().sum().backward()
+    torch.testing.assert_close(found.grad[1:], expected.grad)
+    assert not found.grad[0, 1].any()

@@ -60,6 +60,7 @@ from vqkit.quantizers.layout import (
     check_layout,
     check_range,
     check_tensor,
+    has_hooks,
     position_mask,
     require,
     rows_at,
@@ -609,7 +610,10 @@ class VectorQuantize(Quantizer):
             has_meaning = finite_rows if norm is not None else self._has_scores
             projected, kept = _keep(project_in(_for_layer(project_in, projected)), kept, has_meaning)
         if norm is not None:
-            projected, kept = _keep(norm(projected), kept, self._has_scores)
+            with torch.no_grad():  # a row so long that it has no norm is finite in front of it, and its gradient is not
+                normed = finite_rows(norm.forward(projected))
+            kept = normed if kept is None else kept & normed
+            projected, kept = _keep(norm(where_kept(kept, projected)), kept, self._has_scores)
         vectors = self._as_vectors(projected)
         return _Vectors(rows, directions(vectors) if self.metric == "cosine" else vectors, mask, kept, projected.dtype)
 
@@ -631,7 +635,7 @@ class VectorQuantize(Quantizer):
         if type(layer) is not nn.Sequential:
             return layer, self.norm
         parts = tuple(layer._modules.values())
-        if [type(part) for part in parts] != [nn.Linear, nn.LayerNorm] or _has_hooks(layer):
+        if [type(part) for part in parts] != [nn.Linear, nn.LayerNorm] or has_hooks(layer):
             return layer, self.norm
         return parts[0], parts[1]
 
@@ -938,13 +942,9 @@ def _keep(x: Tensor, kept: Tensor | None, has_meaning: Callable[[Tensor], Tensor
     return (x, None) if kept is None else (where_kept(kept, x), kept)
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-
-
 def _is_plain(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether it may be called twice, if it is there: it is of this very kind, and nothing else listens."""
-    return layer is None or (type(layer) is kind and not _has_hooks(layer))
+    return layer is None or (type(layer) is kind and not has_hooks(layer))
 
 
 def _for_layer(layer: nn.Module, x: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class FSQ(Settable):
     uncalled = {  # noqa: RUF012
         **dict.fromkeys(("bound", "symmetry_preserving_bound", "quantize", "maybe_apply_noise", "codes_to_indices"), ("forward",)),
         "indices_to_level_indices": ("indices_to_codes",),
+        "_scale_and_shift": ("codes_to_indices", "forward"),
+        **dict.fromkeys(("_scale_and_shift_inverse", "_indices_to_codes"), ("indices_to_codes",)),
     }
 
     _levels: Tensor

@@ -73,7 +73,11 @@ class LatentQuantize(OwnsOptimizer, Settable):
 
     fixed = frozenset(("codebook_dim", "num_codebooks", "effective_codebook_dim", "has_projections", "codebook_size", "implicit_codebook"))
 
-    uncalled = dict.fromkeys(("quantize", "quantization_loss", "commitment_loss", "codes_to_indices"), ("forward",))
+    uncalled = {  # noqa: RUF012
+        **dict.fromkeys(("quantize", "quantization_loss", "commitment_loss", "codes_to_indices"), ("forward",)),
+        "_scale_and_shift": ("codes_to_indices", "forward"),
+        "_scale_and_shift_inverse": ("indices_to_codes",),
+    }
 
     _levels: Tensor
     native: latent.LatentQuantize

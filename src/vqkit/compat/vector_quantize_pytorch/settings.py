@@ -22,13 +22,14 @@ class Overridable(nn.Module):
     """A module some of whose methods its own calls do not go through: a subclass that overrides one of these is refused."""
 
     uncalled: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Such a method, and the methods that the peer calls it in: a subclass that writes all of these itself may override it."""
+    """Such a method, be it the peer's alone, and the methods that it is called in there: who writes all of these may override it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
             for name, callers in vars(base).get("uncalled", {}).items():
-                if getattr(cls, name) is not getattr(base, name) and not (callers and all(_is_anew(cls, base, own) for own in callers)):
+                own = getattr(cls, name, None) is not getattr(base, name, None)
+                if own and not (callers and all(_is_anew(cls, base, caller) for caller in callers)):
                     raise TypeError(f"class {cls.__name__} overrides {_without_effect(base, name, callers)}")
 
 
@@ -36,7 +37,7 @@ def _is_anew(cls: type, base: type, name: str) -> bool:
     """Whether `cls` has a method of its own that is not that of `base` with something around it."""
     own = getattr(cls, name)
     code = getattr(inspect.unwrap(own), "__code__", None)
-    return own is not getattr(base, name) and (code is None or "__class__" not in code.co_freevars)  # which super() needs
+    return own is not getattr(base, name, None) and (code is None or "__class__" not in code.co_freevars)  # which super() needs
 
 
 def _without_effect(base: type, name: str, callers: Sequence[str]) -> str:
