@@ -19,9 +19,11 @@ from vqkit.quantizers import (
     DeadCodes,
     Frozen,
     Gradient,
+    ImplicitVQ,
     KMeans,
     OwnOptimizer,
     StoredEMA,
+    VectorQuantize,
     update_codebooks_,
 )
 from vqkit.quantizers.update import stored_codes
@@ -349,6 +351,15 @@ def test_under_an_affine_map_the_rules_see_the_vectors_mapped_back(rule):
     update_codebooks_(plain)
     for name in codebook._rule_names:
         torch.testing.assert_close(getattr(codebook, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+def test_a_forward_tells_the_affine_variance_far_from_the_origin(offset):
+    x = offset + vectors(400)[0]
+    for quantizer in (VectorQuantize(DIM, SIZE, affine=Affine(0.5, 0.5)), ImplicitVQ(DIM, SIZE, MLP(4), affine=Affine(0.5, 0.5))):
+        quantizer(x)
+        found = quantizer.state_dict()["table.batch_variance"][0]
+        torch.testing.assert_close(found, x.double().var(0, correction=0).float(), rtol=1e-3, atol=0)
 
 
 def test_codes_that_stand_still_are_read_by_the_moments_of_the_vectors_and_their_weights_are_checked():

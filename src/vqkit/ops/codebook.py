@@ -214,7 +214,7 @@ def assignment_stats(
         vectors=vectors,
         squared_error=x.new_zeros(heads) if quantized is None else _squared_error(x, quantized, dropped),
         non_finite=_per_head(lost if ignored is None else lost & ~ignored).to(x.dtype),
-        moments=_moments(x, dropped, vectors) if moments else x.new_zeros(heads, 2, 0),
+        moments=moments_around_mean(x, dropped, vectors) if moments else x.new_zeros(heads, 2, 0),
     )
 
 
@@ -249,7 +249,8 @@ def _squared_error(x: Tensor, quantized: Tensor, dropped: Tensor) -> Tensor:
     return _per_head(error)
 
 
-def _moments(x: Tensor, dropped: Tensor, vectors: Tensor) -> Tensor:
+def moments_around_mean(x: Tensor, dropped: Tensor, vectors: Tensor) -> Tensor:
+    """`moments` of x [..., H, N, K] without what is dropped [..., H, N], of which so many vectors [H] are left, wherever they are."""
     axes = (*range(x.dim() - 3), -2)
     kept = ~dropped.unsqueeze(-1)
     total = x.where(kept, 0.0).sum(axes)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes
+from vqkit.ops.codebook import CodebookStatistics, draw_candidates, gather_codes, moments_around_mean
 from vqkit.ops.estimators import rotate_back_, rotation_gradient, rotation_trick, scale_gradient, straight_through
 from vqkit.ops.nearest_code import compiled, triton
 from vqkit.ops.precision import is_recorded, is_transformed, may_look
@@ -73,10 +73,13 @@ def coded(
     return found._replace(quantized=quantized, error=error)
 
 
-def coded_stats(x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None = None, *, num_candidates: int = 0) -> CodebookStatistics:
+def coded_stats(
+    x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None = None, *, num_candidates: int = 0, far: bool = False
+) -> CodebookStatistics:
     """What `assignment_stats` makes of x, without gradient, indices and their codes, moments included, from what was counted of them.
 
-    `ignored` [G, N] bool are vectors of index -1 that do not count as `non_finite`.
+    `ignored` [G, N] bool are vectors of index -1 that do not count as `non_finite`. With `far` moments are taken in a
+    pass of their own: of codes far from the vectors, beside how far these are apart, what was counted tells them badly.
     """
     none_lost = num_candidates == 0 or (may_look(found.lost) and not found.lost.any())
     return CodebookStatistics(
@@ -86,7 +89,7 @@ def coded_stats(x: Tensor, indices: Tensor, found: Coded, ignored: Tensor | None
         vectors=found.vectors,
         squared_error=found.squared_error,
         non_finite=found.lost if ignored is None else found.lost - ignored.sum(-1),
-        moments=found.moments,
+        moments=moments_around_mean(x, indices < 0, found.vectors) if far else found.moments,
     )
 
 

@@ -193,6 +193,11 @@ class Codebook(Counting):
         return self.dead_codes is not None or self.affine is not None or not isinstance(self.update, StoredEMA) or self.update.count
 
     @property
+    def far_from_vectors(self) -> bool:
+        """Whether a forward may read codes far from vectors whose moments the codes are to follow."""
+        return self.affine is not None and not self.affine.current
+
+    @property
     def dtype(self) -> torch.dtype:
         """float32 or float64."""
         return self.pending.sum.dtype

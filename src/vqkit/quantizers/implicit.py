@@ -331,7 +331,7 @@ class ImplicitVQ(Quantizer):
         error = error.sum() if chosen.known is None else error.sum(-1).where(chosen.known, 0.0).sum()
         found = found._replace(squared_error=error.unsqueeze(0))
         ignored = None if ignored is None else ignored.unsqueeze(0)
-        return coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates)
+        return coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates, far=self.table.far_from_vectors)
 
     def _check_temperature(self, temperature: float | None, indices: Tensor | None) -> None:
         if temperature is None:

@@ -839,7 +839,9 @@ class VectorQuantize(Quantizer):
         vectors = given.vectors.detach()
         if found is None:
             found = coded(vectors, codes.detach().to(vectors.dtype), indices, estimator="none", count=True)
-        statistics = coded_stats(vectors, indices, found, ignored, num_candidates=self.table.num_candidates)
+        statistics = coded_stats(
+            vectors, indices, found, ignored, num_candidates=self.table.num_candidates, far=self.table.far_from_vectors
+        )
         if own is None:
             self.table.recognize_(statistics)
         return self._count_once(statistics)
