@@ -93,6 +93,8 @@ def call(module: torch.nn.Module, part: str, case: Case) -> Callable[[], None] |
         return train if part == "train" else encode
     decoder: Any = next((getattr(module, name) for name in DECODERS if hasattr(module, name)), None)
     indices = indices_of(module, case)
+    if case.kind == "VectorQuantize" and isinstance(indices, Tensor):
+        indices = indices.clamp(min=0)  # -1 is the last code there, and zeros here: not the same work
 
     def decode() -> None:
         with torch.no_grad():

@@ -2,11 +2,12 @@
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 
-from vqkit.ops.perturbation import cdf
+from vqkit.ops.perturbation import Distribution, cdf, quantile
 from vqkit.quantizers import FSP, Moments, Residual
 
 SPREAD = math.sqrt(12.0)
@@ -112,3 +113,15 @@ def test_moments_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             Moments(**arguments)
+
+
+@pytest.mark.parametrize("output", ["uniform", "latent"])
+@pytest.mark.parametrize("cdf", get_args(Distribution))
+def test_indices_decode_to_the_middles_of_their_bins_by_settings_of_now(cdf, output):
+    module, indices = FSP((4, 3), cdf=cdf, output=output, scale=2.0, moments=None), torch.arange(12)
+    for eps in (None, 0.2, None):
+        module.eps = eps
+        place = (module.digits(indices) + 0.5) / torch.tensor([4.0, 3.0])
+        inside = place.clamp(0.0 if eps is None else eps, 1.0 if eps is None else 1.0 - eps)
+        expected = quantile(inside, cdf) if output == "latent" else (place - 0.5) * 12**0.5
+        torch.testing.assert_close(module.decode(indices), 2.0 * expected)

@@ -71,6 +71,30 @@ def centres(digits: Tensor, levels: Sequence[int], dtype: torch.dtype, *, standa
     return (digits + 0.5).div_(per_scalar(tuple, levels, digits))
 
 
+def output_at(place: Tensor, distribution: Distribution | None, *, scale: float = 1.0, eps: float | None = None) -> Tensor:
+    """Places [...] in 0 ... 1, kept `eps` (None: what their dtype tells apart) off the ends, to scalars of a distribution.
+
+    None: they are standard places, and stay where they are. Times `scale`.
+    """
+    if distribution is not None:
+        eps = torch.finfo(place.dtype).eps if eps is None else eps
+        place = quantile(place.clamp(eps, 1.0 - eps), distribution)
+    return place if scale == 1.0 else place * scale
+
+
+def bin_codes(
+    digits: Tensor,
+    levels: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    distribution: Distribution | None = None,
+    scale: float = 1.0,
+    eps: float | None = None,
+) -> Tensor:
+    """The codes [..., d] of bins [..., d]: `output_at` of their middles."""
+    return output_at(centres(digits, levels, dtype, standard=distribution is None), distribution, scale=scale, eps=eps)
+
+
 class Perturbed(NamedTuple):
     """Places [..., d] that were moved by noise."""
 

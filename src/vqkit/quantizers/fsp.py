@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vqkit.ops.estimators import straight_through
-from vqkit.ops.perturbation import MOMENTS, UNIFORM_STD, Distribution, Perturbed, bins, cdf, centres, moments, perturb, quantile
-from vqkit.ops.scalar import Rounded
+from vqkit.ops.perturbation import MOMENTS, UNIFORM_STD, Distribution, Perturbed, bin_codes, bins, cdf, centres, moments, output_at, perturb
+from vqkit.ops.scalar import Rounded, list_codes
 from vqkit.quantizers.base import Quantized, changed
 from vqkit.quantizers.config import Commit, Moments, check_choice, check_kind, check_number
 from vqkit.quantizers.layout import Layout, check_tensor, width_last
@@ -123,7 +123,15 @@ class FSP(ScalarQuantizer):
         return cdf(vectors if self.scale == 1.0 else vectors / self.scale, self.cdf)
 
     def _codes(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._output_at(self._middles(digits, dtype))
+        return bin_codes(digits, self.levels, dtype, distribution=self._told, scale=self.scale, eps=self.eps)
+
+    def _list(self, like: Tensor) -> Tensor | None:
+        return list_codes(bin_codes, self.levels, like, distribution=self._told, scale=self.scale, eps=self.eps)
+
+    @property
+    def _told(self) -> Distribution | None:
+        """That whose scalars the output is; None: it is a standard place."""
+        return self.cdf if self.output == "latent" else None
 
     def _middles(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         """Of bins: places in 0 ... 1 or, where the output is "uniform", standard ones."""
@@ -131,10 +139,7 @@ class FSP(ScalarQuantizer):
 
     def _output_at(self, place: Tensor) -> Tensor:
         """The output for places as of `_middles`."""
-        if self.output == "latent":
-            eps = torch.finfo(place.dtype).eps if self.eps is None else self.eps
-            place = quantile(place.clamp(eps, 1.0 - eps), self.cdf)
-        return place if self.scale == 1.0 else place * self.scale
+        return output_at(place, self._told, scale=self.scale, eps=self.eps)
 
     def _estimate(self, values: Tensor, codes: Tensor) -> Tensor:
         if self.training and self.quantize_rate < 1.0:

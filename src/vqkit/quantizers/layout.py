@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vqkit.ops.codebook import are_chosen, gather_codes
+from vqkit.ops.codebook import gather_codes
 from vqkit.ops.precision import holds_in_all, is_transformed, may_look
 
 Layout = Literal["last", "first"]
@@ -106,9 +106,13 @@ def rows_at(table: Tensor, indices: Tensor) -> tuple[Tensor, bool]:
 
     Differentiable in the table. Raises as `check_indices`.
     """
-    if indices.dtype in (torch.int64, torch.int32) and are_chosen(indices):
+    if indices.dtype in (torch.int64, torch.int32) and may_look(indices):
+        least = indices.min().item() if indices.numel() else 0
         try:  # on CPU a gather itself refuses what is beyond the table, at no cost
-            return torch.embedding(table, indices), True
+            if least >= 0:
+                return torch.embedding(table, indices), True
+            if least == -1:
+                return torch.embedding(table, indices.clamp(min=0)).masked_fill_((indices < 0).unsqueeze(-1), 0.0), False
         except IndexError:
             check_indices("indices", indices, len(table))
     complete = check_indices("indices", indices, len(table))
