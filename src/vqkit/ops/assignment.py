@@ -461,7 +461,12 @@ def _look_up_backward(
 
 def _cross_entropy(x: Tensor, codes: Tensor, target: Tensor, temperature: float, metric: str) -> Tensor:
     """[G, N]; 0 for target -1."""
-    return _cross_entropy_and_gradients(x, codes, target, temperature, metric)
+    loss = x.new_empty(x.shape[:-1])
+    with full_precision(x.device.type):
+        for at, logits, _ in _Scores(x, codes, temperature, metric).tiles():
+            found = F.cross_entropy(logits.flatten(0, 1), target[at].flatten(), ignore_index=-1, reduction="none")
+            loss[at] = found.view(logits.shape[:-1])
+    return loss
 
 
 def _cross_entropy_and_gradients(
@@ -470,9 +475,9 @@ def _cross_entropy_and_gradients(
     target: Tensor,
     temperature: float,
     metric: str,
-    share: Tensor | None = None,
-    of_x: Tensor | None = None,
-    of_codes: Tensor | None = None,
+    share: Tensor,
+    of_x: Tensor | None,
+    of_codes: Tensor | None,
 ) -> Tensor:
     """As `_cross_entropy`; adds to `of_x` and `of_codes`, where given, the gradients of the sum of share [G, N] times that."""
     loss = x.new_empty(x.shape[:-1])
@@ -485,9 +490,8 @@ def _cross_entropy_and_gradients(
             probability = logits.softmax(-1)
             log_sum = logits.amax(-1) - probability.amax(-1).log_()  # of the exponentials, without another pass of them
             loss[at] = log_sum - logits.gather(-1, chosen[at]).squeeze(-1)
-            if share is not None:
-                of_logits = probability.scatter_add_(-1, chosen[at], minus_one[at])
-                scores.add_gradients_(of_logits, share[at].unsqueeze(-1), tile, of_x, of_codes)
+            of_logits = probability.scatter_add_(-1, chosen[at], minus_one[at])
+            scores.add_gradients_(of_logits, share[at].unsqueeze(-1), tile, of_x, of_codes)
     return loss.masked_fill_(target < 0, 0.0)
 
 
@@ -669,8 +673,10 @@ class _MeanCrossEntropy(torch.autograd.Function):
         gradients = [own.new_zeros(own.shape) if asked else None for own, asked in zip((x, codes), needed, strict=True)]
         counted = target >= 0
         num = counted.sum().clamp_(min=1)
-        share = counted.to(x.dtype) / num if any(needed) else None
-        loss = _cross_entropy_and_gradients(x, codes, target, temperature, metric, share, *gradients)
+        if any(needed):
+            loss = _cross_entropy_and_gradients(x, codes, target, temperature, metric, counted.to(x.dtype) / num, *gradients)
+        else:
+            loss = _cross_entropy(x, codes, target, temperature, metric)
         _keep(ctx, (x, codes, target, temperature, metric), *gradients)
         return loss.sum() / num
 
