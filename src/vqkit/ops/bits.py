@@ -63,16 +63,32 @@ def _choices(bits: int, like: Tensor) -> Tensor:
     return make(bits, like.dtype, like.device)
 
 
+def _ones(bits: int, like: Tensor) -> Tensor:
+    """[2^b, b]: 1 where a code has a bit of 1."""
+    make = _kept_ones if bits <= _KEPT and may_keep(like) else _make_ones
+    return make(bits, like.dtype, like.device)
+
+
 def _make_choices(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[2 b, 2^b]: 1 where a code has a bit of 0, and then where it has a bit of 1."""
     ones = torch.arange(2**bits, device=device) >> torch.arange(bits, device=device).unsqueeze(-1) & 1
     return torch.cat([1 - ones, ones]).to(dtype)
 
 
+def _make_ones(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _make_choices(bits, dtype, device)[bits:].T
+
+
 @functools.lru_cache(maxsize=64)
 def _kept_choices(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return _make_choices(bits, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_ones(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _kept_choices(bits, dtype, device)[bits:].T
 
 
 def distribution_entropy(distribution: Tensor, floor: float = 0.0) -> Tensor:
@@ -404,4 +420,4 @@ def _to_scalars(gradient: Tensor, chances: Tensor) -> Tensor:
     """The gradient [n, H, 2^b] of chances for the log odds [n, H, b] of the bits."""
     bits = chances.shape[-1].bit_length() - 1
     of_sums = torch._softmax_backward_data(gradient, chances, -1, chances.dtype)
-    return of_sums @ _choices(bits, chances)[bits:].T
+    return of_sums @ _ones(bits, chances)

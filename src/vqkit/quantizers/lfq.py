@@ -180,10 +180,11 @@ class LFQ(ScalarQuantizer):
             kept = seen.unsqueeze(-1) if kept is None else kept & seen.unsqueeze(-1)
         if not self.losses:
             return {}
-        values, codes = (own.reshape(-1, self.heads, self.width) for own in (values, codes))
-        kept = None if kept is None else kept.reshape(-1, kept.shape[-1])
+        values = values.flatten(0, -3)
+        kept = None if kept is None else kept.flatten(0, -2)
         share = self._draw_share(kept, values) if self.loss_share < 1 and self.training else None
         commits = any(isinstance(loss, Commitment) for loss in self.losses)
+        codes = codes.flatten(0, -3) if commits else codes
         found: dict[float, BitLosses] = {}
         losses: dict[str, Tensor] = {}
         for loss in self.losses:
@@ -204,11 +205,11 @@ class LFQ(ScalarQuantizer):
         if kept is None:
             return (order < max(int(number * self.loss_share), 1)).unsqueeze(-1)
         counted = kept.view(-1) if kept.shape[1] == 1 else kept.any(-1)
-        if may_look(counted):
-            places = order.index_select(0, counted.nonzero().view(-1))
-            last = places.kthvalue(max(int(len(places) * self.loss_share), 1)).values if len(places) else order.new_tensor(-1)
+        order = order.where(counted, number)
+        if number and may_look(counted):
+            last = order.kthvalue(max(int(int(counted.sum()) * self.loss_share), 1)).values
             return kept & (order <= last).unsqueeze(-1)
-        place = order.where(counted, number).argsort().argsort()
+        place = order.argsort().argsort()
         number = (counted.sum(dtype=torch.float64) * self.loss_share).to(torch.int64).clamp(min=1)
         return kept & (place < number).unsqueeze(-1)
 

@@ -308,7 +308,7 @@ def check_loss_mask(mask: Tensor, positions: torch.Size) -> None:
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}: must be torch.bool")
-    if mask.shape not in (positions[:1], positions, (positions[0], positions[1:].numel())):
+    if mask.shape != positions and mask.shape not in (positions[:1], (positions[0], positions[1:].numel())):
         raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {tuple(positions)} or {tuple(positions[:1])}, one a batch entry")
 
 

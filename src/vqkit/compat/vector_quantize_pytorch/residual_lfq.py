@@ -131,9 +131,10 @@ class ResidualLFQ(Settable):
         return_all_codes: bool = False,
         rand_quantize_dropout_fixed_seed: int | None = None,
     ) -> tuple[Tensor, ...]:
-        first = self._is_first(x.dim())
-        rows = rows_of(x, self.dim, first)
         native = self._settle()
+        layer = self._first
+        first = _is_first(layer, x.dim())
+        rows = rows_of(x, self.dim, first)
         depth = len(self._natives)
         if self.training and self.quantize_dropout:
             seed = self.seeds.draw() if rand_quantize_dropout_fixed_seed is None else rand_quantize_dropout_fixed_seed
@@ -149,25 +150,23 @@ class ResidualLFQ(Settable):
         found = native.quantize_vectors(vectors if learns else vectors.detach(), finite, freeze_codebook=True, **options)
         output = project_out(self.project_out, found.quantized, None if finite is None else found.indices)
         output = output.movedim(-1, 1) if first else output
-        indices = found.indices.unsqueeze(-2) if self._keeps else found.indices
-        result = (output, indices, self._losses(found.losses, depth))
+        indices = found.indices.unsqueeze(-2) if layer.keep_num_codebooks_dim else found.indices
+        result = (output, indices, self._losses(found.losses, depth) if found.losses else layer.zero.new_zeros(len(self._natives)))
         if not return_all_codes:
             return result
         if overrides(self, ResidualLFQ, "get_codes_from_indices"):
             return (*result, self.get_codes_from_indices(indices))
         codes = all_layers(torch.stack([*found.outputs]).detach(), self.num_quantizers)
-        return (*result, codes.unsqueeze(-2) if self._keeps else codes)
+        return (*result, codes.unsqueeze(-2) if layer.keep_num_codebooks_dim else codes)
 
     @property
     def _first(self) -> LFQ:
         """The first layer, without the price of asking a list of modules for it."""
-        layers = cast(nn.ModuleList, self._modules["layers"])._modules.values()
-        return cast(LFQ, next(iter(layers)))
+        return next(iter(self._modules["layers"]._modules.values()))  # type: ignore[union-attr, return-value]
 
     def _is_first(self, rank: int) -> bool:
         """Whether an input of this rank, or one that gives indices of this rank, has its width first."""
-        given = self._first.channel_first
-        return rank >= 4 if given is None else bool(given)
+        return _is_first(self._first, rank)
 
     @property
     def _keeps(self) -> bool:
@@ -176,16 +175,17 @@ class ResidualLFQ(Settable):
 
     def _losses(self, losses: dict[str, Tensor], depth: int) -> Tensor:
         """[q], 0 for layers that took no part."""
-        first, number = self._first, len(self._natives)
-        if not losses:
-            return first.zero.new_zeros(number)
-        layers = [*self.layers]
+        layers, number = [*self.layers], len(self._natives)
         if _weighs_alike(layers):
-            names = first.native.loss_weights
-            found = first.weigh({name: stacked([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
+            names = layers[0].native.loss_weights
+            found = layers[0].weigh({name: stacked([losses[f"{name}/{layer}"] for layer in range(depth)]) for name in names})
             return found if depth == number else F.pad(found, (0, number - depth))
         each = [{name.partition("/")[0]: loss for name, loss in losses.items() if name.endswith(f"/{layer}")} for layer in range(number)]
         return torch.stack([own.get(WEIGHED, layer.weigh(own)) for layer, own in zip(layers, each, strict=True)])
+
+
+def _is_first(layer: LFQ, rank: int) -> bool:
+    return rank >= 4 if layer.channel_first is None else bool(layer.channel_first)
 
 
 def _weighs_alike(layers: list[LFQ]) -> bool:
