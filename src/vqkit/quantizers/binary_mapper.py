@@ -153,10 +153,12 @@ class BinaryMapper(ScalarQuantizer):
         else:
             chances = product_distribution(logits)
             vectors = chances - chances.detach()
-        places, ones = indices.unsqueeze(-1), vectors.new_ones(())
-        if whole:
-            return vectors.scatter_add(-1, places, ones.expand(places.shape))
-        return vectors.scatter_add(-1, places.clamp(min=0), (places >= 0).to(ones.dtype))
+        places = indices.unsqueeze(-1)
+        if not whole:
+            return vectors.scatter_add(-1, places.clamp(min=0), (places >= 0).to(vectors.dtype))
+        if logits is None:
+            return vectors.scatter(-1, places, 1.0)
+        return vectors.scatter_add(-1, places, vectors.new_ones(()).expand(places.shape))
 
     def _divergence(self, logits: Tensor, kept: Tensor | None, free: FreeBits) -> Tensor:
         """The mean over vectors and heads."""

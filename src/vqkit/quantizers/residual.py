@@ -247,7 +247,8 @@ class Residual(Quantizer):
         if indices is None and beam_size > 1 and all(codebook.initialized for codebook in self.codebooks()):
             indices = self._search(vectors, _or_all(finite, vectors), used, beam_size, options)
             options = {name: value for name, value in options.items() if name != "temperature"}
-        given, aims = (_split(path, vectors.shape[:-1]) for path in (indices, targets))
+        positions = vectors.shape[:-1]
+        given, aims = _split(indices, positions), _split(targets, positions)
         path = self._walk(vectors, finite is None, counted, used, given, aims, freeze_codebook, options)
         return path, self._estimate(vectors, finite, path)
 

@@ -382,7 +382,7 @@ class ScalarQuantizer(Quantizer):
         return rows if self.project_in is None else self.project_in(as_dtype(rows, self.project_in.weight.dtype))
 
     def _vectors(self, rows: Tensor, vectors: Tensor, mask: Tensor | None, finite: Tensor | None) -> _Vectors:
-        split = as_dtype(vectors, widest(vectors)).unflatten(-1, (self.heads, self.width))
+        split = as_dtype(vectors, widest(vectors)).reshape(*vectors.shape[:-1], self.heads, self.width)
         return _Vectors(rows, split, mask, finite, vectors.dtype)
 
     def _write(self, given: _Vectors, quantized: Tensor, indices: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from math import log2
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
