@@ -260,7 +260,7 @@ class Codebook(Counting):
         if self._frozen:
             codes = codes.detach()  # a transform of them may still learn
         if self.affine:
-            codes = (codes - _row(state["code_mean"])) * self._scale(state) + _row(state["batch_mean"])
+            codes = torch.addcmul(_row(state["batch_mean"]), codes - _row(state["code_mean"]), self._scale(state))
         if self.transform is not None:
             with without_autocast(codes.device.type):
                 codes = self.transform(codes)
@@ -269,7 +269,10 @@ class Codebook(Counting):
     def _to_read(self, state: State) -> Tensor:
         """What is stored, where no commit writes into it meanwhile: a backward reads what the forward read."""
         codes = stored_codes(self.update, state)
-        return codes.clone() if codes is state.get("weight") and not isinstance(self.update, Frozen) else codes
+        if codes is not state.get("weight") or isinstance(self.update, Frozen):
+            return codes
+        made_anew = self._entered is None and (self.affine or self.metric == "cosine")  # of it, at once
+        return codes if made_anew and not (codes.requires_grad and torch.is_grad_enabled()) else codes.clone()
 
     @property
     def codebook(self) -> Tensor:

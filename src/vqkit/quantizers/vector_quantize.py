@@ -682,8 +682,8 @@ class VectorQuantize(Quantizer):
         if indices.dim() < 1 or (self.heads > 1 and (indices.dim() < 2 or indices.shape[-1] != self.heads)):
             shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
-        number = indices.numel()
-        table, as_read = self.table.rows(number // self.heads if self.separate_heads else number)
+        number, own = indices.numel(), cast(Codebook, self._modules["table"])
+        table, as_read = own.rows(number // self.heads if self.separate_heads else number)
         if not self.separate_heads:
             codes, complete = rows_at(table[0], indices)
         else:

@@ -251,7 +251,7 @@ class Codebook(Overridable, _Codebook):
         return self._stored("cluster_size")
 
     def committed_state(self) -> State:
-        buffers = cast(dict[str, Tensor], self._buffers)
+        buffers: dict[str, Any] = self._buffers
         codes = self._parameters.get("embed")
         state = {"weight": buffers["embed"] if codes is None else codes, "count": buffers["cluster_size"], "sum": buffers["embed_avg"]}
         if self.affine:

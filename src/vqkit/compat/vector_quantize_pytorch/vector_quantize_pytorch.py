@@ -62,7 +62,7 @@ from vqkit.dist import LocalReducer
 from vqkit.quantizers.base import Quantized
 from vqkit.quantizers.committed import in_backward
 from vqkit.quantizers.config import Estimator, Gumbel, Loss
-from vqkit.quantizers.layout import check_indices, check_tensor, has_hooks
+from vqkit.quantizers.layout import check_indices, check_tensor, has_hooks, is_nothing
 from vqkit.quantizers.vector_quantize import VectorQuantize as _VectorQuantize
 
 LossBreakdown = namedtuple("LossBreakdown", ["commitment", "codebook_diversity", "orthogonal_reg", "inplace_optimize"])
@@ -324,6 +324,8 @@ class VectorQuantize(OwnsOptimizer, Settable):
 
     def get_output_from_indices(self, indices: Tensor | Any) -> Tensor:
         """indices as a call gives them -> vectors as a call gives them; index -1 gives zeros."""
+        if is_nothing(cast(nn.Module, self._modules["project_out"])):
+            return self.get_codes_from_indices(indices)
         own = overrides(self, VectorQuantize, "get_codes_from_indices")
         return self._decode(self._output_of_codes if own else self._settle().decode, indices)
 
