@@ -41,8 +41,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 COUNTED = ("VectorQuantize", "ResidualVQ", "GroupedResidualVQ", "SimVQ", "ResidualSimVQ", "RandomProjectionQuantizer", "HierarchicalVQ")
 
 
-def make(name: str) -> nn.Module:
+def make(name: str, **more: Any) -> nn.Module:
     kind, kwargs = CASES[name]
+    kwargs = {**kwargs, **more}
     sizes = {"codebook_size": CODES} if kind in COUNTED else {}
     sizes = sizes if "dim" in kwargs else {"dim": DIM, **sizes}
     torch.manual_seed(0)
@@ -92,6 +93,18 @@ def test_training_and_evaluation_compile_to_one_graph(name: str) -> None:
         for seed in range(2):
             x = vectors(name, seed)
             torch.testing.assert_close(step(traced, x, compiled), step(eager.train(training), x), rtol=1e-5, atol=1e-5)
+    assert_same_state(eager, traced, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, where the graph breaks, as it does for a start
+@pytest.mark.parametrize("name", ["averages", "expiry", "residual", "hierarchical"])
+def test_the_first_call_may_be_a_compiled_one_that_starts_by_k_means(name: str) -> None:
+    torch._dynamo.reset()
+    eager, x = make(name, kmeans_init=True), vectors(name)
+    traced = copy.deepcopy(eager)
+    compiled = torch.compile(traced, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(step(traced, x, compiled), step(eager, x), rtol=1e-5, atol=1e-5)
     assert_same_state(eager, traced, rtol=1e-5, atol=1e-6)
 
 

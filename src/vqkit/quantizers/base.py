@@ -123,6 +123,9 @@ class Quantizer(Committing):
         """What a call does, with what `quantize` returns: the losses by name, unweighted."""
         members = _members(self)
         learning = self.training and not freeze_codebook
+        if learning and torch.compiler.is_compiling() and not all(codebook.initialized for codebook in self.codebooks()):
+            eager = torch.compiler.disable(self.quantize_and_learn, reason="a k-means start waits for its first vectors: the graph breaks")
+            return eager(x, mask, **options)
         outside = outside_backward(x)
         if self.training and self._commit == "auto":
             self._begin_(members, outside)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +53,7 @@ class Kept:
         self.function = function
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self.function if instance is None else self.function.__get__(instance, owner)
+        return self.function if instance is None else MethodType(self.function, instance)
 
     def __set__(self, instance: Any, value: Any) -> None:
         raise TypeError(f"{self.function.__name__} is set on {_without_effect(type(instance), self.function.__name__, ())}")
