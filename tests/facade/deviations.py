@@ -672,7 +672,7 @@ _OF_VECTOR_QUANTIZE = (
         _ALL,
         "kmeans_init & threshold_ema_dead_code",
         _VQ + "test_codes_that_are_merely_not_yet_used_do_not_die",
-        "codes of few vectors are dead right after k-means; here they have time",
+        "codes of few vectors are dead right after k-means; here they have three steps",
         ("state", "output.*", "input_gradient", "parameter_gradient", "eval.*", "decode.*"),
     ),
     Deviation(
@@ -818,9 +818,9 @@ _OF_VECTOR_QUANTIZE = (
         _LAYERS,
         "threshold_ema_dead_code of a new codebook",
         _VQ + "test_codes_that_are_merely_not_yet_used_do_not_die",
-        "counts start at 1, so that at a threshold of 2 whatever the first call does not use starts anew at its vectors; here they start "
-        "at twice the threshold, and codes have time (0.69 / (1 - decay) steps). As there: `_codebook.cluster_size.fill_(1)` and "
-        "`_codebook.embed_avg.copy_(_codebook.embed)` before the first call",
+        "counts start at 1, so that at a threshold of 2 whatever the first call does not use starts anew at its vectors; here codes "
+        "have three steps. As there: `_codebook.cluster_size.fill_(1)` and `_codebook.embed_avg.copy_(_codebook.embed)` before the first "
+        "call",
     ),
     Deviation(
         "VectorQuantize",

@@ -617,6 +617,20 @@ def test_codes_that_are_merely_not_yet_used_do_not_die(kmeans: bool) -> None:
     assert (vq._codebook.cluster_size < 4).sum() > CODES / 2  # but later they do
 
 
+@pytest.mark.parametrize("decay", [0.5, 0.8, 0.99, 0.999])
+@pytest.mark.parametrize("kmeans", [False, True])
+def test_codes_without_a_vector_start_anew_after_three_steps_at_most(kmeans: bool, decay: float) -> None:
+    vq = make(threshold_ema_dead_code=2, kmeans_init=kmeans, decay=decay)
+    if kmeans:
+        vq(vectors())
+    fewest = vq._codebook.cluster_size == vq._codebook.cluster_size.min()
+    there = vectors() + 1_000.0  # where an encoder has moved to
+    fewest[0, vq(there)[1]] = False
+    for _ in range(3):
+        vq(there)
+    assert fewest.any() and ((vq._codebook.embed[fewest] - 1_000.0).abs() < 50.0).all()
+
+
 @pytest.mark.parametrize("calls", [{}, {"ema_update": True}])
 def test_the_counts_are_those_of_the_codes_that_an_optimizer_left(calls: dict[str, Any]) -> None:
     vq = make(**LEARNED, in_place_codebook_optimizer=sgd, threshold_ema_dead_code=1e-3)

@@ -41,6 +41,9 @@ _BUFFERS = ("initted", "cluster_size", "embed_avg", "embed")
 _PARTS, _WAITING = 32, 1 << 20
 """So many statistics, and numbers of them, wait at most to be added up."""
 
+_CHANCES = 3
+"""After so many steps a code of which no vector was near starts anew, where codes may: far from encoders that move it would stay unused."""
+
 CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor] | float
 
 
@@ -282,8 +285,10 @@ class Codebook(Overridable, _Codebook):
 
     @property
     def _start_count(self) -> float:
-        """Twice the threshold, so that a code that was merely not yet used is not dead after the first step."""
-        return max(1.0, 2.0 * self.dead_codes.threshold) if self.dead_codes else 1.0
+        """So much that a code that was merely not yet used is not dead after the first step, but after `_CHANCES`, or at half of it."""
+        if self.dead_codes is None:
+            return 1.0
+        return max(1.0, self.dead_codes.threshold / max(0.5, cast(StoredEMA, self.update).decay ** _CHANCES))
 
     @property
     def initialized(self) -> bool:  # type: ignore[override]
