@@ -338,9 +338,11 @@ def test_bad_arguments_of_the_nearest_few_are_named():
 
 def test_directions_of_many_codebooks_are_taken_a_few_at_a_time(monkeypatch):
     x, codebook = torch.randn(5, 7, 4), 10 ** torch.randn(5, 9, 1) * torch.randn(5, 9, 4)
-    expected = nearest_index(x, codebook, metric="cosine")
-    monkeypatch.setattr(api, "_ENTRIES_AT_ONCE", 2 * 9 * 4)
+    expected, few = nearest_index(x, codebook, metric="cosine"), nearest_codes(x, codebook, 3, metric="cosine")
+    monkeypatch.setitem(api._ENTRIES_AT_ONCE, "cpu", 2 * 9 * 4)
     assert torch.equal(nearest_index(x, codebook, metric="cosine"), expected)
+    assert all(map(torch.equal, nearest_codes(x, codebook, 3, metric="cosine"), few))
+    assert torch.equal(few.indices[..., 0], expected)
     dense = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(codebook, dim=-1).mT
     assert torch.equal(expected, dense.argmax(-1))
 

@@ -405,13 +405,12 @@ def draw_by_logits(noise: Tensor, logits: Tensor) -> Tensor:
     """noise [..., num] in [0, 1], logits [..., C], of the caller no more -> [..., num]: as `sample_indices` draws."""
     if noise.shape[-1] == 1:
         return _first_above(noise, logits.softmax(-1).cumsum(-1))
-    indices = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
-    for place in range(noise.shape[-1]):
-        if place > 0:
-            logits.scatter_(-1, indices[..., place - 1 : place], -torch.inf)
-        here = slice(place, place + 1)
-        indices[..., here] = _first_above(noise[..., here], logits.softmax(-1).cumsum(-1))
-    return indices
+    found: list[Tensor] = []
+    for own in noise.split(1, dim=-1):
+        if found:
+            logits.scatter_(-1, found[-1], -torch.inf)
+        found.append(_first_above(own, logits.softmax(-1).cumsum(-1)))
+    return torch.cat(found, dim=-1)
 
 
 def _first_above(noise: Tensor, cumulated: Tensor) -> Tensor:

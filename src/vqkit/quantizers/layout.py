@@ -25,6 +25,18 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
+def any_hooks(module: nn.Module) -> bool:
+    """Whether `has_hooks` holds of it or of anything within."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        part = waiting.pop()
+        if part is not None:
+            if has_hooks(part):
+                return True
+            waiting.extend(part.__dict__["_modules"].values())
+    return False
+
+
 def is_nothing(layer: nn.Module) -> bool:
     """Whether a call of it would give what it gets, and nobody would know."""
     return isinstance(layer, nn.Identity) and not has_hooks(layer)

@@ -33,7 +33,7 @@ from vqkit.quantizers.base import Quantized, Statistics
 from vqkit.quantizers.commit import flatten_statistics
 from vqkit.quantizers.config import BeamSearch, Commitment, DiVeQ
 from vqkit.quantizers.implicit import ImplicitVQ
-from vqkit.quantizers.layout import check_indices, check_tensor, has_hooks, width_last
+from vqkit.quantizers.layout import any_hooks, check_indices, check_tensor, width_last
 from vqkit.quantizers.residual import Residual, check_path
 
 _DIVEQ_VARIANCE = 5e-3
@@ -145,7 +145,7 @@ class MLP(nn.Module):
 
     def hears(self) -> bool:
         """Whether anything listens to one of its parts, or makes its parameters before each call."""
-        return any(map(has_hooks, self.modules()))
+        return any_hooks(self)
 
     def _by_calls(self, codes: Tensor, condition: Tensor) -> Tensor:
         x = torch.cat([*torch.broadcast_tensors(condition, codes)], dim=-1)

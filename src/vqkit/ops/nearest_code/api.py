@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,7 +31,8 @@ def _best_few(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return blocked.nearest_codes(x, codebook, k)
 
 
-_ENTRIES_AT_ONCE = 1 << 20  # of the directions of codes, where many vectors have a codebook of their own
+_ENTRIES_AT_ONCE = {"cpu": 1 << 18}  # of the directions of codes, where many vectors have a codebook of their own; a cache holds them
+_ENTRIES_AT_ONCE_ELSEWHERE = 1 << 26
 _FEW = 64  # up to here the compiled form is the faster one: it holds that many scores of each vector in order
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -141,15 +142,28 @@ def _validate(x: Tensor, codebook: Tensor, metric: str, impl: str, backends: Col
 
 def _compute(x: Tensor, codebook: Tensor, metric: str, impl: str) -> Tensor:
     nearest = _BACKENDS["reference" if is_recorded() else impl]
-    if metric == "euclidean":
-        return nearest(x, codebook)
-    together = max(1, _ENTRIES_AT_ONCE // max(1, codebook.shape[1:].numel()))
-    parts = zip(x.split(together), codebook.split(together), strict=True)
-    return torch.cat([nearest(directions(vectors), directions(codes)) for vectors, codes in parts])
+    found = [nearest(*part) for part in _parts(x, codebook, metric)]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _compute_k(x: Tensor, codebook: Tensor, k: int, metric: str, impl: str) -> tuple[Tensor, Tensor]:
-    return _BACKENDS_K["reference" if is_recorded() else impl](*_comparable(x, codebook, metric), k)
+    nearest = _BACKENDS_K["reference" if is_recorded() else impl]
+    found = [nearest(*part, k) for part in _parts(x, codebook, metric)]
+    if len(found) == 1:
+        return found[0]
+    indices, distances = zip(*found, strict=True)
+    return torch.cat(indices), torch.cat(distances)
+
+
+def _parts(x: Tensor, codebook: Tensor, metric: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Such that the euclidean distance is meant; directions of few codebooks at a time."""
+    if metric == "euclidean":
+        yield x, codebook
+        return
+    at_once = _ENTRIES_AT_ONCE.get(codebook.device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
+    together = max(1, at_once // max(1, codebook.shape[1:].numel()))
+    for vectors, codes in zip(x.split(together), codebook.split(together), strict=True):
+        yield _comparable(vectors, codes, metric)
 
 
 @torch.library.custom_op("vqkit::nearest_index", mutates_args=())
