@@ -22,6 +22,11 @@ from vqkit.quantizers.layout import Layout, where_kept
 from vqkit.quantizers.scalar import CodeCounts, ScalarQuantizer
 
 
+def _whole_places(digits: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`level_places`, as indices."""
+    return level_places(digits, levels, dtype).to(torch.int64)
+
+
 def _table_places(levels: tuple[int, ...], device: torch.device) -> Tensor:
     """Where a table [L, d] has its values from, the first level in place of what a scalar has less than others: of equals it is taken."""
     firsts = [0, *itertools.accumulate(levels[:-1])]
@@ -131,7 +136,7 @@ class LatentQuantize(ScalarQuantizer):
         return as_dtype(weight, dtype).index_select(0, places.to(torch.int64).flatten()).view_as(places)
 
     def _list(self, like: Tensor) -> Tensor | None:
-        return list_codes(level_places, self.levels, like)
+        return list_codes(_whole_places, self.levels, like)
 
     def _of_listed(self, rows: Tensor, complete: bool, indices: Tensor) -> Tensor:
         codes = self._at(rows, torch.float32)

@@ -32,7 +32,6 @@ from vqkit.quantizers.layout import (
     check_layout,
     check_tensor,
     is_all,
-    is_integer,
     position_mask,
     rows_at,
     where_kept,
@@ -404,8 +403,6 @@ class ScalarQuantizer(Quantizer):
     def _look_up(self, indices: Tensor) -> Tensor:
         """[P...] or [P..., heads] -> codes [P..., heads * d]."""
         check_tensor("indices", indices)
-        if not is_integer(indices):
-            raise TypeError(f"indices is {indices.dtype}: must be an integer type")
         if indices.dim() < 1 or (self.heads > 1 and (indices.dim() < 2 or indices.shape[-1] != self.heads)):
             shape = "[batch, ...]" if self.heads == 1 else f"[batch, ..., {self.heads}]"
             raise ValueError(f"indices has shape {tuple(indices.shape)}: must be {shape}")
@@ -418,7 +415,7 @@ class ScalarQuantizer(Quantizer):
         return codes if self.heads == 1 else codes.flatten(-2)
 
     def _list(self, like: Tensor) -> Tensor | None:
-        """What all codes [C, d] are made of, float32 on the device of `like`: where it never changes, and is kept."""
+        """What all codes [C, d] are made of, on the device of `like`: where it never changes, and is kept."""
         return None
 
     def _of_listed(self, rows: Tensor, complete: bool, indices: Tensor) -> Tensor:

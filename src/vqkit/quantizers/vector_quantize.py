@@ -685,7 +685,7 @@ class VectorQuantize(Quantizer):
         number, own = indices.numel(), cast(Codebook, self._modules["table"])
         table, as_read = own.rows(number // self.heads if self.separate_heads else number)
         if not self.separate_heads:
-            codes, complete = rows_at(table[0], indices)
+            codes, complete = rows_at(table.squeeze(0), indices)
         else:
             complete = check_indices("indices", indices, self.codebook_size)
             chosen = self._to_heads(indices.to(torch.int64).reshape(-1, self.heads))
