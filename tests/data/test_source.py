@@ -142,13 +142,39 @@ def test_a_corpus_without_files_says_why(tmp_path: Path, files: dict[str, bytes]
 
 
 @given(names, configs, st.randoms())
-def test_every_file_is_whole_in_one_split_whatever_their_order(names: list[str], config: DataConfig, order: random.Random) -> None:
+def test_every_byte_is_in_one_split_whatever_the_order_of_the_files(names: list[str], config: DataConfig, order: random.Random) -> None:
     files = sized(names)
     documents = split_documents(files, config)
-    assert [(d.file, d.start, d.stop) for d in documents] == [(file, 0, file.size) for file in files]
     assert {d.split for d in documents} <= set(SPLITS)
+    for file, parts in zip(files, ([d for d in documents if d.file == file] for file in files), strict=True):
+        assert [parts[0].start, *(d.stop for d in parts)] == [0, *(d.start for d in parts[1:]), file.size]
+        assert len(parts) == 1 or [d.split for d in parts] == [split for split in SPLITS if split in {d.split for d in parts}]
     shuffled = order.sample(files, len(files))
-    assert split_of(split_documents(shuffled, config)) == split_of(documents)
+    assert {*split_documents(shuffled, config)} == {*documents}
+
+
+@given(names, configs)
+def test_files_are_whole_where_one_fits_the_limit_of_each_split(names: list[str], config: DataConfig) -> None:
+    files = sized(names)
+    documents = split_documents(files, config)
+    cut = {d.file for d in documents if d.start}
+    assert not cut or max(file.size for file in cut) == max(d.file.size for d in documents if d.split == "train")
+    for split in {d.split for d in documents if d.start}:
+        limit = getattr(config, f"max_{split}_bytes")
+        assert limit < min(d.file.size for d in documents if d.split == "train")
+
+
+def test_a_folder_of_long_files_has_all_splits() -> None:
+    files = [SourceFile(name, Path(name), 1_100_000 + number) for number, name in enumerate("abc")]
+    config = DataConfig(validation_fraction=0.05, test_fraction=0.05, max_validation_bytes=262_144, max_test_bytes=262_144)
+    documents = split_documents(files, config)
+    assert [(d.split, d.file.name, d.size) for d in documents] == [
+        ("train", "a", 1_100_000),
+        ("train", "b", 1_100_001),
+        ("train", "c", 1_100_002 - 2 * 165_000),
+        ("validation", "c", 165_000),
+        ("test", "c", 165_000),
+    ]
 
 
 @given(names, configs)

@@ -144,12 +144,13 @@ def split_documents(files: Sequence[SourceFile], config: DataConfig) -> list[Doc
     One file is cut by position: train, then validation, then test. Several are split file by file, by a hash of their names:
     the files whose hash, as a fraction of 1, lies below `test_fraction` are for test, the next `validation_fraction` for validation
     (if that is none, the file of the lowest hash that is left, so that a few files suffice); all others are for train.
-    Where a split has a limit, its files are taken in the order of their hash; one that no longer fits is for train.
+    Where a split has a limit, its files are taken in the order of their hash; one that no longer fits is for train. A limit that no
+    file fits cuts the end of the longest, so much of it as the fraction is of all, a quarter at most.
     """
     if len(files) == 1:
         return _by_position(files[0], config)
-    splits = _by_hash(files, config)
-    return [Document(splits[file.name], file, 0, file.length) for file in files]
+    splits, ends = _by_hash(files, config)
+    return [document for file in files for document in _cut(file, splits[file.name], ends.get(file.name, []))]
 
 
 def read_documents(documents: Iterable[Document], digest: Fingerprint) -> Iterator[tuple[Document, Iterator[bytes]]]:
@@ -226,11 +227,12 @@ def _by_position(file: SourceFile, config: DataConfig) -> list[Document]:
     return [Document(split, file, start, stop) for split, start, stop in parts if stop > start]
 
 
-def _by_hash(files: Sequence[SourceFile], config: DataConfig) -> dict[str, str]:
-    """The split of every name."""
+def _by_hash(files: Sequence[SourceFile], config: DataConfig) -> tuple[dict[str, str], dict[str, list[tuple[str, int]]]]:
+    """The split of every name, and of some the ends that are for another: split and length, the last one first."""
     place = {file.name: hash_fraction(file.name) for file in files}
     train = sorted(files, key=lambda file: (place[file.name], file.name))
-    splits = {file.name: "train" for file in files}
+    splits, ends = {file.name: "train" for file in files}, dict[str, list[tuple[str, int]]]()
+    whole = sum(file.length for file in files)
     low = 0.0
     for split, fraction, limit in (
         ("test", config.test_fraction, config.max_test_bytes),
@@ -241,8 +243,20 @@ def _by_hash(files: Sequence[SourceFile], config: DataConfig) -> dict[str, str]:
             taken = _fitting((file for file in train if low <= place[file.name] < high), limit) or _fitting(train, limit)[:1]
             splits |= {file.name: split for file in taken}
             train = [file for file in train if splits[file.name] == "train"]
+            if train and not taken:
+                longest = max(train, key=lambda file: file.length)
+                size = min(_limited(int(whole * fraction), limit), longest.length // 4)
+                ends.setdefault(longest.name, []).append((split, size))
             low = high
-    return splits
+    return splits, ends
+
+
+def _cut(file: SourceFile, split: str, ends: Iterable[tuple[str, int]]) -> list[Document]:
+    parts, stop = [], file.length
+    for other, size in ends:
+        parts.append(Document(other, file, stop - size, stop))
+        stop -= size
+    return [document for document in (Document(split, file, 0, stop), *reversed(parts)) if document.stop > document.start]
 
 
 def _fitting(files: Iterable[SourceFile], limit: int) -> list[SourceFile]:
