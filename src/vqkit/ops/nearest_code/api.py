@@ -31,7 +31,7 @@ def _best_few(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return blocked.nearest_codes(x, codebook, k)
 
 
-_ENTRIES_AT_ONCE = {"cpu": 1 << 20}  # of the directions of codes, where many vectors have a codebook of their own
+_ENTRIES_AT_ONCE = {"cpu": 1 << 18}  # of the directions of codes, where many vectors have a codebook of their own
 _ENTRIES_AT_ONCE_ELSEWHERE = 1 << 26
 _FEW = 64  # up to here the compiled form is the faster one: it holds that many scores of each vector in order
 
