@@ -603,6 +603,29 @@ def test_k_means_runs_in_training_alone(calls: Any) -> None:
     vq.eval()(vectors())
 
 
+def test_vectors_far_from_the_origin_have_the_nearest_code() -> None:
+    vq, x = make().eval(), vectors() + 1_000.0
+    vq.codebook = vectors(CODES, DIM, seed=1) + 1_000.0
+    indices = vq(x)[1]
+    distances = torch.cdist(x.double().flatten(0, -2), vq.codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(indices.flatten(), distances.argmin(-1))
+
+
+def test_no_rotation_is_taken_between_lengths_that_are_far_apart() -> None:
+    vq, x = make(commitment_weight=0.0), (vectors() * 1e-9).requires_grad_()
+    weight = vectors(seed=1)
+    quantized, indices, _ = vq(x, freeze_codebook=True)
+    assert torch.equal(quantized, vq.codebook[indices])
+    (quantized * weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight)
+
+
+def test_no_code_of_a_k_means_start_is_left_empty() -> None:
+    vq, few = make(kmeans_init=True), vectors()[:, :1].expand(-1, 16, -1) + 5.0
+    vq(few)
+    assert (torch.cdist(vq.codebook, few.flatten(0, -2)).amin(-1) < 0.5).all()
+
+
 @pytest.mark.parametrize("kmeans", [False, True])
 def test_codes_that_are_merely_not_yet_used_do_not_die(kmeans: bool) -> None:
     vq = make(threshold_ema_dead_code=2, kmeans_init=kmeans)
