@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import vector_quantize_pytorch as peer
-from facade_cases import SIZES, TESTS, Case, cases
+from facade_cases import HANDED_ON, SIZES, TESTS, Case, cases
 from machine import RESULTS, describe
 from torch import Tensor
 
@@ -126,8 +126,7 @@ def interleaved(runs: list[Callable[[], None]], budget: float) -> list[float]:
 
 def defaults(kind: str) -> dict[str, str]:
     """Those of a class, and of the layers that it hands arguments on to."""
-    layers = {"ResidualVQ": ["VectorQuantize"], "GroupedResidualVQ": ["VectorQuantize", "ResidualVQ"]}
-    found = [inspect.signature(getattr(peer, name)).parameters for name in (*layers.get(kind, []), kind)]
+    found = [inspect.signature(getattr(peer, name)).parameters for name in (*reversed(HANDED_ON.get(kind, ())), kind)]
     return {name: repr(value.default) for parameters in found for name, value in parameters.items()}
 
 
@@ -139,7 +138,8 @@ def significant(number: float) -> float:
 def measure(case: Case, budget: float) -> dict[str, Any]:
     """A row of the result."""
     usual = defaults(case.kind)
-    chosen = {name: value for name, value in case.kwargs.items() if repr(value) != usual.get(name)} | case.calls
+    chosen = {name: value for name, value in case.kwargs.items() if repr(value) != usual.get(name)}
+    chosen |= {name: value for name, value in case.calls.items() if value is not None}
     arguments = {name: repr(value)[:60] for name, value in chosen.items()}
     row: dict[str, Any] = {"class": case.kind, "case": case.name, "size": case.size, "input": list(case.x.shape), "arguments": arguments}
     try:

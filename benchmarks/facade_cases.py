@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+HANDED_ON: dict[str, tuple[str, ...]] = importlib.import_module("facade.test_options").HANDED_ON
+"""Whose arguments a class hands on."""
+
 WIDTH, CODES, LAYERS, VECTORS = 64, 512, 4, 1024
 SIZES = ("tests", "real", "large")
 TESTS: dict[str, tuple[str, str]] = {

@@ -41,16 +41,6 @@ def test_a_pair_of_options_is_the_peers(row):
     ARRAY.compared(compare, row).check()
 
 
-@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
-def test_each_deviation_has_its_case(array):
-    array.check_table()
-
-
-@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
-def test_what_deviates_stands_in_the_table(array, option, monkeypatch):
-    array.check_deviates(compare, option, monkeypatch)
-
-
 def test_the_parts_are_the_peers():
     made = [package.BinaryMapper(bits=3) for package in (peer, facade)]
     logits, indices = torch.randn(4, 5, 3), torch.randint(0, 8, (4, 5))

@@ -121,21 +121,6 @@ def test_a_pair_of_options_is_the_peers(row, same_draws):
     ARRAY.compared(compare, row).check()
 
 
-@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*ARRAYS))
-def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
-    array.check_refused(changes, is_refused)
-
-
-@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
-def test_each_deviation_has_its_case(array):
-    array.check_table()
-
-
-@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
-def test_what_deviates_stands_in_the_table(array, option, same_draws, monkeypatch):
-    array.check_deviates(compare, option, monkeypatch)
-
-
 def test_indices_are_taken_by_neither():
     for package in (peer, facade):
         made = package.HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 2))

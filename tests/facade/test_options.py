@@ -1,4 +1,4 @@
-"""Every argument of the peer's constructors and calls is an option of a covering array, with more than one value."""
+"""What the arrays hold: every argument of the peer with more than one value, all that it takes, a case for each row of the table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from facade import (
+    strict,
     test_binary_mapper_facade,
     test_evo_lookup_free_quantization,
     test_finite_scalar_perturbation,
@@ -20,6 +21,7 @@ from facade import (
     test_sim_vq,
     test_vector_quantize_facade,
 )
+from facade.compare import compare
 from facade.peer import peer
 from facade.strict import Array
 
@@ -111,3 +113,18 @@ def test_the_tests_that_vary_others_are_there() -> None:
         for test in tests.values():
             module, _, name = test.partition("::")
             assert callable(getattr(modules[module], name)), test
+
+
+@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*STRICT.values()))
+def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
+    array.check_refused(changes, is_refused)
+
+
+@pytest.mark.parametrize("array", STRICT.values(), ids=STRICT)
+def test_each_deviation_has_its_case(array):
+    array.check_table()
+
+
+@pytest.mark.parametrize("array, option", strict.cases(*STRICT.values()))
+def test_what_deviates_stands_in_the_table(array, option, same_draws, monkeypatch):
+    array.check_deviates(compare, option, monkeypatch)

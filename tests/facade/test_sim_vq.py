@@ -116,21 +116,6 @@ def test_every_pair_of_options_of_the_residual_form(row):
     RESIDUAL.compared(compare, row).check()
 
 
-@pytest.mark.parametrize("array, changes, is_refused", strict.rules(*ARRAYS))
-def test_what_no_row_holds_is_refused_there(array, changes, is_refused):
-    array.check_refused(changes, is_refused)
-
-
-@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.cls)
-def test_each_deviation_has_its_case(array):
-    array.check_table()
-
-
-@pytest.mark.parametrize("array, option", strict.cases(*ARRAYS))
-def test_what_deviates_stands_in_the_table(array, option, monkeypatch):
-    array.check_deviates(compare, option, monkeypatch)
-
-
 # What is right where the two differ
 
 
